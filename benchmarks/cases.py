@@ -1,0 +1,110 @@
+"""Workloads: a JSON file of sizes in, inputs as torch tensors out."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORKLOADS = Path(__file__).with_name("workloads.json")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of one workload; see ``workloads.json`` for what the fields mean."""
+
+    name: str
+    N: int
+    M: int
+    D: int
+    levels: tuple[tuple[int, int], ...]
+    P: int
+    queries: int | None
+    sampling: str
+    sigma: float = 1.0
+    model: str = ""
+
+    @property
+    def S(self) -> int:
+        return sum(h * w for h, w in self.levels)
+
+    @property
+    def Q(self) -> int:
+        return self.S if self.queries is None else self.queries
+
+    @property
+    def samples(self) -> int:
+        return self.N * self.Q * self.M * len(self.levels) * self.P
+
+
+class Inputs(NamedTuple):
+    """One set of arguments of the operator."""
+
+    value: Tensor
+    spatial_shapes: Tensor
+    level_start_index: Tensor
+    sampling_locations: Tensor
+    attention_weights: Tensor
+    grad_output: Tensor
+
+
+def load(path: Path = WORKLOADS) -> dict[str, Workload]:
+    """The workloads of a file of the form of ``workloads.json``."""
+    found = {}
+    for name, fields in json.loads(Path(path).read_text())["workloads"].items():
+        levels = tuple(tuple(level) for level in fields.pop("levels"))
+        found[name] = Workload(name=name, levels=levels, **fields)
+    return found
+
+
+def single_image(workload: Workload) -> Workload:
+    """The same workload with N = 1, for the CPU."""
+    return replace(workload, N=1)
+
+
+def make_inputs(workload: Workload, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+    """Inputs drawn as the workload file describes, all in `dtype`."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    N, Q, M, P, L = workload.N, workload.Q, workload.M, workload.P, len(workload.levels)
+    shapes = torch.tensor(workload.levels, device=device)
+    sizes = shapes.prod(1)
+    if workload.sampling == "uniform":
+        locations = uniform(N, Q, M, L, P, 2)
+    else:
+        reference = uniform(N, Q, 2) if workload.queries is not None else _pixel_centres(workload, device)
+        angle = torch.arange(M, device=device) * (2 * math.pi / M)
+        direction = torch.stack((angle.cos(), angle.sin()), -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, P + 1, device=device)
+        offsets = direction[:, None, None, :] * steps[:, None]
+        offsets = offsets + workload.sigma * normal(N, Q, M, L, P, 2)
+        locations = reference[..., None, None, None, :] + offsets / shapes.flip(-1)[:, None, :]
+    weights = normal(N, Q, M, L * P).softmax(-1).view(N, Q, M, L, P)
+    return Inputs(
+        normal(N, workload.S, M, workload.D).to(dtype),
+        shapes,
+        sizes.cumsum(0) - sizes,
+        locations.to(dtype),
+        weights.to(dtype),
+        normal(N, Q, M * workload.D).to(dtype),
+    )
+
+
+def _pixel_centres(workload: Workload, device: str) -> Tensor:
+    levels = []
+    for h, w in workload.levels:
+        y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+        levels.append(torch.stack(((x + 0.5) / w, (y + 0.5) / h), -1).view(-1, 2))
+    return torch.cat(levels)[None]

@@ -1,0 +1,46 @@
+"""Times that no implementation can beat on a device, from counted bytes and measured rates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .cases import Workload
+
+L1_BYTES_PER_CLOCK = 128
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large device-to-device copy, read plus written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(12):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e-3)
+    return 2 * source.numel() / sorted(times)[len(times) // 2]
+
+
+def floors(workload: Workload, itemsize: int, bandwidth: float, device: dict[str, Any]) -> dict[str, float]:
+    """Microseconds of the forward and backward by compulsory HBM traffic, and of the forward by rows through L1.
+
+    Compulsory: every input read once and every output written once, value only as far as samples can reach it.
+    L1: four rows a sample, each a whole number of 128-byte lines, one line a clock and multiprocessor.
+    """
+    channels = workload.M * workload.D * itemsize
+    rows = min(workload.S * workload.N, workload.samples * 4 // workload.M)
+    value, output = rows * channels, workload.N * workload.Q * channels
+    points = workload.samples * 3 * itemsize
+    grad_value = workload.N * workload.S * channels
+    clock = float(device["max_clock_mhz"]) * 1e6
+    lines = workload.samples * 4 * -(-workload.D * itemsize // L1_BYTES_PER_CLOCK)
+    return {
+        "forward_hbm_us": (value + points + output) / bandwidth * 1e6,
+        "forward_l1_us": lines / (device["multiprocessors"] * clock) * 1e6,
+        "backward_hbm_us": (value + 2 * points + output + grad_value) / bandwidth * 1e6,
+    }

@@ -1,0 +1,132 @@
+"""What is compared. An adapter is any object with the members of :class:`Implementation`.
+
+``--adapter FILE.py`` adds another one: the file defines ``IMPLEMENTATIONS``, a list of such objects.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cupy_msda
+
+from .cases import Inputs
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Implementation(Protocol):
+    """`name` labels the rows. Everything runs on torch's current stream and returns torch tensors."""
+
+    name: str
+
+    def unavailable(self, device: str) -> str | None:
+        """Why it cannot run here, or None."""
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """The output [N, Q, M*D], recording no gradient."""
+
+    def prepare_backward(self, inputs: Inputs) -> Callable[[], Gradients]:
+        """A function that does the backward alone: gradients of value, locations and weights."""
+
+
+class CupyMsda:
+    name = "cupy_msda"
+
+    def unavailable(self, device: str) -> str | None:
+        return None
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        return cupy_msda.ms_deform_attn_forward(*inputs[:5], 64)
+
+    def prepare_backward(self, inputs: Inputs) -> Callable[[], Gradients]:
+        return lambda: cupy_msda.ms_deform_attn_backward(*inputs, 64)
+
+
+class Autograd:
+    """An implementation that is one differentiable function of (value, shapes, starts, locations, weights)."""
+
+    def __init__(self, name: str, function: Callable[..., Tensor] | None, reason: str | None = None) -> None:
+        self.name, self.function, self.reason = name, function, reason
+
+    def unavailable(self, device: str) -> str | None:
+        return self.reason
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        with torch.no_grad():
+            return self.function(*inputs[:5])
+
+    def prepare_backward(self, inputs: Inputs) -> Callable[[], Gradients]:
+        value, shapes, starts, locations, weights, grad_output = inputs
+        leaves = tuple(t.detach().requires_grad_() for t in (value, locations, weights))
+        output = self.function(leaves[0], shapes, starts, *leaves[1:])
+        return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
+
+
+def grid_sample_composition(
+    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """The operator out of torch's own functions, one ``grid_sample`` a level."""
+    N, _, M, D = value.shape
+    _, Q, _, L, P, _ = locations.shape
+    grid = (2 * locations - 1).to(value.dtype)
+    sampled = []
+    for level, part in enumerate(value.split([h * w for h, w in shapes], 1)):
+        h, w = shapes[level]
+        image = part.permute(0, 2, 3, 1).reshape(N * M, D, h, w)
+        points = grid[:, :, :, level].transpose(1, 2).reshape(N * M, Q, P, 2)
+        sampled.append(F.grid_sample(image, points, mode="bilinear", padding_mode="zeros", align_corners=False))
+    attention = weights.to(value.dtype).transpose(1, 2).reshape(N * M, 1, Q, L * P)
+    output = (torch.stack(sampled, -2).flatten(-2) * attention).sum(-1)
+    return output.view(N, M * D, Q).transpose(1, 2).contiguous()
+
+
+class GridSample(Autograd):
+    """The composition takes the shapes as Python numbers; they are read once, outside the timing."""
+
+    def __init__(self, name: str, function: Callable[..., Tensor]) -> None:
+        super().__init__(name, None)
+        self.shapes: dict[int, list[tuple[int, int]]] = {}
+
+        def call(value: Tensor, shapes: Tensor, _starts: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+            if id(shapes) not in self.shapes:
+                self.shapes[id(shapes)] = [tuple(row) for row in shapes.tolist()]
+            return function(value, self.shapes[id(shapes)], locations, weights)
+
+        self.function = call
+
+
+def torch_ms_deform_attn() -> Autograd:
+    """The PyPI package, where it is installed."""
+    name = "torch-ms-deform-attn"
+    if importlib.util.find_spec("torch_ms_deform_attn") is None:
+        return Autograd(name, None, "torch_ms_deform_attn is not installed")
+    from torch_ms_deform_attn import ms_deform_attn
+
+    return Autograd(name, ms_deform_attn)
+
+
+def load_adapter(path: str) -> list[Implementation]:
+    """The ``IMPLEMENTATIONS`` of an adapter file."""
+    spec = importlib.util.spec_from_file_location(f"adapter_{Path(path).stem}", path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ValueError(f"--adapter: expected a Python file, got {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(module.IMPLEMENTATIONS)
+
+
+def known() -> list[Implementation]:
+    """Every implementation that the benchmark knows of."""
+    return [
+        CupyMsda(),
+        torch_ms_deform_attn(),
+        GridSample("grid_sample", grid_sample_composition),
+        GridSample("grid_sample compiled", torch.compile(grid_sample_composition)),
+    ]

@@ -1,0 +1,158 @@
+"""python -m benchmarks.run: validates every implementation, then times all of them in one process.
+
+Writes JSON with provenance, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cases, implementations
+from .cases import Inputs, Workload
+from .floors import copy_bandwidth, floors
+from .provenance import provenance
+from .timing import Timer, summary
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+TOLERANCE = {"float16": 6e-4, "bfloat16": 5e-3, "float32": 5e-6, "float64": 1e-12}
+# The gradient of a location jumps where a sample crosses a pixel centre, and float32 coordinates put a few samples
+# in 10**5 on the other side than the float64 reference does. The tests measure it away from the jumps.
+LOCATION_TOLERANCE = 2e-2
+CACHE_FLUSH_BYTES = 256 << 20
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    return float((out.double() - reference).norm() / reference.norm())
+
+
+def reference(inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Float64 output and gradients by torch's own ``grid_sample``."""
+    exact = Inputs(*(t.double() if t.is_floating_point() else t for t in inputs))
+    composition = implementations.GridSample("reference", implementations.grid_sample_composition)
+    return composition.forward(exact), composition.prepare_backward(exact)()
+
+
+def validate(
+    forward: Callable[[], Tensor], backward: Callable[[], Any], inputs: Inputs, exact: tuple, dtype: str
+) -> dict[str, Any]:
+    """Errors of the output and the three gradients, and whether they are within the tolerances."""
+    output, grads = exact
+    errors = {"output": relative_error(forward(), output)}
+    for name, grad, want in zip(("grad_value", "grad_locations", "grad_weights"), backward(), grads, strict=True):
+        errors[name] = relative_error(grad, want)
+    limits = dict.fromkeys(errors, TOLERANCE[dtype]) | {"grad_locations": LOCATION_TOLERANCE}
+    return {"errors": errors, "valid": all(errors[name] <= limits[name] for name in errors)}
+
+
+def measure(
+    workload: Workload, dtype: str, device: str, chosen: list[implementations.Implementation], rounds: int
+) -> list[dict[str, Any]]:
+    """One record an implementation."""
+    first = cases.make_inputs(workload, DTYPES[dtype], device)
+    size = sum(t.numel() * t.element_size() for t in first)
+    count = 1 if device == "cpu" else max(1, min(6, -(-CACHE_FLUSH_BYTES // size)))
+    sets = [first] + [cases.make_inputs(workload, DTYPES[dtype], device, seed) for seed in range(1, count)]
+    exact = reference(first)
+    # The backward of an autograd implementation runs on the stream of its forward: both on the one of the capture.
+    stream = torch.cuda.Stream() if device == "cuda" else None
+    records, timers = [], []
+    with torch.cuda.stream(stream):
+        for implementation in chosen:
+            record: dict[str, Any] = {
+                "workload": workload.name,
+                "dtype": dtype,
+                "implementation": implementation.name,
+                "input_sets": count,
+            }
+            records.append(record)
+            try:
+                backwards = [implementation.prepare_backward(inputs) for inputs in sets]
+                forwards = [lambda i=inputs: implementation.forward(i) for inputs in sets]
+                record |= validate(forwards[0], backwards[0], first, exact, dtype)
+                if not record["valid"]:
+                    continue
+                for direction, calls in (("forward", forwards), ("backward", backwards)):
+                    timer = Timer(calls, device, stream)
+                    record[direction] = {"method": timer.method}
+                    timers.append((record[direction], timer, []))
+            except (RuntimeError, TypeError, ValueError) as error:
+                record["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        for _ in range(rounds):
+            random.shuffle(timers)
+            for _, timer, samples in timers:
+                samples.append(timer.sample())
+    for target, _, samples in timers:
+        target |= summary(samples)
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The records as text."""
+    lines = [f"{'workload':20} {'dtype':9} {'implementation':22} {'forward':>10} {'backward':>10}  us, median"]
+    for record in records:
+        head = f"{record['workload']:20} {record['dtype']:9} {record['implementation']:22} "
+        if "failed" in record:
+            lines.append(head + record["failed"][:80])
+        elif not record["valid"]:
+            lines.append(head + "not valid: " + ", ".join(f"{k} {v:.1e}" for k, v in record["errors"].items()))
+        else:
+            lines.append(head + f"{record['forward']['median_us']:10.1f} {record['backward']['median_us']:10.1f}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--workload-file", type=Path, default=cases.WORKLOADS, help="JSON of the form of workloads.json")
+    parser.add_argument("--workloads", nargs="+", help="names out of the file; default: all")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--implementations", nargs="+", help="names; default: all but the compiled composition")
+    parser.add_argument("--adapter", action="append", default=[], metavar="FILE.py", help="more implementations")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+
+    workloads = cases.load(options.workload_file)
+    names = options.workloads or list(workloads)
+    if unknown := [name for name in names if name not in workloads]:
+        parser.error(f"--workloads: expected names out of {', '.join(workloads)}, got {', '.join(unknown)}")
+    known = implementations.known() + [i for path in options.adapter for i in implementations.load_adapter(path)]
+    wanted = options.implementations or [i.name for i in known if i.name != "grid_sample compiled"]
+    if unknown := [name for name in wanted if name not in [i.name for i in known]]:
+        parser.error(f"--implementations: expected names out of {', '.join(i.name for i in known)}, got {unknown[0]}")
+    chosen = []
+    for implementation in known:
+        if implementation.name in wanted:
+            if reason := implementation.unavailable(options.device):
+                print(f"left out: {implementation.name}: {reason}")
+            else:
+                chosen.append(implementation)
+
+    result: dict[str, Any] = {"provenance": provenance(options.device), "floors": [], "records": []}
+    bandwidth = None
+    if options.device == "cuda":
+        bandwidth = result["provenance"]["copy_bytes_per_second"] = copy_bandwidth()
+    for name in names:
+        workload = cases.single_image(workloads[name]) if options.device == "cpu" else workloads[name]
+        for dtype in options.dtypes:
+            if bandwidth:
+                bound = floors(workload, DTYPES[dtype].itemsize, bandwidth, result["provenance"])
+                result["floors"].append({"workload": name, "dtype": dtype, **bound})
+            records = measure(workload, dtype, options.device, chosen, options.rounds)
+            print(table(records) if not result["records"] else table(records).partition("\n")[2], flush=True)
+            result["records"] += records
+            if options.out:
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(record.get("valid") for record in result["records"]) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

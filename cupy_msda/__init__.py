@@ -1,0 +1,10 @@
+"""Multi-scale deformable attention for NumPy, CuPy, torch, JAX and every other DLPack framework.
+
+``import cupy_msda`` imports NumPy and no other framework. The differentiable torch operator is
+``cupy_msda.torch``.
+"""
+
+from .api import ms_deform_attn, ms_deform_attn_backward, ms_deform_attn_forward
+
+__all__ = ["ms_deform_attn", "ms_deform_attn_backward", "ms_deform_attn_forward"]
+__version__ = "0.1.0"

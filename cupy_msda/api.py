@@ -1,0 +1,165 @@
+"""The public functions. Their docstrings are the contract; every path behind them gives the same numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import cpu, cuda, interop, problem
+from .problem import Operands, Problem
+
+
+def ms_deform_attn(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: Any,
+    attention_weights: Any,
+    im2col_step: int = 64,
+    *,
+    deterministic: bool | None = None,
+    validate: bool = False,
+) -> Any:
+    """Multi-scale deformable attention: for each query and head, a weighted sum of bilinear samples.
+
+    The operator of Deformable DETR (Zhu et al. 2021, equation 3). A sample at normalised location (x, y) of a
+    level of H x W pixels lies at px = x*W - 0.5, py = y*H - 0.5 and is interpolated between its four neighbours,
+    with zeros outside the level; it counts only when -1 < px < W and -1 < py < H, so a NaN or infinite location
+    gives 0.
+
+    Parameters
+    ----------
+    value : array [N, S, M, D]
+        Feature levels, flattened: N images, S pixels, M heads, D channels. float16, bfloat16, float32, float64.
+    spatial_shapes : integer array or sequence [L, 2]
+        (H, W) of each level, in pixels.
+    level_start_index : integer array or sequence [L], or None
+        First row of each level in S. None: levels follow each other. Levels may overlap.
+    sampling_locations : array [N, Q, M, L, P, 2]
+        (x, y) of the P points of each query, head and level; 0 is the left or top edge of the level, 1 the right
+        or bottom one. value's dtype, or float32 beside a 16-bit value.
+    attention_weights : array [N, Q, M, L, P]
+        Used as they are, without softmax. The dtype of `sampling_locations`.
+    im2col_step : int
+        Accepted for compatibility: any positive int. The NumPy path never works on more images than this at once.
+    deterministic : bool, optional
+        Has no effect on the forward, which is bitwise reproducible.
+    validate : bool
+        Read metadata that is on the GPU back (this synchronises) and raise for a bad level. Without it, a level
+        that is on the GPU and does not fit into S makes the output NaN; memory is never read outside the arrays.
+
+    Returns
+    -------
+    array [N, Q, M*D]
+        In value's dtype and framework, on value's device. Arithmetic and sums are float32, or float64 for float64.
+
+    Raises
+    ------
+    TypeError
+        For something that is no array, a dtype outside the above, arrays of different frameworks, or a torch tensor
+        that requires a gradient (``cupy_msda.torch.ms_deform_attn`` is the differentiable function).
+    ValueError
+        For shapes that do not fit together, arrays on different devices, and metadata on the host that is wrong.
+    RuntimeError
+        For an array on a CUDA device on a machine without CuPy.
+    """
+    named = {"value": value, "sampling_locations": sampling_locations, "attention_weights": attention_weights}
+    for name, array in named.items():
+        if interop.tracks_gradient(array):
+            raise TypeError(
+                f"{name}: expected a tensor that requires no gradient, because this function records none; "
+                "use cupy_msda.torch.ms_deform_attn, or detach() it"
+            )
+    return _forward(
+        *problem.read(
+            value,
+            spatial_shapes,
+            level_start_index,
+            sampling_locations,
+            attention_weights,
+            im2col_step,
+            deterministic=deterministic,
+            validate=validate,
+        )
+    )
+
+
+def ms_deform_attn_forward(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_loc: Any,
+    attn_weight: Any,
+    im2col_step: int,
+) -> Any:
+    """The forward with the name and argument order of the operator's C++ interface; see :func:`ms_deform_attn`.
+
+    Records no gradient, like the function it stands in for.
+    """
+    return _forward(
+        *problem.read(
+            value,
+            spatial_shapes,
+            level_start_index,
+            sampling_loc,
+            attn_weight,
+            im2col_step,
+            names=("sampling_loc", "attn_weight"),
+        )
+    )
+
+
+def ms_deform_attn_backward(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_loc: Any,
+    attn_weight: Any,
+    grad_output: Any,
+    im2col_step: int,
+) -> tuple[Any, Any, Any]:
+    """The backward with the name and argument order of the operator's C++ interface.
+
+    Parameters
+    ----------
+    grad_output : array [N, Q, M*D]
+        Gradient of the output, in value's dtype. The other parameters are those of :func:`ms_deform_attn`.
+
+    Returns
+    -------
+    grad_value, grad_sampling_loc, grad_attn_weight : arrays
+        With the shape and dtype of their inputs. At a kink (a location on a pixel centre) the gradient of the
+        location is the one-sided derivative of the cell that floor picks. A level on the GPU that does not fit
+        into S gives NaN gradients for its locations and weights, and adds nothing to grad_value. On the GPU sums
+        of grad_value are formed in no fixed order, so its last bits may differ from run to run.
+    """
+    found, operands = problem.read(
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_loc,
+        attn_weight,
+        im2col_step,
+        grad_output,
+        names=("sampling_loc", "attn_weight"),
+    )
+    return backward(found, operands)
+
+
+def _forward(found: Problem, operands: Operands) -> Any:
+    if found.device[0] == "cuda":
+        return cuda.forward(found, operands)
+    arrays = (interop.to_numpy(view) for view in (operands.value, operands.locations, operands.weights))
+    return _from_numpy(cpu.forward(found, *arrays), operands.value)
+
+
+def backward(found: Problem, operands: Operands, *, grad_value: bool = True, grad_samples: bool = True) -> Any:
+    """Gradients of a problem that has been read; those that are not wanted may come as None."""
+    if found.device[0] == "cuda":
+        return tuple(cuda.backward(found, operands, grad_value=grad_value, grad_samples=grad_samples))
+    views = (operands.value, operands.locations, operands.weights)
+    arrays = [interop.to_numpy(view) for view in (*views, operands.grad_output)]
+    return tuple(_from_numpy(grad, view) for grad, view in zip(cpu.backward(found, *arrays), views, strict=True))
+
+
+def _from_numpy(array: Any, like: interop.View) -> Any:
+    return like.framework.from_numpy(array, like.dtype, like.array)

@@ -1,0 +1,63 @@
+"""From a KernelKey to a compiled function: source, options, NVRTC. The only user of ``cupy.RawModule``."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .plan import KernelKey
+
+_MACRO_OF_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+_DEFAULT_SHARED_LIMIT = 48 * 1024
+_lock = threading.Lock()
+_functions: dict[tuple[KernelKey, int], Any] = {}
+
+
+def source_folder() -> Path:
+    """``cuda_src``: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "cuda_src", package.parent / "cuda_src"):
+        if (folder / "msda_common.cuh").is_file():
+            return folder
+    raise RuntimeError(f"the CUDA sources of cupy_msda are missing: expected them in {package / 'cuda_src'}")
+
+
+@functools.cache
+def source(kind: str) -> str:
+    """One self-contained source: CuPy's disk cache hashes this text, but not the files that it would include."""
+    folder = source_folder()
+    return "\n".join((folder / name).read_text() for name in ("msda_common.cuh", f"msda_{kind}.cu"))
+
+
+def options(key: KernelKey) -> tuple[str, ...]:
+    """NVRTC options that turn the source into this specialisation."""
+    macros = dict(key.macros())
+    for role, dtype in (("VALUE", key.value_dtype), ("LOCATION", key.location_dtype)):
+        for name, macro in _MACRO_OF_DTYPE.items():
+            macros[f"MSDA_{role}_{macro}"] = int(name == dtype)
+    return ("--std=c++17", *(f"-D{name}={number}" for name, number in macros.items()))
+
+
+def function(key: KernelKey, device: int) -> Any:
+    """The compiled kernel for the current device, number `device`; compiled once a process and machine."""
+    found = _functions.get((key, device))
+    if found is None:
+        with _lock:
+            found = _functions.get((key, device))
+            if found is None:
+                found = _functions[key, device] = _compile(key)
+    return found
+
+
+def _compile(key: KernelKey) -> Any:
+    from .plan import shared_bytes
+
+    cupy = import_module("cupy")
+    module = cupy.RawModule(code=source(key.kind), options=options(key), backend="nvrtc")
+    kernel = module.get_function(f"msda_{key.kind}")
+    if key.kind != "round" and shared_bytes(key) > _DEFAULT_SHARED_LIMIT:
+        kernel.max_dynamic_shared_size_bytes = shared_bytes(key)
+    return kernel

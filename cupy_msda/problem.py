@@ -1,0 +1,228 @@
+"""Validation: arrays and metadata in, a frozen :class:`Problem` and the :class:`Operands` out.
+
+Every error rule of the contract lives here. A message names the argument, what was expected in the
+notation of the contract (N, S, M, D, L, P, Q) and what came.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import interop
+from .interop import Device, View
+
+VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+SIXTEEN_BIT = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: its sizes in the contract's notation, dtypes, device and flags.
+
+    `levels` holds (H, W, start) of each level, or is None where the metadata stays on the GPU and the
+    kernels check it. `packed` says that no `level_start_index` was given.
+    """
+
+    N: int
+    S: int
+    M: int
+    D: int
+    L: int
+    P: int
+    Q: int
+    value_dtype: str
+    location_dtype: str
+    device: Device
+    levels: tuple[tuple[int, int, int], ...] | None
+    im2col_step: int = 64
+    deterministic: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """True where no sample is taken: the output and the gradient of value are zeros or empty."""
+        return 0 in (self.N, self.S, self.M, self.D, self.L, self.P, self.Q)
+
+    @property
+    def accumulator_dtype(self) -> str:
+        """dtype of all arithmetic."""
+        return "float64" if self.value_dtype == "float64" else "float32"
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        return (self.N, self.Q, self.M * self.D)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The arrays of one call. `shapes` and `starts` are None where the problem's levels say it all."""
+
+    value: View
+    locations: View
+    weights: View
+    shapes: View | None = None
+    starts: View | None = None
+    grad_output: View | None = None
+
+
+def read(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: Any,
+    attention_weights: Any,
+    im2col_step: Any = 64,
+    grad_output: Any = None,
+    *,
+    names: tuple[str, str] = ("sampling_locations", "attention_weights"),
+    deterministic: Any = None,
+    validate: bool = False,
+) -> tuple[Problem, Operands]:
+    """Check everything that the contract promises to check; `names` are those of the caller's parameters."""
+    arrays = {"value": value, names[0]: sampling_locations, names[1]: attention_weights}
+    if grad_output is not None:
+        arrays["grad_output"] = grad_output
+    views = {name: interop.view(name, array) for name, array in arrays.items()}
+    value_view, locations, weights = views["value"], views[names[0]], views[names[1]]
+
+    _check_dtypes(views, names)
+    _check_together(views)
+    N, S, M, D = _dimensions("value", value_view, "[N, S, M, D]")
+    shapes = _read_metadata("spatial_shapes", spatial_shapes)
+    if len(shapes.shape) != 2 or shapes.shape[1] != 2:
+        raise ValueError(f"spatial_shapes: expected shape [L, 2], got {list(shapes.shape)}")
+    L = shapes.shape[0]
+    _, Q, _, _, P, _ = _dimensions(names[0], locations, "[N, Q, M, L, P, 2]")
+    _check_shape(names[0], locations, "[N, Q, M, L, P, 2]", (N, Q, M, L, P, 2))
+    _check_shape(names[1], weights, "[N, Q, M, L, P]", (N, Q, M, L, P))
+    if grad_output is not None:
+        _check_shape("grad_output", views["grad_output"], "[N, Q, M*D]", (N, Q, M * D))
+
+    starts = None
+    if level_start_index is not None:
+        starts = _read_metadata("level_start_index", level_start_index)
+        if starts.shape != (L,):
+            raise ValueError(f"level_start_index: expected shape [L] with L = {L}, got {list(starts.shape)}")
+
+    on_device = [m for m in (shapes, starts) if m is not None and m.device[0] == "cuda"]
+    if on_device and value_view.device[0] == "cuda" and not validate:
+        levels = None
+    else:
+        levels = _levels(shapes, starts, S)
+    if deterministic not in (None, True, False):
+        raise TypeError(f"deterministic: expected True, False or None, got {type(deterministic).__name__}")
+
+    problem = Problem(
+        N, S, M, D, L, P, Q,
+        value_dtype=value_view.dtype,
+        location_dtype=locations.dtype,
+        device=value_view.device,
+        levels=levels,
+        im2col_step=_positive_int("im2col_step", im2col_step),
+        deterministic=bool(deterministic),
+    )  # fmt: skip
+    operands = Operands(
+        value_view,
+        locations,
+        weights,
+        shapes if levels is None else None,
+        starts if levels is None else None,
+        views.get("grad_output"),
+    )
+    return problem, operands
+
+
+def _check_dtypes(views: dict[str, View], names: tuple[str, str]) -> None:
+    value = views["value"].dtype
+    if value not in VALUE_DTYPES:
+        raise TypeError(f"value: expected dtype {', '.join(VALUE_DTYPES[:-1])} or float64, got {value}")
+    allowed = (value, "float32") if value in SIXTEEN_BIT else (value,)
+    for name in names:
+        if views[name].dtype not in allowed:
+            raise TypeError(
+                f"{name}: expected dtype {' or '.join(allowed)} beside a {value} value, got {views[name].dtype}"
+            )
+    if views[names[0]].dtype != views[names[1]].dtype:
+        raise TypeError(
+            f"{names[1]}: expected the dtype of {names[0]}, {views[names[0]].dtype}, got {views[names[1]].dtype}"
+        )
+    if "grad_output" in views and views["grad_output"].dtype != value:
+        raise TypeError(f"grad_output: expected the dtype of value, {value}, got {views['grad_output'].dtype}")
+
+
+def _check_together(views: dict[str, View]) -> None:
+    first = views["value"]
+    for name, view in views.items():
+        if view.framework is not first.framework:
+            raise TypeError(
+                f"{name}: expected an array of value's framework, {first.framework.name}, got {view.framework.name}"
+            )
+        if view.device != first.device:
+            raise ValueError(
+                f"{name}: expected value's device, {_device_name(first.device)}, got {_device_name(view.device)}"
+            )
+
+
+def _dimensions(name: str, view: View, symbols: str) -> tuple[int, ...]:
+    if len(view.shape) != symbols.count(",") + 1:
+        raise ValueError(f"{name}: expected shape {symbols}, got {list(view.shape)}")
+    return view.shape
+
+
+def _check_shape(name: str, view: View, symbols: str, expected: tuple[int, ...]) -> None:
+    if view.shape != expected:
+        raise ValueError(f"{name}: expected shape {symbols} = {list(expected)}, got {list(view.shape)}")
+
+
+def _read_metadata(name: str, metadata: Any) -> View:
+    """A View of integer metadata; Python sequences become NumPy arrays."""
+    if isinstance(metadata, (list, tuple)):
+        try:
+            array = np.asarray(metadata)
+        except ValueError:
+            raise ValueError(f"{name}: expected rows of equal length, got {metadata!r}") from None
+        if array.size == 0:
+            array = np.zeros((0, 2) if name == "spatial_shapes" else (0,), np.int64)
+        metadata = array
+    view = interop.view(name, metadata)
+    if not view.dtype.startswith(("int", "uint")):
+        raise TypeError(f"{name}: expected an integer dtype, got {view.dtype}")
+    return view
+
+
+def _levels(shapes: View, starts: View | None, S: int) -> tuple[tuple[int, int, int], ...]:
+    sizes = interop.to_numpy(shapes).tolist()
+    if starts is not None:
+        firsts = interop.to_numpy(starts).tolist()
+    else:
+        firsts = np.cumsum([0] + [h * w for h, w in sizes], dtype=object).tolist()[:-1]
+    for level, ((h, w), start) in enumerate(zip(sizes, firsts, strict=True)):
+        if h <= 0 or w <= 0:
+            raise ValueError(f"spatial_shapes: expected positive (H, W), got ({h}, {w}) for level {level}")
+        if start < 0:
+            raise ValueError(f"level_start_index: expected starts of at least 0, got {start} for level {level}")
+        if start + h * w > S:
+            raise ValueError(
+                f"spatial_shapes: expected level {level} of {h} x {w} pixels from row {start} to fit into S = {S}, "
+                f"got an end of {start + h * w}"
+            )
+    return tuple((h, w, start) for (h, w), start in zip(sizes, firsts, strict=True))
+
+
+def _positive_int(name: str, number: Any) -> int:
+    if isinstance(number, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected a positive int, got {number!r}")
+    try:
+        result = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name}: expected a positive int, got {number!r}") from None
+    if result <= 0:
+        raise ValueError(f"{name}: expected a positive int, got {result}")
+    return result
+
+
+def _device_name(device: Device) -> str:
+    return "cpu" if device[0] == "cpu" else f"cuda:{device[1]}"

@@ -1,0 +1,96 @@
+"""Inputs for the tests: sizes chosen so that each code path runs, numbers drawn fresh from a seed."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import reference
+
+DTYPE_PAIRS = (
+    ("float64", "float64"),
+    ("float32", "float32"),
+    ("float16", "float16"),
+    ("float16", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "float32"),
+)
+
+
+def dtype_of(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+class Inputs(NamedTuple):
+    value: np.ndarray
+    shapes: np.ndarray
+    starts: np.ndarray | None
+    locations: np.ndarray
+    weights: np.ndarray
+    grad_output: np.ndarray
+
+
+@dataclass(frozen=True)
+class Case:
+    """`queries` None: one query a pixel, in the order of S, as in an encoder."""
+
+    name: str
+    levels: tuple[tuple[int, int], ...] = ((6, 7), (3, 4))
+    N: int = 2
+    M: int = 2
+    D: int = 8
+    P: int = 2
+    queries: int | None = 5
+    starts: tuple[int, ...] | None = None
+    S: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inputs(self, value_dtype: str = "float32", location_dtype: str | None = None, seed: int = 0) -> Inputs:
+        rng = np.random.default_rng([seed, self.D, self.M, self.P])
+        location_dtype = location_dtype or value_dtype
+        shapes = np.array(self.levels, np.int64).reshape(-1, 2)
+        S = self.S if self.S is not None else int(shapes.prod(1).sum())
+        Q = S if self.queries is None else self.queries
+        L = len(shapes)
+        value = rng.standard_normal((self.N, S, self.M, self.D)).astype(dtype_of(value_dtype))
+        # Some samples lie outside their level, on each side. Fractions of a pixel stay away from 0 and 1, where the
+        # gradient of the location jumps; 16-bit locations move by less than that on levels of this size.
+        size = shapes[:, ::-1].reshape(L, 1, 2)
+        cell = rng.integers(-3, size + 2, (self.N, Q, self.M, L, self.P, 2))
+        pixel = cell + rng.uniform(0.1, 0.9, cell.shape)
+        locations = ((pixel + 0.5) / size).astype(dtype_of(location_dtype))
+        weights = rng.uniform(0.1, 1.0, cell.shape[:-1]).astype(dtype_of(location_dtype))
+        grad_output = rng.standard_normal((self.N, Q, self.M * self.D)).astype(dtype_of(value_dtype))
+        starts = None if self.starts is None else np.array(self.starts, np.int64)
+        return Inputs(value, shapes, starts, locations, weights, grad_output)
+
+
+def pixel_units(grad_locations: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    """Gradient of locations as d/d(pixel): comparable between levels."""
+    return grad_locations.astype(np.float64) / shapes[:, None, ::-1]
+
+
+def expected(inputs: Inputs) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Output and gradients of the float64 reference."""
+    output = reference.forward(*inputs[:5])
+    return output, reference.backward(*inputs)
+
+
+CASES = (
+    Case("plain"),
+    Case("one_pixel_levels", levels=((1, 1), (1, 5), (4, 1)), D=4),
+    Case("encoder_order", levels=((9, 11), (4, 5), (2, 2)), N=1, M=3, D=4, queries=None),
+    Case("starts_with_gaps", starts=(4, 50), S=64),
+    Case("overlapping_levels", starts=(3, 10), S=60),
+    Case("one_level_eight_points", levels=((5, 6),), P=8),
+    Case("many_samples", levels=((4, 5), (3, 3), (2, 2), (2, 1), (1, 2)), P=9, M=1, D=4, queries=3),
+    Case("seventy_levels", levels=((2, 3),) * 70, N=1, M=1, D=4, P=1, queries=3),
+    Case("tail_block", levels=((5, 6), (3, 3)), N=1, M=1, D=16, queries=70),
+    *(
+        Case(f"D{D}", levels=((4, 5), (2, 3)), N=1, M=2, D=D, queries=4)
+        for D in (1, 2, 3, 6, 30, 32, 33, 36, 48, 64, 71, 128, 256, 1025)
+    ),
+)
+SMALL_CASES = CASES[:9]
