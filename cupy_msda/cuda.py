@@ -140,13 +140,13 @@ class _Session:
         """The kernels' `msda_metadata`: numbers by value, or two addresses of int64 device arrays."""
         levels = self.problem.levels
         if not launch.key.levels_on_device:
-            return np.array(levels, np.int64)
+            return _by_value(np.array(levels, np.int64))
         if levels is not None:
             table = np.array(levels, np.int64)
             self.kept = [self.cupy.asarray(np.ascontiguousarray(table[:, part])) for part in (slice(0, 2), 2)]
         else:
             self.kept = [self._int64(view) for view in (self.operands.shapes, self.operands.starts)]
-        return np.array([0 if array is None else array.data.ptr for array in self.kept], np.int64)
+        return _by_value(np.array([0 if array is None else array.data.ptr for array in self.kept], np.int64))
 
     def _int64(self, view: View | None) -> Any:
         if view is None:
@@ -169,6 +169,11 @@ def _external_stream(cupy: Any, address: int, device: int) -> Any:
     if hasattr(cupy.cuda.Stream, "from_external"):
         return cupy.cuda.Stream.from_external(_CudaStream(address))
     return cupy.cuda.ExternalStream(address, device)
+
+
+def _by_value(words: np.ndarray) -> np.ndarray:
+    """`words` as one item, the form in which CuPy passes a struct as a kernel parameter."""
+    return words.reshape(-1).view(np.dtype((np.void, words.nbytes)))
 
 
 class _CudaStream:
