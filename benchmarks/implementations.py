@@ -69,9 +69,7 @@ class Autograd:
         return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
 
 
-def grid_sample_composition(
-    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> Tensor:
+def grid_sample_composition(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     """The operator out of torch's own functions, one ``grid_sample`` a level."""
     N, _, M, D = value.shape
     _, Q, _, L, P, _ = locations.shape

@@ -18,7 +18,7 @@ PACKAGES = ("cupy-msda", "cupy-cuda13x", "cupy-cuda12x", "numpy", "torch", "trit
 def provenance(device: str) -> dict[str, Any]:
     """GPU, driver, CUDA, versions, commit and date."""
     found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": os.environ.get("MSDA_COMMIT") or _output("git", "rev-parse", "HEAD"),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES if _version(name)},

@@ -6,6 +6,7 @@ Writes JSON with provenance, and prints a table.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cupy_msda.golden import TOLERANCE
+
 from . import cases, implementations
 from .cases import Inputs, Workload
 from .floors import copy_bandwidth, floors
@@ -22,7 +25,6 @@ from .provenance import provenance
 from .timing import Timer, summary
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-TOLERANCE = {"float16": 6e-4, "bfloat16": 5e-3, "float32": 5e-6, "float64": 1e-12}
 # The gradient of a location jumps where a sample crosses a pixel centre, and float32 coordinates put a few samples
 # in 10**5 on the other side than the float64 reference does. The tests measure it away from the jumps.
 LOCATION_TOLERANCE = 2e-2
@@ -64,6 +66,8 @@ def measure(
     # The backward of an autograd implementation runs on the stream of its forward: both on the one of the capture.
     stream = torch.cuda.Stream() if device == "cuda" else None
     records, timers = [], []
+    if device == "cuda":
+        torch.cuda.synchronize()  # inputs and reference were made on another stream
     with torch.cuda.stream(stream):
         for implementation in chosen:
             record: dict[str, Any] = {
@@ -75,7 +79,7 @@ def measure(
             records.append(record)
             try:
                 backwards = [implementation.prepare_backward(inputs) for inputs in sets]
-                forwards = [lambda i=inputs: implementation.forward(i) for inputs in sets]
+                forwards = [functools.partial(implementation.forward, inputs) for inputs in sets]
                 record |= validate(forwards[0], backwards[0], first, exact, dtype)
                 if not record["valid"]:
                     continue
@@ -110,7 +114,9 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--workload-file", type=Path, default=cases.WORKLOADS, help="JSON of the form of workloads.json")
+    parser.add_argument(
+        "--workload-file", type=Path, default=cases.WORKLOADS, help="JSON like workloads.json"
+    )
     parser.add_argument("--workloads", nargs="+", help="names out of the file; default: all")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--implementations", nargs="+", help="names; default: all but the compiled composition")

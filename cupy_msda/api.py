@@ -119,10 +119,8 @@ def ms_deform_attn_backward(
 ) -> tuple[Any, Any, Any]:
     """The backward with the name and argument order of the operator's C++ interface.
 
-    Parameters
-    ----------
-    grad_output : array [N, Q, M*D]
-        Gradient of the output, in value's dtype. The other parameters are those of :func:`ms_deform_attn`.
+    `grad_output` [N, Q, M*D] is the gradient of the output, in value's dtype; the other parameters are those of
+    :func:`ms_deform_attn`.
 
     Returns
     -------

@@ -52,22 +52,24 @@ def backward(
     )
     if not problem.empty:
         grad_output = grad_output.reshape(problem.N, problem.Q, problem.M, problem.D)
-        _each_head(
-            problem, lambda n, m: _backward_head(problem, value, locations, weights, grad_output, grads, n, m)
-        )
+        _each_head(problem, lambda n, m: _backward_head(problem, value, locations, weights, grad_output, grads, n, m))
     return grads
 
 
 def _each_head(problem: Problem, work: Callable[[int, int], None]) -> None:
     heads = [(n, m) for n in range(problem.N) for m in range(problem.M)]
     threads = min(num_threads(), len(heads))
+
+    def quietly(head: tuple[int, int]) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are the caller's business
+            work(*head)
+
     if threads == 1:
-        for n, m in heads:
-            work(n, m)
+        for head in heads:
+            quietly(head)
         return
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda head: work(*head), heads):
-            pass
+        list(pool.map(quietly, heads))
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,7 @@ class _Corners:
 def _corners(locations: np.ndarray, H: np.ndarray | int, W: np.ndarray | int, dtype: np.dtype) -> _Corners:
     """Cells of `locations` [..., 2]; H and W broadcast against the leading dimensions."""
     px, py = locations[..., 0] * np.float64(W) - 0.5, locations[..., 1] * np.float64(H) - 0.5
-    with np.errstate(invalid="ignore"):
-        counts = (px > -1) & (py > -1) & (px < W) & (py < H)
+    counts = (px > -1) & (py > -1) & (px < W) & (py < H)
     px, py = np.where(counts, px, 0), np.where(counts, py, 0)
     x0, y0 = np.floor(px), np.floor(py)
     ax, ay = (px - x0).astype(dtype), (py - y0).astype(dtype)

@@ -41,9 +41,7 @@ def forward(problem: Problem, operands: Operands) -> Any:
     return output.finish()
 
 
-def backward(
-    problem: Problem, operands: Operands, *, grad_value: bool = True, grad_samples: bool = True
-) -> Gradients:
+def backward(problem: Problem, operands: Operands, *, grad_value: bool = True, grad_samples: bool = True) -> Gradients:
     """The gradients that are wanted; `grad_samples` is those of locations and weights, which come together."""
     if problem.deterministic and grad_value:
         raise NotImplementedError(

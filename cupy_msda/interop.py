@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from .dlpack import contiguous_strides, read_capsule
+from .dlpack import DEVICE_KINDS, contiguous_strides, read_capsule
 
 Device = tuple[str, int]
+LEGACY_STREAM = 1  # DLPack's number for CUDA's default stream, which has address 0
 _ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 INSTALL_CUPY = "pip install 'cupy-msda[cuda13]' (or [cuda12], to match the driver)"
 
@@ -50,13 +51,14 @@ class Framework:
 
     name = "DLPack"
 
-    def view(self, array: Any, stream: int | None = None) -> View:
-        """The array's address and layout; a producer with streams of its own makes `stream` wait for it."""
-        kind = array.__dlpack_device__()[0]
-        on_gpu = int(kind) in (2, 13)
-        capsule = array.__dlpack__(stream=stream or 1) if on_gpu else array.__dlpack__()
-        tensor = read_capsule(capsule)
-        return View(*tensor, self, array, capsule)
+    def view(self, array: Any) -> View:
+        """The array's address and layout; a producer with streams of its own makes ours wait for it."""
+        kind, device = array.__dlpack_device__()
+        if DEVICE_KINDS.get(int(kind)) == "cuda":
+            capsule = array.__dlpack__(stream=self.stream(("cuda", device)) or LEGACY_STREAM)
+        else:
+            capsule = array.__dlpack__()
+        return View(*read_capsule(capsule), self, array, capsule)
 
     def stream(self, device: Device) -> int:
         """Address of the caller's current stream on `device`."""
@@ -83,7 +85,7 @@ class Framework:
 class NumPyFramework(Framework):
     name = "NumPy"
 
-    def view(self, array: Any, stream: int | None = None) -> View:
+    def view(self, array: Any) -> View:
         if not array.dtype.isnative:
             raise TypeError(f"expected an array in native byte order, got dtype {array.dtype.str}")
         size = max(array.itemsize, 1)
@@ -99,11 +101,9 @@ class NumPyFramework(Framework):
 class CuPyFramework(Framework):
     name = "CuPy"
 
-    def view(self, array: Any, stream: int | None = None) -> View:
+    def view(self, array: Any) -> View:
         strides = tuple(step // array.itemsize for step in array.strides)
-        return View(
-            array.data.ptr, array.shape, strides, array.dtype.name, ("cuda", array.device.id), self, array
-        )
+        return View(array.data.ptr, array.shape, strides, array.dtype.name, ("cuda", array.device.id), self, array)
 
     def finish(self, array: Any, dtype: str, like: Any) -> Any:
         return array.view(like.dtype) if dtype == "bfloat16" else array
@@ -112,7 +112,7 @@ class CuPyFramework(Framework):
 class TorchFramework(Framework):
     name = "torch"
 
-    def view(self, array: Any, stream: int | None = None) -> View:
+    def view(self, array: Any) -> View:
         # to_dlpack has no stream handshake, and needs none: the work runs on torch's own current stream.
         torch = sys.modules["torch"]
         if array.device.type not in ("cpu", "cuda") or array.layout != torch.strided:
@@ -143,10 +143,10 @@ class TorchFramework(Framework):
 class JaxFramework(Framework):
     name = "JAX"
 
-    def view(self, array: Any, stream: int | None = None) -> View:
+    def view(self, array: Any) -> View:
         if isinstance(array, sys.modules["jax"].core.Tracer):
             raise TypeError("expected a concrete JAX array, got a tracer: call this outside jit, grad and vmap")
-        return super().view(array, stream)
+        return super().view(array)
 
     def finish(self, array: Any, dtype: str, like: Any) -> Any:
         jnp = sys.modules["jax"].numpy
@@ -186,14 +186,10 @@ def view(name: str, array: Any) -> View:
     framework = framework_of(array)
     if framework is None:
         raise TypeError(
-            f"{name}: expected an array (NumPy, CuPy, torch, JAX or any with __dlpack__), "
-            f"got {type(array).__name__}"
+            f"{name}: expected an array (NumPy, CuPy, torch, JAX or any with __dlpack__), got {type(array).__name__}"
         )
     try:
-        stream = None
-        if framework in (_DLPACK, _KNOWN[3][2]) and _on_cuda(array):
-            stream = framework.stream(("cuda", 0))
-        return framework.view(array, stream)
+        return framework.view(array)
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from error
 
@@ -238,6 +234,19 @@ def require_cupy(what: str) -> ModuleType:
         raise RuntimeError(f"{what} needs CuPy, which is not installed: {INSTALL_CUPY}") from error
 
 
+def cuda_unavailable() -> str | None:
+    """Why nothing can run on a GPU here, or None."""
+    try:
+        cupy = require_cupy("the CUDA path")
+    except RuntimeError as error:
+        return str(error)
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy finds no usable CUDA device: {error}"
+    return None if count else "CuPy finds no CUDA device"
+
+
 def item_size(dtype: str) -> int:
     """Bytes of one element of a dtype that the operator supports."""
     return _ITEM_SIZE[dtype]
@@ -259,10 +268,6 @@ class _ArrayInterface:
 
 def _storage_dtype(dtype: str) -> np.dtype:
     return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-
-
-def _on_cuda(array: Any) -> bool:
-    return int(array.__dlpack_device__()[0]) in (2, 13)
 
 
 def _namespace_of(array: Any) -> Any:

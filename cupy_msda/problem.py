@@ -48,7 +48,7 @@ class Problem:
 
     @property
     def accumulator_dtype(self) -> str:
-        """dtype of all arithmetic."""
+        """Dtype of all arithmetic."""
         return "float64" if self.value_dtype == "float64" else "float32"
 
     @property
@@ -108,11 +108,9 @@ def read(
             raise ValueError(f"level_start_index: expected shape [L] with L = {L}, got {list(starts.shape)}")
 
     on_device = [m for m in (shapes, starts) if m is not None and m.device[0] == "cuda"]
-    if on_device and value_view.device[0] == "cuda" and not validate:
-        levels = None
-    else:
-        levels = _levels(shapes, starts, S)
-    if deterministic not in (None, True, False):
+    unread = on_device and value_view.device[0] == "cuda" and not validate
+    levels = None if unread else _levels(shapes, starts, S)
+    if not (deterministic is None or isinstance(deterministic, bool)):
         raise TypeError(f"deterministic: expected True, False or None, got {type(deterministic).__name__}")
 
     problem = Problem(

@@ -32,7 +32,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
         deterministic: bool | None = None,
         validate: bool = False,
     ) -> Tensor:
-        ctx.metadata = (spatial_shapes, level_start_index)
+        ctx.levels = (spatial_shapes, level_start_index)
         ctx.im2col_step, ctx.deterministic = im2col_step, deterministic
         ctx.save_for_backward(value, sampling_locations, attention_weights)
         return api.ms_deform_attn(
@@ -51,7 +51,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         value, locations, weights = ctx.saved_tensors
         found, operands = problem.read(
-            value, *ctx.metadata, locations, weights, ctx.im2col_step, grad_output, deterministic=ctx.deterministic
+            value, *ctx.levels, locations, weights, ctx.im2col_step, grad_output, deterministic=ctx.deterministic
         )
         needs = ctx.needs_input_grad
         grads = api.backward(found, operands, grad_value=needs[0], grad_samples=needs[3] or needs[4])

@@ -1,5 +1,10 @@
 """Fixtures. Tests marked `gpu` need CuPy and a CUDA device and are skipped elsewhere."""
 
+import os
+
+# JAX would take most of the GPU's memory for itself.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import backends
 import pytest
 

@@ -32,9 +32,7 @@ def _samples(value, shapes, starts, locations):
                     H, W = int(shapes[level][0]), int(shapes[level][1])
                     for p in range(P):
                         x, y = (float(c) for c in locations[n, q, m, level, p])
-                        corners = [
-                            (int(starts[level]) + pixel, w, dx, dy) for pixel, w, dx, dy in _corners(x, y, H, W)
-                        ]
+                        corners = [(int(starts[level]) + pixel, w, dx, dy) for pixel, w, dx, dy in _corners(x, y, H, W)]
                         yield (n, q, m, level, p), corners
 
 

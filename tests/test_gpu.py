@@ -71,7 +71,7 @@ def test_bad_level_on_the_device(cuda_backend, name):
         bad = np.isnan(grad).reshape(*grad.shape[:3], 2, -1).all(-1)
         assert bad.any(axis=(0, 1, 2)).any()
         np.testing.assert_array_equal(bad.all(axis=(0, 1, 2)), bad.any(axis=(0, 1, 2)))
-    with pytest.raises(ValueError, match="spatial_shapes|level_start_index"):
+    with pytest.raises(ValueError, match=r"spatial_shapes|level_start_index"):
         cupy_msda.ms_deform_attn(*put[:5], validate=True)
 
 
@@ -218,4 +218,4 @@ def test_more_than_2_31_elements(N, H, W, M, D):
     assert_close(grad_weights.cpu().numpy()[:, 0, :, 0], want_weights.numpy(), "float32")
     for row, part in touched.items():
         assert_close(grad_value[:, row].cpu().numpy(), part.numpy(), "float16")
-    assert int(grad_value.count_nonzero()) <= len(touched) * N * M * D
+    assert int((grad_value != 0).sum()) <= len(touched) * N * M * D

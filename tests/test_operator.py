@@ -35,7 +35,7 @@ def test_sizes(main_backend, case):
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
-@pytest.mark.parametrize("case", SMALL_CASES[:4] + (Case("D33", D=33), Case("D30", D=30)), ids=str)
+@pytest.mark.parametrize("case", [*SMALL_CASES[:4], Case("D33", D=33), Case("D30", D=30)], ids=str)
 def test_dtypes(main_backend, case, pair):
     check(main_backend, case.inputs(*pair, seed=1), *pair)
 

@@ -1,0 +1,57 @@
+"""The command line: ``python -m cupy_msda demo | info | check``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import demo, environment, golden
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 when all is well, 1 when a check misses, 2 for a request that cannot be met."""
+    parser = argparse.ArgumentParser(prog="python -m cupy_msda", description="Multi-scale deformable attention")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("demo", help="attend to a photograph, forward and backward, and draw what happened")
+    show.add_argument("image", nargs="?", type=Path, default=demo.PHOTOGRAPH, help="PNG, JPEG or anything Pillow reads")
+    show.add_argument("--out", type=Path, default=Path("msda_demo.png"), help="picture to write (msda_demo.png)")
+    show.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto")
+    commands.add_parser("info", help="versions, GPU, kernel cache, and what is missing")
+    commands.add_parser("check", help="the golden cases on every backend of this machine")
+    options = parser.parse_args(arguments)
+
+    if options.command == "info":
+        for name, text in environment.describe():
+            print(f"{name:20}{text}")
+        return 0
+    return _check() if options.command == "check" else _demo(options)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
+        backend = demo.choose_backend(options.backend)
+        scene = demo.make_scene(demo.load_photograph(options.image))
+        outcome = demo.run(scene, backend)
+        demo.draw(scene, outcome, options.out)
+    except demo.DemoError as error:
+        print(f"cupy_msda demo: {error}", file=sys.stderr)
+        return 2
+    print(demo.table(scene, outcome))
+    print(f"{'picture':24}{options.out}")
+    return 0
+
+
+def _check() -> int:
+    missed = 0
+    print(f"{'case':22}{'backend':9}{'dtype':9}{'error':>9}  tolerance  worst in")
+    for row in golden.run_all():
+        verdict = "" if row.passed else "  MISSED"
+        limit = golden.TOLERANCE[row.dtype]
+        print(f"{row.case:22}{row.backend:9}{row.dtype:9}{row.error:9.1e}  {limit:9.0e}  {row.what}{verdict}")
+        missed += not row.passed
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
