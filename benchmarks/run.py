@@ -114,9 +114,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument(
-        "--workload-file", type=Path, default=cases.WORKLOADS, help="JSON like workloads.json"
-    )
+    parser.add_argument("--workload-file", type=Path, default=cases.WORKLOADS, help="JSON like workloads.json")
     parser.add_argument("--workloads", nargs="+", help="names out of the file; default: all")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--implementations", nargs="+", help="names; default: all but the compiled composition")

@@ -106,7 +106,9 @@ extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda
         __syncthreads();
         const long long q = table.query[local];
         const long long image_offset = tile.n * S * (MSDA_M * MSDA_D);
+#if MSDA_GRAD_SAMPLES
         const msda_address image = (msda_address)value + image_offset * sizeof(msda_value);
+#endif
         // Lanes past the last query take part in the shuffles; query 0 stands in as an address they may read.
         const msda_value* incoming = grad_output + ((tile.n * Q + (q < 0 ? 0 : q)) * MSDA_M + tile.m) * MSDA_D;
 
@@ -123,7 +125,9 @@ extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda
 #pragma unroll MSDA_UNROLL
             for (int k = 0; k < MSDA_CHUNK; ++k) {
                 const msda_offsets at = table.offsets[local * MSDA_PITCH + k];
+#if MSDA_GRAD_VALUE
                 const msda_weights scale = table.weights[local * MSDA_PITCH + k];
+#endif
 #if MSDA_GRAD_SAMPLES
                 const msda_address base = at.at[0] < 0 ? msda_zeros_base() : image;
                 msda_acc dot[4] = {0, 0, 0, 0};

@@ -9,6 +9,12 @@ import backends
 import pytest
 
 
+if backends.GPU and os.environ.get("CUPY_MSDA_TEST_EXACT_ALLOCATIONS"):
+    import cupy
+
+    cupy.cuda.set_allocator(None)
+
+
 def pytest_collection_modifyitems(items):
     if backends.GPU:
         return

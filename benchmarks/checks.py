@@ -1,0 +1,60 @@
+"""python -m benchmarks.checks: the tests on this machine's GPU, plain and under compute-sanitizer, as a JSON record."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .provenance import provenance
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Every array in an allocation of its own: inside a pool the sanitizer takes a neighbour's bytes for ours.
+EXACT_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUPY_MSDA_TEST_EXACT_ALLOCATIONS": "1"}
+
+
+def run(name: str, command: list[str], environment: dict[str, str], log: Path) -> dict[str, Any]:
+    """Run `command`, keep its output in `log`, and return what it said last."""
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=os.environ | environment
+    )
+    log.write_text(result.stdout)
+    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    summaries = [line for line in lines if " passed" in line or " failed" in line or "ERROR SUMMARY" in line]
+    summaries += [line for line in lines if "RACECHECK SUMMARY" in line]
+    print(f"{name}: exit {result.returncode}: {'; '.join(summaries)}", flush=True)
+    return {"check": name, "command": command[command.index("-m") :], "exit": result.returncode, "summary": summaries}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checks", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checks.json and the logs")
+    parser.add_argument("--sanitizer", nargs="*", choices=TOOLS, default=[], help="tools of compute-sanitizer")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    records = [run("tests", [*tests, "-m", "not network", "tests"], {}, options.out / "tests.txt")]
+    # Our kernels only, and without JAX: instrumenting its kernels takes longer than all the rest.
+    suite = [*tests, "-k", "not jax", "tests/test_operator.py", "tests/test_gpu.py", "tests/test_torch.py"]
+    for tool in options.sanitizer:
+        sanitizer = [
+            "compute-sanitizer",
+            f"--tool={tool}",
+            "--kernel-name",
+            "kernel_substring=msda_",
+            "--error-exitcode=9",
+        ]
+        records.append(run(tool, [*sanitizer, *suite], EXACT_ALLOCATIONS, options.out / f"{tool}.txt"))
+    result = {"provenance": provenance("cuda"), "checks": records}
+    (options.out / "checks.json").write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(record["exit"] == 0 for record in records) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

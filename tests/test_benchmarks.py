@@ -1,0 +1,112 @@
+"""The benchmark runs, checks what it times, and the README repeats what was recorded."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import cases, implementations, report, run
+
+SMALL = {
+    "workloads": {
+        "small": {"N": 2, "M": 2, "D": 4, "levels": [[6, 5], [3, 2]], "P": 2, "queries": None, "sampling": "local"},
+        "points": {"N": 1, "M": 2, "D": 4, "levels": [[6, 5]], "P": 2, "queries": 7, "sampling": "uniform"},
+    }
+}
+WRONG = """
+class Wrong:
+    name = "wrong"
+    def unavailable(self, device):
+        return None
+    def forward(self, inputs):
+        return inputs.grad_output
+    def prepare_backward(self, inputs):
+        return lambda: (inputs.value, inputs.sampling_locations, inputs.attention_weights)
+class Absent(Wrong):
+    name = "absent"
+    def unavailable(self, device):
+        return "it was never built"
+IMPLEMENTATIONS = [Wrong(), Absent()]
+"""
+
+
+@pytest.fixture
+def workload_file(tmp_path):
+    path = tmp_path / "workloads.json"
+    path.write_text(json.dumps(SMALL))
+    return path
+
+
+def test_runs_and_records(workload_file, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = [
+        "--workload-file",
+        workload_file,
+        "--device",
+        "cpu",
+        "--rounds",
+        "3",
+        "--out",
+        out,
+        "--dtypes",
+        "float64",
+    ]
+    assert run.main([str(a) for a in arguments]) == 0
+    result = json.loads(out.read_text())
+    assert result["provenance"]["packages"]["numpy"]
+    names = {(r["workload"], r["implementation"]) for r in result["records"]}
+    assert names >= {(w, i) for w in ("small", "points") for i in ("cupy_msda", "grid_sample")}
+    for record in result["records"]:
+        assert record["valid"]
+        assert max(record["errors"].values()) < 1e-12
+        for direction in ("forward", "backward"):
+            assert 0 < record[direction]["q1_us"] <= record[direction]["median_us"] <= record[direction]["q3_us"]
+
+
+def test_wrong_implementation_is_not_timed(workload_file, tmp_path, capsys):
+    adapter, out = tmp_path / "adapter.py", tmp_path / "out.json"
+    adapter.write_text(WRONG)
+    arguments = ["--workload-file", workload_file, "--workloads", "small", "--device", "cpu", "--adapter", adapter]
+    arguments += ["--implementations", "wrong", "absent", "--out", out]
+    assert run.main([str(a) for a in arguments]) == 1
+    (record,) = json.loads(out.read_text())["records"]
+    assert not record["valid"]
+    assert "forward" not in record
+    assert "left out: absent: it was never built" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workloads", "nothing"], "--workloads: expected names out of encoder_800x1333"),
+        (["--implementations", "nothing"], "--implementations: expected names out of cupy_msda"),
+        (["--dtypes", "int8"], "invalid choice"),
+    ],
+)
+def test_refuses_unknown_names(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_adapter_that_is_no_file():
+    with pytest.raises(ValueError, match=r"--adapter: expected a Python file, got nowhere\.py"):
+        implementations.load_adapter("nowhere.py")
+
+
+@pytest.mark.parametrize("name", cases.load())
+def test_workloads_are_what_their_file_says(name):
+    workload = cases.load()[name]
+    inputs = cases.make_inputs(cases.single_image(workload), torch.float32, "cpu")
+    assert inputs.value.shape == (1, workload.S, workload.M, workload.D)
+    assert inputs.sampling_locations.shape == (1, workload.Q, workload.M, len(workload.levels), workload.P, 2)
+    torch.testing.assert_close(inputs.attention_weights.sum((-1, -2)), torch.ones(1, workload.Q, workload.M))
+    centre = inputs.sampling_locations.mean((0, 1, 2, 3, 4))
+    torch.testing.assert_close(centre, torch.full((2,), 0.5), atol=0.1, rtol=0)
+    if workload.sampling == "uniform":
+        assert 0 <= inputs.sampling_locations.min() <= inputs.sampling_locations.max() <= 1
+
+
+def test_readme_repeats_the_latest_result():
+    assert report.table(*report.latest()) in report.README.read_text()
