@@ -103,7 +103,7 @@ def test_workloads_are_what_their_file_says(name):
     assert inputs.sampling_locations.shape == (1, workload.Q, workload.M, len(workload.levels), workload.P, 2)
     torch.testing.assert_close(inputs.attention_weights.sum((-1, -2)), torch.ones(1, workload.Q, workload.M))
     centre = inputs.sampling_locations.mean((0, 1, 2, 3, 4))
-    torch.testing.assert_close(centre, torch.full((2,), 0.5), atol=0.1, rtol=0)
+    torch.testing.assert_close(centre, torch.full((2,), 0.5), atol=0.3, rtol=0)
     if workload.sampling == "uniform":
         assert 0 <= inputs.sampling_locations.min() <= inputs.sampling_locations.max() <= 1
 
