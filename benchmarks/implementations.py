@@ -90,12 +90,13 @@ class GridSample(Autograd):
 
     def __init__(self, name: str, function: Callable[..., Tensor]) -> None:
         super().__init__(name, None)
-        self.shapes: dict[int, list[tuple[int, int]]] = {}
+        # By identity; the tensor is kept, so that its id is not given to another.
+        self.shapes: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
 
         def call(value: Tensor, shapes: Tensor, _starts: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
             if id(shapes) not in self.shapes:
-                self.shapes[id(shapes)] = [tuple(row) for row in shapes.tolist()]
-            return function(value, self.shapes[id(shapes)], locations, weights)
+                self.shapes[id(shapes)] = (shapes, [tuple(row) for row in shapes.tolist()])
+            return function(value, self.shapes[id(shapes)][1], locations, weights)
 
         self.function = call
 

@@ -1,10 +1,10 @@
 // Backward: gradients of value, sampling_locations and attention_weights, as far as MSDA_GRAD_VALUE and
 // MSDA_GRAD_SAMPLES ask for them.
 //
-// Blocks, lanes and the table of samples are those of the forward. For each sample the lanes add
-// weight * grad_output to the four rows of grad_value (one vector reduction a lane and row, in the L2 cache), and sum
-// the products of grad_output with the four rows of value. Those four sums replace the sample's weights in the
-// table, and at the end of a chunk one thread a sample turns them into the gradients of location and weight.
+// Warps, lanes and samples are those of the forward. For each sample the lanes add weight * grad_output to the four
+// rows of grad_value (one vector reduction a lane and row, in the L2 cache), and sum the products of grad_output with
+// the four rows of value. Those four sums replace the sample in shared memory, and at the end of a chunk one lane a
+// sample turns them into the gradients of location and weight.
 
 #if MSDA_GRAD_VALUE
 // Contiguous channels of one row of the float32 or float64 gradient.
@@ -52,34 +52,35 @@ __device__ __forceinline__ void msda_reduce(msda_acc (&dot)[4], int lane) {
 #endif
 }
 
+// Gradients of the warp's samples [k0, k0 + MSDA_CHUNK) from the products in their places in shared memory.
 __device__ __forceinline__ void msda_write_samples(
-        const msda_table& table, const msda_tile& tile, long long Q, int k0,
-        const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
+        const msda_sample* samples, const msda_level* levels, const msda_work& work, msda_index queries, msda_index Q,
+        int k0, const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
         msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights) {
-    for (int i = threadIdx.x; i < MSDA_QUERIES * MSDA_CHUNK; i += MSDA_THREADS) {
+    for (int i = threadIdx.x % 32; i < MSDA_FILLS * 32; i += 32) {
         const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
-        const long long q = table.query[local];
-        if (q < 0 || k >= MSDA_K) continue;
-        const long long index = msda_sample_index(tile, q, Q, k);
-        const msda_level level = table.levels[k / MSDA_P];
-        msda_acc x, y, attention;
-        msda_read_sample(locations, weights, index, x, y, attention);
-        const msda_cell cell = msda_locate(x, y, level);
-        const msda_acc nothing = level.w > 0 ? (msda_acc)0 : (msda_acc)__int_as_float(0x7fc00000);
+        const msda_index q = __shfl_sync(0xffffffffu, queries, local % 32);
+        if (local >= MSDA_QUERIES || q < 0 || k >= MSDA_K) continue;
+        const long long index = msda_sample_index(work, q, Q, k);
+        const msda_level level = levels[k / MSDA_P];
+        msda_vector<msda_location, 2> xy;
+        xy.word = __ldg(reinterpret_cast<const decltype(xy.word)*>(locations) + index);
+        const msda_acc attention = msda_load(weights[index]);
+        const msda_cell cell = msda_locate(msda_load(xy.element[0]), msda_load(xy.element[1]), level);
+        const msda_acc nothing = level.w > 0 ? (msda_acc)0 : msda_nan();
         msda_acc grad_x = nothing, grad_y = nothing, grad_attention = nothing;
         if (cell.counts) {
-            const msda_weights dots = table.weights[local * MSDA_PITCH + i % MSDA_CHUNK];
-            const bool left = cell.x0 >= 0, right = cell.x0 + 1 < level.w;
-            const bool top = cell.y0 >= 0, bottom = cell.y0 + 1 < level.h;
-            const msda_acc d00 = top && left ? dots.at[0] : 0, d01 = top && right ? dots.at[1] : 0;
-            const msda_acc d10 = bottom && left ? dots.at[2] : 0, d11 = bottom && right ? dots.at[3] : 0;
-            const msda_acc upper = fma(cell.ax, d01 - d00, d00), lower = fma(cell.ax, d11 - d10, d10);
+            const msda_acc* dot = reinterpret_cast<const msda_acc*>(samples + local * MSDA_PITCH + i % MSDA_CHUNK);
+            const msda_acc upper = fma(cell.ax, dot[1] - dot[0], dot[0]);
+            const msda_acc lower = fma(cell.ax, dot[3] - dot[2], dot[2]);
             grad_attention = fma(cell.ay, lower - upper, upper);
             grad_y = attention * (msda_acc)level.h * (lower - upper);
-            grad_x = attention * (msda_acc)level.w * fma(cell.ay, (d11 - d10) - (d01 - d00), d01 - d00);
+            const msda_acc slope = fma(cell.ay, (dot[3] - dot[2]) - (dot[1] - dot[0]), dot[1] - dot[0]);
+            grad_x = attention * (msda_acc)level.w * slope;
         }
-        msda_store(grad_x, grad_locations[2 * index]);
-        msda_store(grad_y, grad_locations[2 * index + 1]);
+        msda_store(grad_x, xy.element[0]);
+        msda_store(grad_y, xy.element[1]);
+        reinterpret_cast<decltype(xy.word)*>(grad_locations)[index] = xy.word;
         msda_store(grad_attention, grad_weights[index]);
     }
 }
@@ -90,28 +91,27 @@ extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
         const msda_value* __restrict__ grad_output, msda_acc* __restrict__ grad_value,
         msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights,
-        long long N, long long S, long long Q) {
-    extern __shared__ uint4 msda_shared[];
-    msda_table& table = *reinterpret_cast<msda_table*>(msda_shared);
+        long long S, long long Q_) {
+    extern __shared__ uint4 msda_memory[];
+    msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
+    const msda_index Q = (msda_index)Q_;
 
-    msda_read_levels(metadata, S, table.levels);
+    msda_read_levels(metadata, S, shared.levels);
     __syncthreads();
 
-    const int local = threadIdx.x / MSDA_LANES, lane = threadIdx.x % MSDA_LANES;
-    const long long tiles = N * MSDA_M * ((Q + MSDA_QUERIES - 1) / MSDA_QUERIES);
+    const msda_work work = msda_work_of_warp(Q);
+    const int local = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
+    msda_sample* samples = shared.samples[threadIdx.x / 32];
+    const long long first = work.image * S * (MSDA_M * MSDA_D) + lane * MSDA_VEC;
 
-    for (long long index = blockIdx.x; index < tiles; index += gridDim.x) {
-        const msda_tile tile = msda_tile_at(index, Q);
-        msda_choose_queries(table, tile, Q);
-        __syncthreads();
-        const long long q = table.query[local];
-        const long long image_offset = tile.n * S * (MSDA_M * MSDA_D);
-#if MSDA_GRAD_SAMPLES
-        const msda_address image = (msda_address)value + image_offset * sizeof(msda_value);
-#endif
+    msda_raw raw;
+    msda_index queries = msda_queries_of_round(work, 0, Q, shared.levels);
+    msda_load_raw(raw, work, queries, Q, 0, locations, weights);
+#pragma unroll 1
+    for (int round = 0; round < MSDA_ROUNDS; ++round) {
+        const msda_index q = __shfl_sync(0xffffffffu, queries, local);
         // Lanes past the last query take part in the shuffles; query 0 stands in as an address they may read.
-        const msda_value* incoming = grad_output + ((tile.n * Q + (q < 0 ? 0 : q)) * MSDA_M + tile.m) * MSDA_D;
-
+        const msda_value* incoming = grad_output + ((work.image * Q + (q < 0 ? 0 : q)) * MSDA_M + work.m) * MSDA_D;
         // Held in registers unless a head has very many channels.
         msda_acc held[MSDA_HOLD ? MSDA_TURNS : 1][MSDA_VEC];
 #if MSDA_HOLD
@@ -119,47 +119,53 @@ extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda
         for (int turn = 0; turn < MSDA_TURNS; ++turn) msda_read_incoming(incoming, turn, lane, held[turn]);
 #endif
 
+#pragma unroll 1
         for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-            msda_fill(table, tile, Q, k0, locations, weights);
-            __syncthreads();
-#pragma unroll MSDA_UNROLL
+            msda_fill(samples, shared.levels, raw, work, queries, k0);
+            __syncwarp();
+#pragma unroll msda_unroll
             for (int k = 0; k < MSDA_CHUNK; ++k) {
-                const msda_offsets at = table.offsets[local * MSDA_PITCH + k];
+                const msda_sample sample = samples[local * MSDA_PITCH + k];
+                const int inside = (int)sample.place;
+                const int level = min((k0 + k) / MSDA_P, MSDA_L - 1);
+                const long long below = (long long)shared.levels[level].w * (MSDA_M * MSDA_D);
+                const long long corner = first + (long long)(sample.place >> 4) * MSDA_VEC;
 #if MSDA_GRAD_VALUE
-                const msda_weights scale = table.weights[local * MSDA_PITCH + k];
+                msda_acc weight[4];
+                msda_weights(sample, weight);
 #endif
 #if MSDA_GRAD_SAMPLES
-                const msda_address base = at.at[0] < 0 ? msda_zeros_base() : image;
                 msda_acc dot[4] = {0, 0, 0, 0};
 #endif
 #pragma unroll
                 for (int turn = 0; turn < MSDA_TURNS; ++turn) {
-                    const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
-                    if (MSDA_D % MSDA_STEP == 0 || channel < MSDA_D) {
-                        msda_acc(&grad)[MSDA_VEC] = held[MSDA_HOLD ? turn : 0];
-                        if (!MSDA_HOLD) msda_read_incoming(incoming, turn, lane, grad);
+                    const int channel = turn * MSDA_STEP;
+                    if (MSDA_D % MSDA_STEP != 0 && channel + lane * MSDA_VEC >= MSDA_D) continue;
+                    msda_acc(&grad)[MSDA_VEC] = held[MSDA_HOLD ? turn : 0];
+                    if (!MSDA_HOLD) msda_read_incoming(incoming, turn, lane, grad);
 #pragma unroll
-                        for (int c = 0; c < 4; ++c) {
+                    for (int c = 0; c < 4; ++c) {
+                        const bool present = inside >> c & 1;
+                        const long long at = corner + (c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below + channel;
 #if MSDA_GRAD_SAMPLES
-                            const msda_values row = msda_read(msda_at(base, at.at[c]) + channel * sizeof(msda_value));
+                        const msda_values row = msda_read_if(present, (msda_address)value + at * sizeof(msda_value));
 #pragma unroll
-                            for (int v = 0; v < MSDA_VEC; ++v) dot[c] = fma(grad[v], msda_load(row.element[v]), dot[c]);
+                        for (int v = 0; v < MSDA_VEC; ++v) dot[c] = fma(grad[v], msda_load(row.element[v]), dot[c]);
 #endif
 #if MSDA_GRAD_VALUE
-                            if (at.at[c] >= 0) {
-                                msda_acc part[MSDA_VEC];
+                        if (present) {
+                            msda_acc part[MSDA_VEC];
 #pragma unroll
-                                for (int v = 0; v < MSDA_VEC; ++v) part[v] = scale.at[c] * grad[v];
-                                msda_add(grad_value + image_offset + at.at[c] + channel, part);
-                            }
-#endif
+                            for (int v = 0; v < MSDA_VEC; ++v) part[v] = weight[c] * grad[v];
+                            msda_add(grad_value + at, part);
                         }
+#endif
                     }
                 }
 #if MSDA_GRAD_SAMPLES
                 msda_reduce(dot, lane);
-                __syncwarp();   // every lane has read its weights
-                msda_acc* target = table.weights[local * MSDA_PITCH + k].at;
+                __syncwarp();   // every lane has read the sample
+                msda_acc* target = reinterpret_cast<msda_acc*>(samples + local * MSDA_PITCH + k);
 #if MSDA_LANES == 1
                 for (int c = 0; c < 4; ++c) target[c] = dot[c];
 #elif MSDA_LANES == 2
@@ -170,11 +176,18 @@ extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda
 #endif
 #endif
             }
-            __syncthreads();
+            __syncwarp();
 #if MSDA_GRAD_SAMPLES
-            msda_write_samples(table, tile, Q, k0, locations, weights, grad_locations, grad_weights);
-            __syncthreads();
+            msda_write_samples(samples, shared.levels, work, queries, Q, k0, locations, weights, grad_locations,
+                               grad_weights);
+            __syncwarp();
 #endif
+            if (k0 + MSDA_CHUNK < MSDA_K) {
+                msda_load_raw(raw, work, queries, Q, k0 + MSDA_CHUNK, locations, weights);
+            } else if (round + 1 < MSDA_ROUNDS) {
+                queries = msda_queries_of_round(work, round + 1, Q, shared.levels);
+                msda_load_raw(raw, work, queries, Q, 0, locations, weights);
+            }
         }
     }
 }

@@ -2,13 +2,15 @@
 //
 // The planner (cupy_msda/plan.py) passes every size that is fixed for a model as a macro:
 //   MSDA_VALUE_*      dtype of value, output and grad_output (F16, BF16, F32 or F64), MSDA_LOCATION_* likewise
-//   MSDA_INDEX_64     offsets inside one image need 64 bits
+//   MSDA_INDEX_64     offsets and counts inside one image need 64 bits
 //   MSDA_L, MSDA_P, MSDA_M, MSDA_D   levels, points, heads, channels a head
 //   MSDA_VEC          channels a lane moves at once
-//   MSDA_LANES        lanes that share the channels of one (n, q, m)
-//   MSDA_QUERIES      queries of a block, all of one head
+//   MSDA_LANES        lanes of a warp that share the channels of one (n, q, m)
 //   MSDA_CHUNK        samples of a query that are in shared memory at a time
-//   MSDA_THREADS, MSDA_MIN_BLOCKS    launch bounds
+//   MSDA_WARPS        warps of a block, all on one head
+//   MSDA_ROUNDS       groups of queries that a warp takes one after the other
+//   MSDA_MIN_BLOCKS   blocks that should fit on a multiprocessor: caps the registers
+//   MSDA_UNROLL       samples whose rows are loaded before the first is used
 //   MSDA_LEVELS_ON_DEVICE            spatial_shapes and level_start_index are device arrays, unchecked
 //   MSDA_BAND         0: queries in order; otherwise rows of a band in which neighbouring queries share a block
 
@@ -16,12 +18,8 @@ typedef unsigned long long msda_address;
 
 #if MSDA_INDEX_64
 typedef long long msda_index;
-typedef unsigned long long msda_unsigned;
-#define MSDA_ELSEWHERE (-9223372036854775807LL - 1)
 #else
 typedef int msda_index;
-typedef unsigned int msda_unsigned;
-#define MSDA_ELSEWHERE (-2147483647 - 1)
 #endif
 
 #if MSDA_VALUE_F64
@@ -49,9 +47,12 @@ typedef msda_bf16 msda_location;
 typedef msda_acc msda_location;
 #endif
 
+#define MSDA_THREADS (32 * MSDA_WARPS)
+#define MSDA_QUERIES (32 / MSDA_LANES)                         // queries that a warp works on at a time
 #define MSDA_K (MSDA_L * MSDA_P)
 #define MSDA_STEP (MSDA_LANES * MSDA_VEC)                      // channels between two turns of a lane
 #define MSDA_TURNS ((MSDA_D + MSDA_STEP - 1) / MSDA_STEP)
+constexpr int msda_unroll = MSDA_UNROLL;                       // a pragma's macros are not expanded everywhere
 
 // ---- conversions: 16-bit numbers travel as bits, arithmetic is msda_acc -------------------------------------
 
@@ -99,6 +100,14 @@ __device__ __forceinline__ msda_values msda_read(msda_address address) {
     return v;
 }
 
+// The same where `present`, zeros elsewhere: a predicated load, no branch.
+__device__ __forceinline__ msda_values msda_read_if(bool present, msda_address address) {
+    msda_values v;
+    v.word = decltype(v.word)();
+    if (present) v.word = __ldg(reinterpret_cast<const decltype(v.word)*>(address));
+    return v;
+}
+
 // ---- levels ------------------------------------------------------------------------------------------------
 
 struct msda_level {
@@ -118,6 +127,7 @@ struct msda_metadata {
 #endif
 
 __device__ __forceinline__ void msda_read_levels(const msda_metadata& metadata, long long S, msda_level* levels) {
+#pragma unroll 1
     for (int l = threadIdx.x; l < MSDA_L; l += MSDA_THREADS) {
 #if MSDA_LEVELS_ON_DEVICE
         const long long h = metadata.shapes[2 * l], w = metadata.shapes[2 * l + 1];
@@ -126,6 +136,7 @@ __device__ __forceinline__ void msda_read_levels(const msda_metadata& metadata, 
             start = metadata.starts[l];
         } else {
             // Unsigned, because garbage may wrap around; what then seems to fit is still inside the array.
+#pragma unroll 1
             for (int k = 0; k < l; ++k)
                 start = (long long)((msda_address)start +
                                     (msda_address)metadata.shapes[2 * k] * (msda_address)metadata.shapes[2 * k + 1]);
@@ -141,28 +152,28 @@ __device__ __forceinline__ void msda_read_levels(const msda_metadata& metadata, 
     }
 }
 
-// ---- order of queries ----------------------------------------------------------------------------------------
+// ---- order of queries --------------------------------------------------------------------------------------
 
-// Query at `position` of the order in which blocks take them. Where queries are the pixels of all levels, a block
-// then holds a patch of MSDA_BAND rows instead of a line, and its samples share more of L1.
-__device__ __forceinline__ long long msda_query(long long position, long long Q, const msda_level* levels) {
+// Query at `position` of the order in which warps take them. Where queries are the pixels of all levels, neighbouring
+// warps then hold a patch of MSDA_BAND rows instead of a line, and their samples share more of L1.
+__device__ __forceinline__ msda_index msda_query(msda_index position, msda_index Q, const msda_level* levels) {
 #if MSDA_BAND
-    long long total = 0;
+    msda_index total = 0;
     bool packed = true;
     for (int l = 0; l < MSDA_L; ++l) {
         packed = packed && levels[l].start == total;
-        total += (long long)levels[l].h * levels[l].w;
+        total += (msda_index)levels[l].h * levels[l].w;
     }
     if (!packed || total != Q) return position;
     int l = 0;
-    while (position >= levels[l].start + (long long)levels[l].h * levels[l].w) ++l;
+    while (position >= levels[l].start + (msda_index)levels[l].h * levels[l].w) ++l;
     const unsigned inside = (unsigned)(position - levels[l].start);
     const unsigned h = levels[l].h, w = levels[l].w;
     const unsigned band = inside / (MSDA_BAND * w), first_row = band * MSDA_BAND;
     const unsigned in_band = inside - first_row * w;
     const unsigned rows = min((unsigned)MSDA_BAND, h - first_row);
     const unsigned column = rows == MSDA_BAND ? in_band / MSDA_BAND : in_band / rows;
-    return levels[l].start + (long long)(first_row + (in_band - column * rows)) * w + column;
+    return levels[l].start + (msda_index)((first_row + (in_band - column * rows)) * w + column);
 #else
     return position;
 #endif
@@ -190,143 +201,131 @@ __device__ __forceinline__ msda_cell msda_locate(msda_acc x, msda_acc y, const m
     return cell;
 }
 
-// What the lanes of a query need of one sample: where its four neighbours begin, in elements of the image, and their
-// weights with the attention weight folded in.
-struct msda_sample {
-    msda_index offset[4];
-    msda_acc weight[4];
+// Neighbours of a cell that lie inside the level, as bits: (y0, x0), (y0, x1), (y1, x0), (y1, x1).
+__device__ __forceinline__ int msda_inside(const msda_cell& cell, const msda_level& level) {
+    const int columns = (cell.x0 >= 0 ? 5 : 0) | (cell.x0 + 1 < level.w ? 10 : 0);
+    const int rows = (cell.y0 >= 0 ? 3 : 0) | (cell.y0 + 1 < level.h ? 12 : 0);
+    return cell.counts ? columns & rows : 0;
+}
+
+__device__ __forceinline__ msda_acc msda_nan() { return (msda_acc)__int_as_float(0x7fc00000); }
+
+// What the lanes of a query need of one sample, in 16 bytes for float32: every lane reads all of it, and shared memory
+// hands out 4 bytes a lane and clock. `place` is 16 * (offset of the neighbour (y0, x0) in vectors) + bits of
+// msda_inside; that neighbour may lie outside, even before the image. `attention` is 0 where the sample does not
+// count, so that a NaN weight does not leak, and NaN in a level that does not fit.
+struct alignas(16) msda_sample {
+    msda_index place;
+    msda_acc ax, ay, attention;
 };
 
-// A neighbour outside the level is replaced by the one inside, read twice with half of the weight each: no branch,
-// and an infinity or NaN elsewhere in value cannot leak in. A sample that does not count reads the row of zeros.
 __device__ __forceinline__ msda_sample msda_prepare(
         msda_acc x, msda_acc y, msda_acc attention, const msda_level& level, int m) {
     const msda_cell cell = msda_locate(x, y, level);
+    const msda_index pixel = level.start + (msda_index)cell.y0 * level.w + cell.x0;
     msda_sample sample;
-    if (!cell.counts) {
-        const msda_acc weight = level.w > 0 ? (msda_acc)0 : (msda_acc)__int_as_float(0x7fc00000);
-        for (int c = 0; c < 4; ++c) {
-            sample.offset[c] = MSDA_ELSEWHERE;
-            sample.weight[c] = weight;
-        }
-        return sample;
-    }
-    const msda_acc half = (msda_acc)0.5;
-    msda_acc left = 1 - cell.ax, right = cell.ax, top = 1 - cell.ay, bottom = cell.ay;
-    int x0 = cell.x0, x1 = cell.x0 + 1, y0 = cell.y0, y1 = cell.y0 + 1;
-    if (x0 < 0) { x0 = 0; left = right = half * right; }
-    else if (x1 >= level.w) { x1 = x0; left = right = half * left; }
-    if (y0 < 0) { y0 = 0; top = bottom = half * bottom; }
-    else if (y1 >= level.h) { y1 = y0; top = bottom = half * top; }
-    top *= attention;
-    bottom *= attention;
-    const msda_index row = MSDA_M * MSDA_D;
-    const msda_index upper = (level.start + (msda_index)y0 * level.w) * row + m * MSDA_D;
-    const msda_index lower = (level.start + (msda_index)y1 * level.w) * row + m * MSDA_D;
-    sample.offset[0] = upper + x0 * row;
-    sample.offset[1] = upper + x1 * row;
-    sample.offset[2] = lower + x0 * row;
-    sample.offset[3] = lower + x1 * row;
-    sample.weight[0] = top * left;
-    sample.weight[1] = top * right;
-    sample.weight[2] = bottom * left;
-    sample.weight[3] = bottom * right;
+    sample.place = (pixel * (MSDA_M * MSDA_D / MSDA_VEC) + m * (MSDA_D / MSDA_VEC)) * 16 + msda_inside(cell, level);
+    sample.ax = cell.counts ? cell.ax : 0;
+    sample.ay = cell.counts ? cell.ay : 0;
+    sample.attention = cell.counts ? attention : level.w > 0 ? (msda_acc)0 : msda_nan();
     return sample;
 }
 
-// Samples of a chunk, padded to an odd number a query: the lane groups of a warp then read from different banks.
+// Bilinear weights times attention, of the four neighbours.
+__device__ __forceinline__ void msda_weights(const msda_sample& sample, msda_acc (&weight)[4]) {
+    const msda_acc bottom = sample.attention * sample.ay, top = sample.attention - bottom;
+    weight[1] = top * sample.ax;
+    weight[0] = top - weight[1];
+    weight[3] = bottom * sample.ax;
+    weight[2] = bottom - weight[3];
+}
+
+// Offset of the neighbour (y0, x0), in bytes of an array of element size SIZE.
+template <int SIZE>
+__device__ __forceinline__ msda_address msda_offset(msda_index place) {
+    return (msda_address)((long long)(place >> 4) * (MSDA_VEC * SIZE));
+}
+
+// ---- the work of a warp ------------------------------------------------------------------------------------
+
+// Samples of a query in shared memory, padded to an odd number: the queries of a warp then lie in different banks.
 #define MSDA_PITCH (MSDA_CHUNK | 1)
 
-struct alignas(16) msda_offsets { msda_index at[4]; };
-struct alignas(16) msda_weights { msda_acc at[4]; };
-
-struct msda_table {
-    msda_offsets offsets[MSDA_QUERIES * MSDA_PITCH];
-    msda_weights weights[MSDA_QUERIES * MSDA_PITCH];
+struct msda_shared {
+    msda_sample samples[MSDA_WARPS][MSDA_QUERIES * MSDA_PITCH];
     msda_level levels[MSDA_L];
-    long long query[MSDA_QUERIES];     // -1 past the last one
 };
 
-// Zeros for samples that do not count, with the alignment of a vector load.
-__device__ uint4 msda_zeros[(MSDA_D * sizeof(msda_value) + 15) / 16];
-
-// Base address such that base + MSDA_ELSEWHERE elements is the row of zeros. In integers, modulo 2**64.
-__device__ __forceinline__ msda_address msda_zeros_base() {
-    return (msda_address)(msda_zeros) - (msda_address)(long long)MSDA_ELSEWHERE * sizeof(msda_value);
-}
-
-__device__ __forceinline__ msda_address msda_at(msda_address base, msda_index offset) {
-    return base + (msda_address)(long long)offset * sizeof(msda_value);
-}
-
-struct msda_tile {
-    long long n;
+// A block works on one head of one image, on MSDA_WARPS * MSDA_ROUNDS groups of MSDA_QUERIES queries.
+struct msda_work {
+    long long image;    // n
     int m;
-    long long first;    // position of its first query
+    msda_index first;   // position of the first query of this warp's first round
 };
 
-// Tiles in the order image, head, queries: the blocks that run together share one head's rows.
-__device__ __forceinline__ msda_tile msda_tile_at(long long index, long long Q) {
-    const long long tiles = (Q + MSDA_QUERIES - 1) / MSDA_QUERIES;
-    msda_tile tile;
-    const long long head = index / tiles;
-    tile.first = (index - head * tiles) * MSDA_QUERIES;
-    tile.n = head / MSDA_M;
-    tile.m = (int)(head - tile.n * MSDA_M);
-    return tile;
+__device__ __forceinline__ msda_work msda_work_of_warp(msda_index Q) {
+    const msda_index in_block = MSDA_WARPS * MSDA_ROUNDS * MSDA_QUERIES;
+    const unsigned blocks = (unsigned)((Q + in_block - 1) / in_block);
+    const unsigned head = blockIdx.x / blocks;
+    msda_work work;
+    work.image = head / MSDA_M;
+    work.m = (int)(head % MSDA_M);
+    work.first = (msda_index)(blockIdx.x - head * blocks) * in_block + (msda_index)(threadIdx.x / 32) * MSDA_QUERIES;
+    return work;
 }
 
-__device__ __forceinline__ void msda_choose_queries(msda_table& table, const msda_tile& tile, long long Q) {
-    for (int i = threadIdx.x; i < MSDA_QUERIES; i += MSDA_THREADS) {
-        const long long position = tile.first + i;
-        table.query[i] = position < Q ? msda_query(position, Q, table.levels) : -1;
+// The queries of a round, one a lane (-1 past the last): lane i has that of local query i.
+__device__ __forceinline__ msda_index msda_queries_of_round(
+        const msda_work& work, int round, msda_index Q, const msda_level* levels) {
+    const int lane = threadIdx.x % 32;
+    const msda_index position = work.first + (msda_index)round * (MSDA_WARPS * MSDA_QUERIES) + lane;
+    return lane < MSDA_QUERIES && position < Q ? msda_query(position, Q, levels) : -1;
+}
+
+// One sample a lane and turn, from global memory. The loads of the next round are issued before the current one is
+// worked on, so that their latency is hidden.
+#define MSDA_FILLS ((MSDA_QUERIES * MSDA_CHUNK + 31) / 32)
+
+struct msda_raw {
+    msda_vector<msda_location, 2> xy[MSDA_FILLS];
+    msda_location attention[MSDA_FILLS];
+};
+
+__device__ __forceinline__ long long msda_sample_index(const msda_work& work, msda_index q, msda_index Q, int k) {
+    return (work.image * Q + q) * (MSDA_M * MSDA_K) + (work.m * MSDA_K + k);
+}
+
+__device__ __forceinline__ void msda_load_raw(
+        msda_raw& raw, const msda_work& work, msda_index queries, msda_index Q, int k0,
+        const msda_location* __restrict__ locations, const msda_location* __restrict__ weights) {
+#pragma unroll
+    for (int fill = 0; fill < MSDA_FILLS; ++fill) {
+        const int i = fill * 32 + threadIdx.x % 32;
+        const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
+        const msda_index q = __shfl_sync(0xffffffffu, queries, local % 32);
+        if (local < MSDA_QUERIES && q >= 0 && k < MSDA_K) {
+            const long long index = msda_sample_index(work, q, Q, k);
+            raw.xy[fill].word = __ldg(reinterpret_cast<const decltype(raw.xy[fill].word)*>(locations) + index);
+            raw.attention[fill] = weights[index];
+        }
     }
 }
 
-// Index of sample k of (n, q, m) in attention_weights; twice that in sampling_locations.
-__device__ __forceinline__ long long msda_sample_index(const msda_tile& tile, long long q, long long Q, int k) {
-    return ((tile.n * Q + q) * MSDA_M + tile.m) * MSDA_K + k;
-}
-
-__device__ __forceinline__ void msda_read_sample(
-        const msda_location* __restrict__ locations, const msda_location* __restrict__ weights, long long index,
-        msda_acc& x, msda_acc& y, msda_acc& attention) {
-    msda_vector<msda_location, 2> xy;
-#if MSDA_LOCATION_F64
-    xy.word = __ldg(reinterpret_cast<const uint4*>(locations) + index);
-#elif MSDA_LOCATION_F32
-    xy.word = __ldg(reinterpret_cast<const uint2*>(locations) + index);
-#else
-    xy.word = __ldg(reinterpret_cast<const unsigned*>(locations) + index);
-#endif
-    x = msda_load(xy.element[0]);
-    y = msda_load(xy.element[1]);
-    attention = msda_load(weights[index]);
-}
-
-// Samples [k0, k0 + MSDA_CHUNK) of the tile's queries into shared memory, one thread a sample.
+// Raw samples to prepared ones in shared memory. Where there is none, a sample that does not count.
 __device__ __forceinline__ void msda_fill(
-        msda_table& table, const msda_tile& tile, long long Q, int k0, const msda_location* __restrict__ locations,
-        const msda_location* __restrict__ weights) {
-#pragma unroll 2
-    for (int i = threadIdx.x; i < MSDA_QUERIES * MSDA_CHUNK; i += MSDA_THREADS) {
+        msda_sample* samples, const msda_level* levels, const msda_raw& raw, const msda_work& work, msda_index queries,
+        int k0) {
+#pragma unroll
+    for (int fill = 0; fill < MSDA_FILLS; ++fill) {
+        const int i = fill * 32 + threadIdx.x % 32;
         const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
-        const long long q = table.query[local];
-        msda_sample sample;
-        if (q >= 0 && k < MSDA_K) {
-            msda_acc x, y, attention;
-            msda_read_sample(locations, weights, msda_sample_index(tile, q, Q, k), x, y, attention);
-            sample = msda_prepare(x, y, attention, table.levels[k / MSDA_P], tile.m);
-        } else {
-            for (int c = 0; c < 4; ++c) {
-                sample.offset[c] = MSDA_ELSEWHERE;
-                sample.weight[c] = 0;
-            }
-        }
-        const int slot = local * MSDA_PITCH + i % MSDA_CHUNK;
-        for (int c = 0; c < 4; ++c) {
-            table.offsets[slot].at[c] = sample.offset[c];
-            table.weights[slot].at[c] = sample.weight[c];
+        const msda_index q = __shfl_sync(0xffffffffu, queries, local % 32);
+        if (local < MSDA_QUERIES) {
+            msda_sample sample = {0, 0, 0, 0};
+            if (q >= 0 && k < MSDA_K)
+                sample = msda_prepare(msda_load(raw.xy[fill].element[0]), msda_load(raw.xy[fill].element[1]),
+                                      msda_load(raw.attention[fill]), levels[k / MSDA_P], work.m);
+            samples[local * MSDA_PITCH + i % MSDA_CHUNK] = sample;
         }
     }
 }

@@ -1,78 +1,97 @@
 // Forward: output[n, q, m] = sum over samples of attention * bilinear(value[n, :, m]).
 //
-// A block takes MSDA_QUERIES queries of one head. Its threads first work out the samples, one thread a sample, into
-// shared memory; then MSDA_LANES lanes a query read the four rows of each sample and accumulate MSDA_VEC channels
-// each in registers.
+// A warp takes MSDA_QUERIES queries of one head at a time. Its lanes first work out the samples, one each, into shared
+// memory; then MSDA_LANES lanes a query read the four rows of each sample and accumulate MSDA_VEC channels each in
+// registers. Warps share nothing but the levels, so none waits for another.
+
+__device__ __forceinline__ void msda_accumulate(
+        msda_acc (&sum)[MSDA_TURNS][MSDA_VEC], const msda_sample& sample, msda_address image, msda_address below,
+        int lane) {
+    msda_acc weight[4];
+    msda_weights(sample, weight);
+    const msda_address upper = image + msda_offset<sizeof(msda_value)>(sample.place), lower = upper + below;
+    const msda_address right = MSDA_M * MSDA_D * sizeof(msda_value);
+    const int inside = (int)sample.place;
+#pragma unroll
+    for (int turn = 0; turn < MSDA_TURNS; ++turn) {
+        const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
+        if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
+        const msda_address at = turn * MSDA_STEP * sizeof(msda_value);
+        msda_values row[4];
+        row[0] = msda_read_if(inside & 1, upper + at);
+        row[1] = msda_read_if(inside & 2, upper + right + at);
+        row[2] = msda_read_if(inside & 4, lower + at);
+        row[3] = msda_read_if(inside & 8, lower + right + at);
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+#pragma unroll
+            for (int v = 0; v < MSDA_VEC; ++v)
+                sum[turn][v] = fma(weight[c], msda_load(row[c].element[v]), sum[turn][v]);
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda_forward(
         const msda_value* __restrict__ value, const __grid_constant__ msda_metadata metadata,
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
-        msda_value* __restrict__ output, long long N, long long S, long long Q) {
-    extern __shared__ uint4 msda_shared[];
-    msda_table& table = *reinterpret_cast<msda_table*>(msda_shared);
+        msda_value* __restrict__ output, long long S, long long Q_) {
+    extern __shared__ uint4 msda_memory[];
+    msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
+    const msda_index Q = (msda_index)Q_;
 
-    msda_read_levels(metadata, S, table.levels);
+    msda_read_levels(metadata, S, shared.levels);
     __syncthreads();
 
-    const int local = threadIdx.x / MSDA_LANES, lane = threadIdx.x % MSDA_LANES;
-    const bool active = local < MSDA_QUERIES;
-    const long long tiles = N * MSDA_M * ((Q + MSDA_QUERIES - 1) / MSDA_QUERIES);
+    const msda_work work = msda_work_of_warp(Q);
+    const int local = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
+    msda_sample* samples = shared.samples[threadIdx.x / 32];
+    const msda_address image =
+        (msda_address)value + (work.image * S * (MSDA_M * MSDA_D) + lane * MSDA_VEC) * sizeof(msda_value);
 
-    for (long long index = blockIdx.x; index < tiles; index += gridDim.x) {
-        const msda_tile tile = msda_tile_at(index, Q);
-        msda_choose_queries(table, tile, Q);
-        __syncthreads();
-        const long long q = active ? table.query[local] : -1;
-        const msda_address image = (msda_address)value + tile.n * S * (MSDA_M * MSDA_D) * sizeof(msda_value);
-
+    msda_raw raw;
+    msda_index queries = msda_queries_of_round(work, 0, Q, shared.levels);
+    msda_load_raw(raw, work, queries, Q, 0, locations, weights);
+#pragma unroll 1
+    for (int round = 0; round < MSDA_ROUNDS; ++round) {
+        const msda_index q = __shfl_sync(0xffffffffu, queries, local % 32);
+        const bool active = local < MSDA_QUERIES && q >= 0;
         msda_acc sum[MSDA_TURNS][MSDA_VEC];
 #pragma unroll
         for (int turn = 0; turn < MSDA_TURNS; ++turn)
 #pragma unroll
             for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = 0;
 
+#pragma unroll 1
         for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-            if (k0 > 0) __syncthreads();
-            msda_fill(table, tile, Q, k0, locations, weights);
-            __syncthreads();
-            if (q >= 0) {
-                const msda_offsets* offsets = table.offsets + local * MSDA_PITCH;
-                const msda_weights* scales = table.weights + local * MSDA_PITCH;
-#pragma unroll MSDA_UNROLL
+            msda_fill(samples, shared.levels, raw, work, queries, k0);
+            __syncwarp();
+            if (k0 + MSDA_CHUNK < MSDA_K) {
+                msda_load_raw(raw, work, queries, Q, k0 + MSDA_CHUNK, locations, weights);
+            } else if (round + 1 < MSDA_ROUNDS) {
+                queries = msda_queries_of_round(work, round + 1, Q, shared.levels);
+                msda_load_raw(raw, work, queries, Q, 0, locations, weights);
+            }
+            if (active) {
+#pragma unroll msda_unroll
                 for (int k = 0; k < MSDA_CHUNK; ++k) {
-                    const msda_offsets at = offsets[k];
-                    const msda_weights scale = scales[k];
-                    const msda_address base = at.at[0] < 0 ? msda_zeros_base() : image;
-#pragma unroll
-                    for (int turn = 0; turn < MSDA_TURNS; ++turn) {
-                        const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
-                        if (MSDA_D % MSDA_STEP == 0 || channel < MSDA_D) {
-                            msda_values row[4];
-#pragma unroll
-                            for (int c = 0; c < 4; ++c)
-                                row[c] = msda_read(msda_at(base, at.at[c]) + channel * sizeof(msda_value));
-#pragma unroll
-                            for (int c = 0; c < 4; ++c)
-#pragma unroll
-                                for (int v = 0; v < MSDA_VEC; ++v)
-                                    sum[turn][v] = fma(scale.at[c], msda_load(row[c].element[v]), sum[turn][v]);
-                        }
-                    }
+                    const int level = MSDA_CHUNK >= MSDA_K ? k / MSDA_P : min((k0 + k) / MSDA_P, MSDA_L - 1);
+                    const msda_address below =
+                        (msda_address)shared.levels[level].w * (MSDA_M * MSDA_D * sizeof(msda_value));
+                    msda_accumulate(sum, samples[local * MSDA_PITCH + k], image, below, lane);
                 }
             }
+            __syncwarp();
         }
 
-        if (q >= 0) {
-            msda_value* target = output + ((tile.n * Q + q) * MSDA_M + tile.m) * MSDA_D;
+        if (active) {
+            msda_value* target = output + ((work.image * Q + q) * MSDA_M + work.m) * MSDA_D;
 #pragma unroll
             for (int turn = 0; turn < MSDA_TURNS; ++turn) {
                 const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
-                if (MSDA_D % MSDA_STEP == 0 || channel < MSDA_D) {
-                    msda_values out;
+                if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
+                msda_values out;
 #pragma unroll
-                    for (int v = 0; v < MSDA_VEC; ++v) msda_store(sum[turn][v], out.element[v]);
-                    reinterpret_cast<msda_values*>(target + channel)->word = out.word;
-                }
+                for (int v = 0; v < MSDA_VEC; ++v) msda_store(sum[turn][v], out.element[v]);
+                reinterpret_cast<msda_values*>(target + channel)->word = out.word;
             }
         }
     }

@@ -34,7 +34,6 @@ def forward(problem: Problem, operands: Operands) -> Any:
                 session.locations.data,
                 session.weights.data,
                 output.data,
-                problem.N,
                 problem.S,
                 problem.Q,
             )
@@ -76,7 +75,6 @@ def backward(problem: Problem, operands: Operands, *, grad_value: bool = True, g
                 total.data if total else 0,
                 locations.data if locations else 0,
                 weights.data if weights else 0,
-                problem.N,
                 problem.S,
                 problem.Q,
             )

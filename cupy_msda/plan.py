@@ -11,9 +11,8 @@ from .interop import item_size
 from .problem import SIXTEEN_BIT, Problem
 
 VECTOR_BYTES = 16
-THREADS = 256
-# Shared memory of a block: stays below the 48 KB that need no opt-in, and leaves most of the SM to L1.
-SHARED_BUDGET = 40 * 1024
+# Shared memory of a warp's samples: eight warps stay below the 48 KB that need no opt-in.
+WARP_SHARED_BUDGET = 5 * 1024
 # Rows of the patch of pixels that shares a block where queries are pixels.
 BAND = 8
 # More levels than this and the kernel's parameters would not hold them: they go to the device.
@@ -36,15 +35,20 @@ class KernelKey:
     D: int
     vec: int
     lanes: int
-    queries: int
     chunk: int
-    threads: int
+    warps: int
+    rounds: int
     min_blocks: int
     unroll: int
     band: int
     levels_on_device: bool
     grad_value: bool = False
     grad_samples: bool = False
+
+    @property
+    def queries(self) -> int:
+        """Queries that a warp works on at a time."""
+        return 32 // self.lanes
 
     def macros(self) -> dict[str, int]:
         """Preprocessor definitions, without dtypes, that the sources document."""
@@ -71,10 +75,9 @@ def forward(problem: Problem, alignment: int) -> Launch:
     """Launch of the forward kernel; `alignment` is the bytes that all value-like addresses are multiples of."""
     itemsize = item_size(problem.value_dtype)
     vec = _vector(problem.D, itemsize, min(alignment, VECTOR_BYTES))
-    pieces = problem.D // vec
-    turns = -(-pieces // 32)
-    lanes = -(-pieces // turns)
-    return _launch(problem, "forward", vec, lanes, **({"min_blocks": 4, "unroll": 4} if turns <= 4 else _MANY_TURNS))
+    lanes, turns = _lanes(problem.D // vec)
+    choices = {"min_blocks": 6, "unroll": 4} if turns <= 4 else _MANY_TURNS
+    return _launch(problem, "forward", vec, lanes, warps=8, rounds=4, **choices)
 
 
 def backward(problem: Problem, alignment: int, *, grad_value: bool = True, grad_samples: bool = True) -> Launch:
@@ -86,11 +89,11 @@ def backward(problem: Problem, alignment: int, *, grad_value: bool = True, grad_
     itemsize = item_size(problem.value_dtype)
     widest = VECTOR_BYTES // item_size(problem.accumulator_dtype) * itemsize
     vec = _vector(problem.D, itemsize, min(alignment, widest))
-    pieces = problem.D // vec
-    turns = -(-pieces // 32)
-    lanes = 1 << (-(-pieces // turns) - 1).bit_length()  # the shuffles need a power of two
-    choices = {"min_blocks": 3, "unroll": 2} if turns <= 4 else _MANY_TURNS
-    return _launch(problem, "backward", vec, lanes, grad_value=grad_value, grad_samples=grad_samples, **choices)
+    lanes, turns = _lanes(problem.D // vec)
+    lanes = 1 << (lanes - 1).bit_length()  # the shuffles need a power of two
+    choices = {"min_blocks": 4, "unroll": 2} if turns <= 4 else _MANY_TURNS
+    wanted = {"grad_value": grad_value, "grad_samples": grad_samples}
+    return _launch(problem, "backward", vec, lanes, warps=8, rounds=2, **wanted, **choices)
 
 
 def _vector(D: int, itemsize: int, width: int) -> int:
@@ -100,17 +103,24 @@ def _vector(D: int, itemsize: int, width: int) -> int:
     return vec
 
 
-def _launch(problem: Problem, kind: str, vec: int, lanes: int, **choices: int) -> Launch:
+def _lanes(pieces: int) -> tuple[int, int]:
+    """Lanes of a query and turns of a lane for a row of `pieces` vectors: as few turns as a warp allows.
+
+    More turns of fewer lanes would leave fewer lanes idle, but each would read shorter segments, and a segment costs
+    the L1 cache as much as a whole line.
+    """
+    turns = -(-pieces // 32)
+    return -(-pieces // turns), turns
+
+
+def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, rounds: int, **choices: int) -> Launch:
     K = problem.L * problem.P
-    index_64 = problem.S * problem.M * problem.D >= 2**31
-    entry = 4 * (8 if index_64 else 4) + 4 * item_size(problem.accumulator_dtype)
-    queries = THREADS // lanes
-    # Few lanes mean many queries and a large table: first fewer queries, then a part of the samples at a time.
-    while queries * lanes > 64 and queries * (K | 1) * entry > SHARED_BUDGET:
-        queries //= 2
-    most = SHARED_BUDGET // (queries * entry) - 1
-    chunk = -(-K // -(-K // max(1, most)))
-    threads = -(-queries * lanes // 32) * 32
+    # A sample's place is 16 times an offset in vectors, and may lie a row and a pixel outside the image.
+    widest = max(problem.S * problem.M * problem.D // vec * 32, problem.Q * problem.M * K * 2)
+    index_64 = widest >= 2**31
+    entry = sample_bytes(index_64, problem.accumulator_dtype)
+    most = max(1, WARP_SHARED_BUDGET // (32 // lanes * entry) - 1)
+    chunk = -(-K // -(-K // most))
     by_value = problem.levels is not None and problem.L <= MAX_LEVELS_BY_VALUE
     key = KernelKey(
         kind,
@@ -123,29 +133,33 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, **choices: int) -
         problem.D,
         vec,
         lanes,
-        queries,
         chunk,
-        threads,
+        warps,
+        rounds,
         band=BAND if problem.Q == problem.S and problem.Q < 2**31 else 0,
         levels_on_device=not by_value,
         **choices,
     )
-    tiles = problem.N * problem.M * -(-problem.Q // queries)
-    return Launch(key, min(tiles, 2**31 - 1), threads, shared_bytes(key))
+    grid = problem.N * problem.M * -(-problem.Q // (warps * rounds * key.queries))
+    return Launch(key, grid, 32 * warps, shared_bytes(key))
+
+
+def sample_bytes(index_64: bool, accumulator_dtype: str) -> int:
+    """Size of the kernels' `msda_sample`."""
+    accumulator = item_size(accumulator_dtype)
+    index = max(8 if index_64 else 4, accumulator)  # padded to the alignment of what follows
+    return -(-(index + 3 * accumulator) // 16) * 16
 
 
 def shared_bytes(key: KernelKey) -> int:
-    """Size of the kernels' `msda_table`."""
-    accumulator = 8 if key.value_dtype == "float64" else 4
-    index = 8 if key.index_64 else 4
-    slots = key.queries * (key.chunk | 1)
-    size = slots * 4 * (index + accumulator) + key.L * (index + 8)
-    size = -(-size // 8) * 8 + key.queries * 8
-    return -(-size // 16) * 16
+    """Size of the kernels' `msda_shared`."""
+    accumulator = "float64" if key.value_dtype == "float64" else "float32"
+    samples = key.warps * key.queries * (key.chunk | 1) * sample_bytes(key.index_64, accumulator)
+    return -(-(samples + key.L * ((8 if key.index_64 else 4) + 8)) // 16) * 16
 
 
 def round_gradient(value_dtype: str, count: int) -> Launch:
     """Launch of the kernel that rounds a float32 gradient of `count` elements to a 16-bit dtype."""
     assert value_dtype in SIXTEEN_BIT
-    key = KernelKey("round", value_dtype, "float32", False, 1, 1, 1, 1, 1, 1, 1, 1, THREADS, 1, 1, 0, False)
-    return Launch(key, max(1, min(-(-count // (4 * THREADS)), 1 << 16)), THREADS, 0)
+    key = KernelKey("round", value_dtype, "float32", False, 1, 1, 1, 1, 1, 1, 1, 8, 1, 1, 1, 0, False)
+    return Launch(key, max(1, min(-(-count // 1024), 1 << 16)), 256, 0)
