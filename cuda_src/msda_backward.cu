@@ -7,15 +7,18 @@
 // sample turns them into the gradients of location and weight.
 
 #if MSDA_GRAD_VALUE
-// Contiguous channels of one row of the float32 or float64 gradient.
-__device__ __forceinline__ void msda_add(msda_acc* target, const msda_acc (&x)[MSDA_VEC]) {
+// Adds contiguous channels to one row of the float32 or float64 gradient, where it is `present`. From sm_90 on one
+// vector reduction, predicated; elsewhere an atomic addition a channel.
+__device__ __forceinline__ void msda_add_if(bool present, msda_acc* target, const msda_acc (&x)[MSDA_VEC]) {
 #if !MSDA_VALUE_F64 && MSDA_VEC == 4 && __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(target), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p red.global.add.v4.f32 [%1], {%2, %3, %4, %5}; }"
+                 :: "r"((int)present), "l"(target), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
 #elif !MSDA_VALUE_F64 && MSDA_VEC == 2 && __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(target), "f"(x[0]), "f"(x[1]));
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p red.global.add.v2.f32 [%1], {%2, %3}; }"
+                 :: "r"((int)present), "l"(target), "f"(x[0]), "f"(x[1]));
 #else
-    for (int v = 0; v < MSDA_VEC; ++v) atomicAdd(target + v, x[v]);
+    if (present)
+        for (int v = 0; v < MSDA_VEC; ++v) atomicAdd(target + v, x[v]);
 #endif
 }
 #endif
@@ -26,9 +29,7 @@ __device__ __forceinline__ void msda_read_incoming(
         const msda_value* incoming, int turn, int lane, msda_acc (&grad)[MSDA_VEC]) {
     const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
     if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) return;
-    const msda_values packed = msda_read((msda_address)(incoming + channel));
-#pragma unroll
-    for (int v = 0; v < MSDA_VEC; ++v) grad[v] = msda_load(packed.element[v]);
+    msda_unpack(msda_read((msda_address)(incoming + channel)), grad);
 }
 
 #if MSDA_GRAD_SAMPLES
@@ -54,17 +55,17 @@ __device__ __forceinline__ void msda_reduce(msda_acc (&dot)[4], int lane) {
 
 // Gradients of the warp's samples [k0, k0 + MSDA_CHUNK) from the products in their places in shared memory.
 __device__ __forceinline__ void msda_write_samples(
-        const msda_sample* samples, const msda_level* levels, const msda_work& work, msda_index queries, msda_index Q,
-        int k0, const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
+        const msda_sample* samples, const msda_level* levels, msda_index queries, int k0,
+        const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
         msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights) {
     for (int i = threadIdx.x % 32; i < MSDA_FILLS * 32; i += 32) {
         const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
         const msda_index q = __shfl_sync(0xffffffffu, queries, local % 32);
         if (local >= MSDA_QUERIES || q < 0 || k >= MSDA_K) continue;
-        const long long index = msda_sample_index(work, q, Q, k);
+        const msda_index index = msda_in_image(q, k);
         const msda_level level = levels[k / MSDA_P];
         msda_vector<msda_location, 2> xy;
-        xy.word = __ldg(reinterpret_cast<const decltype(xy.word)*>(locations) + index);
+        xy.word = msda_read_location(locations, index);
         const msda_acc attention = msda_load(weights[index]);
         const msda_cell cell = msda_locate(msda_load(xy.element[0]), msda_load(xy.element[1]), level);
         const msda_acc nothing = level.w > 0 ? (msda_acc)0 : msda_nan();
@@ -86,7 +87,7 @@ __device__ __forceinline__ void msda_write_samples(
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda_backward(
+extern "C" __global__ void MSDA_BOUNDS msda_backward(
         const msda_value* __restrict__ value, const __grid_constant__ msda_metadata metadata,
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
         const msda_value* __restrict__ grad_output, msda_acc* __restrict__ grad_value,
@@ -96,17 +97,24 @@ extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
     const msda_index Q = (msda_index)Q_;
 
-    msda_read_levels(metadata, S, shared.levels);
+    const bool packed = msda_read_levels(metadata, S, Q_, shared.levels);
+    if (threadIdx.x == 0) shared.packed = packed;
     __syncthreads();
 
     const msda_work work = msda_work_of_warp(Q);
+    locations += 2 * msda_first_sample(work, Q_);
+    weights += msda_first_sample(work, Q_);
+#if MSDA_GRAD_SAMPLES
+    grad_locations += 2 * msda_first_sample(work, Q_);
+    grad_weights += msda_first_sample(work, Q_);
+#endif
     const int local = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
     msda_sample* samples = shared.samples[threadIdx.x / 32];
     const long long first = work.image * S * (MSDA_M * MSDA_D) + lane * MSDA_VEC;
 
     msda_raw raw;
-    msda_index queries = msda_queries_of_round(work, 0, Q, shared.levels);
-    msda_load_raw(raw, work, queries, Q, 0, locations, weights);
+    msda_index queries = msda_queries_of_round(shared, work, 0, Q);
+    msda_load_raw(raw, queries, 0, locations, weights);
 #pragma unroll 1
     for (int round = 0; round < MSDA_ROUNDS; ++round) {
         const msda_index q = __shfl_sync(0xffffffffu, queries, local);
@@ -149,16 +157,16 @@ extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda
                         const long long at = corner + (c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below + channel;
 #if MSDA_GRAD_SAMPLES
                         const msda_values row = msda_read_if(present, (msda_address)value + at * sizeof(msda_value));
+                        msda_acc x[MSDA_VEC];
+                        msda_unpack(row, x);
 #pragma unroll
-                        for (int v = 0; v < MSDA_VEC; ++v) dot[c] = fma(grad[v], msda_load(row.element[v]), dot[c]);
+                        for (int v = 0; v < MSDA_VEC; ++v) dot[c] = fma(grad[v], x[v], dot[c]);
 #endif
 #if MSDA_GRAD_VALUE
-                        if (present) {
-                            msda_acc part[MSDA_VEC];
+                        msda_acc part[MSDA_VEC];
 #pragma unroll
-                            for (int v = 0; v < MSDA_VEC; ++v) part[v] = weight[c] * grad[v];
-                            msda_add(grad_value + at, part);
-                        }
+                        for (int v = 0; v < MSDA_VEC; ++v) part[v] = weight[c] * grad[v];
+                        msda_add_if(present, grad_value + at, part);
 #endif
                     }
                 }
@@ -178,15 +186,14 @@ extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda
             }
             __syncwarp();
 #if MSDA_GRAD_SAMPLES
-            msda_write_samples(samples, shared.levels, work, queries, Q, k0, locations, weights, grad_locations,
-                               grad_weights);
+            msda_write_samples(samples, shared.levels, queries, k0, locations, weights, grad_locations, grad_weights);
             __syncwarp();
 #endif
             if (k0 + MSDA_CHUNK < MSDA_K) {
-                msda_load_raw(raw, work, queries, Q, k0 + MSDA_CHUNK, locations, weights);
+                msda_load_raw(raw, queries, k0 + MSDA_CHUNK, locations, weights);
             } else if (round + 1 < MSDA_ROUNDS) {
-                queries = msda_queries_of_round(work, round + 1, Q, shared.levels);
-                msda_load_raw(raw, work, queries, Q, 0, locations, weights);
+                queries = msda_queries_of_round(shared, work, round + 1, Q);
+                msda_load_raw(raw, queries, 0, locations, weights);
             }
         }
     }

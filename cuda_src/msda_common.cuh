@@ -48,11 +48,20 @@ typedef msda_acc msda_location;
 #endif
 
 #define MSDA_THREADS (32 * MSDA_WARPS)
+// Registers are capped for MSDA_MIN_BLOCKS resident blocks; some architectures hold fewer threads than that.
+#if __CUDA_ARCH__ == 750
+#define MSDA_RESIDENT (1024 / MSDA_THREADS)
+#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+#define MSDA_RESIDENT (1536 / MSDA_THREADS)
+#else
+#define MSDA_RESIDENT (2048 / MSDA_THREADS)
+#endif
+#define MSDA_BOUNDS __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS < MSDA_RESIDENT ? MSDA_MIN_BLOCKS : MSDA_RESIDENT)
 #define MSDA_QUERIES (32 / MSDA_LANES)                         // queries that a warp works on at a time
 #define MSDA_K (MSDA_L * MSDA_P)
 #define MSDA_STEP (MSDA_LANES * MSDA_VEC)                      // channels between two turns of a lane
 #define MSDA_TURNS ((MSDA_D + MSDA_STEP - 1) / MSDA_STEP)
-constexpr int msda_unroll = MSDA_UNROLL;                       // a pragma's macros are not expanded everywhere
+enum { msda_unroll = MSDA_UNROLL };                            // a pragma's macros are not expanded everywhere
 
 // ---- conversions: 16-bit numbers travel as bits, arithmetic is msda_acc -------------------------------------
 
@@ -88,10 +97,38 @@ template <typename T, int N>
 union msda_vector {
     typename msda_word<sizeof(T) * N>::type word;
     T element[N];
+    unsigned pair[(sizeof(T) * N + 3) / 4];   // two 16-bit elements each
     __device__ __forceinline__ msda_vector() {}
 };
 
 typedef msda_vector<msda_value, MSDA_VEC> msda_values;
+
+template <typename T, int N>
+__device__ __forceinline__ void msda_unpack(const msda_vector<T, N>& v, msda_acc (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = msda_load(v.element[i]);
+}
+
+// Pairs of 16-bit elements straight from their register: taken one by one, each costs a shift or a move as well, and
+// the float16 forward is bound by instructions (139 us with, encoder_800x1333, H200; without: benchmarks/NOTES.md).
+template <int N>
+__device__ __forceinline__ void msda_unpack(const msda_vector<msda_f16, N>& v, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i + 1 < N; i += 2)
+        asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+            : "=f"(x[i]), "=f"(x[i + 1]) : "r"(v.pair[i / 2]));
+    if (N % 2) x[N - 1] = msda_load(v.element[N - 1]);
+}
+
+template <int N>
+__device__ __forceinline__ void msda_unpack(const msda_vector<msda_bf16, N>& v, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i + 1 < N; i += 2) {
+        x[i] = __uint_as_float(v.pair[i / 2] << 16);
+        x[i + 1] = __uint_as_float(v.pair[i / 2] & 0xffff0000u);
+    }
+    if (N % 2) x[N - 1] = msda_load(v.element[N - 1]);
+}
 
 // Read-only data, through L1.
 __device__ __forceinline__ msda_values msda_read(msda_address address) {
@@ -126,7 +163,12 @@ struct msda_metadata {
 };
 #endif
 
-__device__ __forceinline__ void msda_read_levels(const msda_metadata& metadata, long long S, msda_level* levels) {
+// One thread a level. Returns, in the first warp, whether the levels follow each other and together have `total`
+// pixels (false where there are more than 32).
+__device__ __forceinline__ bool msda_read_levels(
+        const msda_metadata& metadata, long long S, long long total, msda_level* levels) {
+    long long size = 0;
+    bool packed = MSDA_L <= 32;
 #pragma unroll 1
     for (int l = threadIdx.x; l < MSDA_L; l += MSDA_THREADS) {
 #if MSDA_LEVELS_ON_DEVICE
@@ -149,31 +191,43 @@ __device__ __forceinline__ void msda_read_levels(const msda_metadata& metadata, 
         levels[l].h = fits ? (int)h : 0;
         levels[l].w = fits ? (int)w : 0;
         levels[l].start = fits ? (msda_index)start : 0;
+        size = fits ? h * w : 0;
+        packed = packed && fits;
     }
+#if MSDA_BAND
+    if (threadIdx.x < 32) {
+        __syncwarp();
+        long long end = size;
+        for (int step = 1; step < 32; step *= 2) {
+            const long long before = __shfl_up_sync(0xffffffffu, end, step);
+            if (threadIdx.x >= step) end += before;
+        }
+        if (threadIdx.x < MSDA_L) packed = packed && levels[threadIdx.x].start == end - size;
+        packed = packed && __shfl_sync(0xffffffffu, end, 31) == total;
+        return __all_sync(0xffffffffu, packed);
+    }
+#endif
+    (void)size, (void)packed;
+    return false;
 }
 
 // ---- order of queries --------------------------------------------------------------------------------------
 
 // Query at `position` of the order in which warps take them. Where queries are the pixels of all levels, neighbouring
 // warps then hold a patch of MSDA_BAND rows instead of a line, and their samples share more of L1.
-__device__ __forceinline__ msda_index msda_query(msda_index position, msda_index Q, const msda_level* levels) {
+__device__ __forceinline__ msda_index msda_query(msda_index position, const msda_level* levels, bool packed) {
 #if MSDA_BAND
-    msda_index total = 0;
-    bool packed = true;
-    for (int l = 0; l < MSDA_L; ++l) {
-        packed = packed && levels[l].start == total;
-        total += (msda_index)levels[l].h * levels[l].w;
-    }
-    if (!packed || total != Q) return position;
+    if (!packed) return position;
     int l = 0;
-    while (position >= levels[l].start + (msda_index)levels[l].h * levels[l].w) ++l;
-    const unsigned inside = (unsigned)(position - levels[l].start);
-    const unsigned h = levels[l].h, w = levels[l].w;
+#pragma unroll
+    for (int next = 1; next < MSDA_L; ++next) l += position >= levels[next].start;
+    const msda_level level = levels[l];
+    const unsigned inside = (unsigned)(position - level.start), w = level.w;
     const unsigned band = inside / (MSDA_BAND * w), first_row = band * MSDA_BAND;
     const unsigned in_band = inside - first_row * w;
-    const unsigned rows = min((unsigned)MSDA_BAND, h - first_row);
+    const unsigned rows = min((unsigned)MSDA_BAND, level.h - first_row);
     const unsigned column = rows == MSDA_BAND ? in_band / MSDA_BAND : in_band / rows;
-    return levels[l].start + (msda_index)((first_row + (in_band - column * rows)) * w + column);
+    return level.start + (msda_index)((first_row + (in_band - column * rows)) * w + column);
 #else
     return position;
 #endif
@@ -254,6 +308,7 @@ __device__ __forceinline__ msda_address msda_offset(msda_index place) {
 struct msda_shared {
     msda_sample samples[MSDA_WARPS][MSDA_QUERIES * MSDA_PITCH];
     msda_level levels[MSDA_L];
+    int packed;
 };
 
 // A block works on one head of one image, on MSDA_WARPS * MSDA_ROUNDS groups of MSDA_QUERIES queries.
@@ -276,10 +331,10 @@ __device__ __forceinline__ msda_work msda_work_of_warp(msda_index Q) {
 
 // The queries of a round, one a lane (-1 past the last): lane i has that of local query i.
 __device__ __forceinline__ msda_index msda_queries_of_round(
-        const msda_work& work, int round, msda_index Q, const msda_level* levels) {
+        const msda_shared& shared, const msda_work& work, int round, msda_index Q) {
     const int lane = threadIdx.x % 32;
     const msda_index position = work.first + (msda_index)round * (MSDA_WARPS * MSDA_QUERIES) + lane;
-    return lane < MSDA_QUERIES && position < Q ? msda_query(position, Q, levels) : -1;
+    return lane < MSDA_QUERIES && position < Q ? msda_query(position, shared.levels, shared.packed) : -1;
 }
 
 // One sample a lane and turn, from global memory. The loads of the next round are issued before the current one is
@@ -291,22 +346,30 @@ struct msda_raw {
     msda_location attention[MSDA_FILLS];
 };
 
-__device__ __forceinline__ long long msda_sample_index(const msda_work& work, msda_index q, msda_index Q, int k) {
-    return (work.image * Q + q) * (MSDA_M * MSDA_K) + (work.m * MSDA_K + k);
+// Index of sample 0 of this image's query 0 in attention_weights; that of sample k of query q is msda_in_image more.
+__device__ __forceinline__ long long msda_first_sample(const msda_work& work, long long Q) {
+    return work.image * Q * (MSDA_M * MSDA_K) + work.m * MSDA_K;
 }
 
+__device__ __forceinline__ msda_index msda_in_image(msda_index q, int k) { return q * (MSDA_M * MSDA_K) + k; }
+
+__device__ __forceinline__ decltype(msda_vector<msda_location, 2>::word) msda_read_location(
+        const msda_location* __restrict__ locations, msda_index index) {
+    return __ldg(reinterpret_cast<const decltype(msda_vector<msda_location, 2>::word)*>(locations) + index);
+}
+
+// `locations` and `weights` begin at the first sample.
 __device__ __forceinline__ void msda_load_raw(
-        msda_raw& raw, const msda_work& work, msda_index queries, msda_index Q, int k0,
-        const msda_location* __restrict__ locations, const msda_location* __restrict__ weights) {
+        msda_raw& raw, msda_index queries, int k0, const msda_location* __restrict__ locations,
+        const msda_location* __restrict__ weights) {
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
         const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
         const msda_index q = __shfl_sync(0xffffffffu, queries, local % 32);
         if (local < MSDA_QUERIES && q >= 0 && k < MSDA_K) {
-            const long long index = msda_sample_index(work, q, Q, k);
-            raw.xy[fill].word = __ldg(reinterpret_cast<const decltype(raw.xy[fill].word)*>(locations) + index);
-            raw.attention[fill] = weights[index];
+            raw.xy[fill].word = msda_read_location(locations, msda_in_image(q, k));
+            raw.attention[fill] = weights[msda_in_image(q, k)];
         }
     }
 }

@@ -23,14 +23,16 @@ __device__ __forceinline__ void msda_accumulate(
         row[2] = msda_read_if(inside & 4, lower + at);
         row[3] = msda_read_if(inside & 8, lower + right + at);
 #pragma unroll
-        for (int c = 0; c < 4; ++c)
+        for (int c = 0; c < 4; ++c) {
+            msda_acc x[MSDA_VEC];
+            msda_unpack(row[c], x);
 #pragma unroll
-            for (int v = 0; v < MSDA_VEC; ++v)
-                sum[turn][v] = fma(weight[c], msda_load(row[c].element[v]), sum[turn][v]);
+            for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = fma(weight[c], x[v], sum[turn][v]);
+        }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda_forward(
+extern "C" __global__ void MSDA_BOUNDS msda_forward(
         const msda_value* __restrict__ value, const __grid_constant__ msda_metadata metadata,
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
         msda_value* __restrict__ output, long long S, long long Q_) {
@@ -38,18 +40,21 @@ extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
     const msda_index Q = (msda_index)Q_;
 
-    msda_read_levels(metadata, S, shared.levels);
+    const bool packed = msda_read_levels(metadata, S, Q_, shared.levels);
+    if (threadIdx.x == 0) shared.packed = packed;
     __syncthreads();
 
     const msda_work work = msda_work_of_warp(Q);
+    locations += 2 * msda_first_sample(work, Q_);
+    weights += msda_first_sample(work, Q_);
     const int local = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
     msda_sample* samples = shared.samples[threadIdx.x / 32];
     const msda_address image =
         (msda_address)value + (work.image * S * (MSDA_M * MSDA_D) + lane * MSDA_VEC) * sizeof(msda_value);
 
     msda_raw raw;
-    msda_index queries = msda_queries_of_round(work, 0, Q, shared.levels);
-    msda_load_raw(raw, work, queries, Q, 0, locations, weights);
+    msda_index queries = msda_queries_of_round(shared, work, 0, Q);
+    msda_load_raw(raw, queries, 0, locations, weights);
 #pragma unroll 1
     for (int round = 0; round < MSDA_ROUNDS; ++round) {
         const msda_index q = __shfl_sync(0xffffffffu, queries, local % 32);
@@ -65,10 +70,10 @@ extern "C" __global__ void __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS) msda
             msda_fill(samples, shared.levels, raw, work, queries, k0);
             __syncwarp();
             if (k0 + MSDA_CHUNK < MSDA_K) {
-                msda_load_raw(raw, work, queries, Q, k0 + MSDA_CHUNK, locations, weights);
+                msda_load_raw(raw, queries, k0 + MSDA_CHUNK, locations, weights);
             } else if (round + 1 < MSDA_ROUNDS) {
-                queries = msda_queries_of_round(work, round + 1, Q, shared.levels);
-                msda_load_raw(raw, work, queries, Q, 0, locations, weights);
+                queries = msda_queries_of_round(shared, work, round + 1, Q);
+                msda_load_raw(raw, queries, 0, locations, weights);
             }
             if (active) {
 #pragma unroll msda_unroll

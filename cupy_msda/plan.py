@@ -13,6 +13,8 @@ from .problem import SIXTEEN_BIT, Problem
 VECTOR_BYTES = 16
 # Shared memory of a warp's samples: eight warps stay below the 48 KB that need no opt-in.
 WARP_SHARED_BUDGET = 5 * 1024
+# Samples that a lane holds in registers between loading and preparing them.
+MAX_FILLS = 4
 # Rows of the patch of pixels that shares a block where queries are pixels.
 BAND = 8
 # More levels than this and the kernel's parameters would not hold them: they go to the device.
@@ -76,8 +78,9 @@ def forward(problem: Problem, alignment: int) -> Launch:
     itemsize = item_size(problem.value_dtype)
     vec = _vector(problem.D, itemsize, min(alignment, VECTOR_BYTES))
     lanes, turns = _lanes(problem.D // vec)
-    choices = {"min_blocks": 6, "unroll": 4} if turns <= 4 else _MANY_TURNS
-    return _launch(problem, "forward", vec, lanes, warps=8, rounds=4, **choices)
+    # Registers: 40 for float32 (latency-bound: as many warps as fit), 48 for 16 bits, 64 for float64.
+    choices = {"min_blocks": {2: 5, 4: 6, 8: 4}[itemsize], "unroll": 4} if turns <= 4 else _MANY_TURNS
+    return _launch(problem, "forward", vec, lanes, warps=8, rounds=1, **choices)
 
 
 def backward(problem: Problem, alignment: int, *, grad_value: bool = True, grad_samples: bool = True) -> Launch:
@@ -91,9 +94,9 @@ def backward(problem: Problem, alignment: int, *, grad_value: bool = True, grad_
     vec = _vector(problem.D, itemsize, min(alignment, widest))
     lanes, turns = _lanes(problem.D // vec)
     lanes = 1 << (lanes - 1).bit_length()  # the shuffles need a power of two
-    choices = {"min_blocks": 4, "unroll": 2} if turns <= 4 else _MANY_TURNS
+    choices = {"min_blocks": 8, "unroll": 2} if turns <= 4 else _MANY_TURNS
     wanted = {"grad_value": grad_value, "grad_samples": grad_samples}
-    return _launch(problem, "backward", vec, lanes, warps=8, rounds=2, **wanted, **choices)
+    return _launch(problem, "backward", vec, lanes, warps=4, rounds=2, **wanted, **choices)
 
 
 def _vector(D: int, itemsize: int, width: int) -> int:
@@ -119,7 +122,7 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
     widest = max(problem.S * problem.M * problem.D // vec * 32, problem.Q * problem.M * K * 2)
     index_64 = widest >= 2**31
     entry = sample_bytes(index_64, problem.accumulator_dtype)
-    most = max(1, WARP_SHARED_BUDGET // (32 // lanes * entry) - 1)
+    most = max(1, min(WARP_SHARED_BUDGET // (32 // lanes * entry) - 1, MAX_FILLS * lanes))
     chunk = -(-K // -(-K // most))
     by_value = problem.levels is not None and problem.L <= MAX_LEVELS_BY_VALUE
     key = KernelKey(
@@ -136,7 +139,7 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
         chunk,
         warps,
         rounds,
-        band=BAND if problem.Q == problem.S and problem.Q < 2**31 else 0,
+        band=BAND if problem.Q == problem.S and problem.Q < 2**31 and problem.L <= 32 else 0,
         levels_on_device=not by_value,
         **choices,
     )
@@ -155,7 +158,8 @@ def shared_bytes(key: KernelKey) -> int:
     """Size of the kernels' `msda_shared`."""
     accumulator = "float64" if key.value_dtype == "float64" else "float32"
     samples = key.warps * key.queries * (key.chunk | 1) * sample_bytes(key.index_64, accumulator)
-    return -(-(samples + key.L * ((8 if key.index_64 else 4) + 8)) // 16) * 16
+    levels = key.L * (16 if key.index_64 else 12)
+    return -(-(samples + levels + 4) // 16) * 16
 
 
 def round_gradient(value_dtype: str, count: int) -> Launch:
