@@ -55,15 +55,15 @@ __device__ __forceinline__ void msda_reduce(msda_acc (&dot)[4], int lane) {
 
 // Gradients of the warp's samples [k0, k0 + MSDA_CHUNK) from the products in their places in shared memory.
 __device__ __forceinline__ void msda_write_samples(
-        const msda_sample* samples, const msda_level* levels, msda_index queries, int k0,
+        const msda_sample* samples, const msda_shared& shared, int round, int k0,
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
         msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights) {
     for (int i = threadIdx.x % 32; i < MSDA_FILLS * 32; i += 32) {
         const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
-        const msda_index q = __shfl_sync(0xffffffffu, queries, local % 32);
-        if (local >= MSDA_QUERIES || q < 0 || k >= MSDA_K) continue;
+        const msda_index q = msda_query_of(shared, round, local);
+        if (q < 0 || k >= MSDA_K) continue;
         const msda_index index = msda_in_image(q, k);
-        const msda_level level = levels[k / MSDA_P];
+        const msda_level level = shared.levels[k / MSDA_P];
         msda_vector<msda_location, 2> xy;
         xy.word = msda_read_location(locations, index);
         const msda_acc attention = msda_load(weights[index]);
@@ -97,11 +97,8 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
     const msda_index Q = (msda_index)Q_;
 
-    const bool packed = msda_read_levels(metadata, S, Q_, shared.levels);
-    if (threadIdx.x == 0) shared.packed = packed;
-    __syncthreads();
-
-    const msda_work work = msda_work_of_warp(Q);
+    const msda_work work = msda_work_of_block(Q);
+    msda_begin(shared, work, metadata, S, Q);
     locations += 2 * msda_first_sample(work, Q_);
     weights += msda_first_sample(work, Q_);
 #if MSDA_GRAD_SAMPLES
@@ -113,11 +110,10 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
     const long long first = work.image * S * (MSDA_M * MSDA_D) + lane * MSDA_VEC;
 
     msda_raw raw;
-    msda_index queries = msda_queries_of_round(shared, work, 0, Q);
-    msda_load_raw(raw, queries, 0, locations, weights);
+    msda_load_raw(raw, shared, 0, 0, locations, weights);
 #pragma unroll 1
     for (int round = 0; round < MSDA_ROUNDS; ++round) {
-        const msda_index q = __shfl_sync(0xffffffffu, queries, local);
+        const msda_index q = msda_query_of(shared, round, local);
         // Lanes past the last query take part in the shuffles; query 0 stands in as an address they may read.
         const msda_value* incoming = grad_output + ((work.image * Q + (q < 0 ? 0 : q)) * MSDA_M + work.m) * MSDA_D;
         // Held in registers unless a head has very many channels.
@@ -129,7 +125,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
 
 #pragma unroll 1
         for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-            msda_fill(samples, shared.levels, raw, work, queries, k0);
+            msda_fill(samples, shared, raw, work, round, k0);
             __syncwarp();
 #pragma unroll msda_unroll
             for (int k = 0; k < MSDA_CHUNK; ++k) {
@@ -186,14 +182,13 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
             }
             __syncwarp();
 #if MSDA_GRAD_SAMPLES
-            msda_write_samples(samples, shared.levels, queries, k0, locations, weights, grad_locations, grad_weights);
+            msda_write_samples(samples, shared, round, k0, locations, weights, grad_locations, grad_weights);
             __syncwarp();
 #endif
             if (k0 + MSDA_CHUNK < MSDA_K) {
-                msda_load_raw(raw, queries, k0 + MSDA_CHUNK, locations, weights);
+                msda_load_raw(raw, shared, round, k0 + MSDA_CHUNK, locations, weights);
             } else if (round + 1 < MSDA_ROUNDS) {
-                queries = msda_queries_of_round(shared, work, round + 1, Q);
-                msda_load_raw(raw, queries, 0, locations, weights);
+                msda_load_raw(raw, shared, round + 1, 0, locations, weights);
             }
         }
     }

@@ -137,7 +137,9 @@ __device__ __forceinline__ msda_values msda_read(msda_address address) {
     return v;
 }
 
-// The same where `present`, zeros elsewhere: a predicated load, no branch.
+// The same where `present`, zeros elsewhere: a predicated load, no branch. (Predicated additions instead of the zeros,
+// in inline PTX, save 8 of 39 instructions a sample but not the registers: ptxas keeps the last row alive for the case
+// that the load does not happen, and spilled 384 bytes.)
 __device__ __forceinline__ msda_values msda_read_if(bool present, msda_address address) {
     msda_values v;
     v.word = decltype(v.word)();
@@ -308,33 +310,47 @@ __device__ __forceinline__ msda_address msda_offset(msda_index place) {
 struct msda_shared {
     msda_sample samples[MSDA_WARPS][MSDA_QUERIES * MSDA_PITCH];
     msda_level levels[MSDA_L];
-    int packed;
+    msda_index query[MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES];   // -1 past the last one
 };
 
 // A block works on one head of one image, on MSDA_WARPS * MSDA_ROUNDS groups of MSDA_QUERIES queries.
 struct msda_work {
     long long image;    // n
     int m;
-    msda_index first;   // position of the first query of this warp's first round
+    msda_index first;   // position of the block's first query
 };
 
-__device__ __forceinline__ msda_work msda_work_of_warp(msda_index Q) {
+__device__ __forceinline__ msda_work msda_work_of_block(msda_index Q) {
     const msda_index in_block = MSDA_WARPS * MSDA_ROUNDS * MSDA_QUERIES;
     const unsigned blocks = (unsigned)((Q + in_block - 1) / in_block);
     const unsigned head = blockIdx.x / blocks;
     msda_work work;
     work.image = head / MSDA_M;
     work.m = (int)(head % MSDA_M);
-    work.first = (msda_index)(blockIdx.x - head * blocks) * in_block + (msda_index)(threadIdx.x / 32) * MSDA_QUERIES;
+    work.first = (msda_index)(blockIdx.x - head * blocks) * in_block;
     return work;
 }
 
-// The queries of a round, one a lane (-1 past the last): lane i has that of local query i.
-__device__ __forceinline__ msda_index msda_queries_of_round(
-        const msda_shared& shared, const msda_work& work, int round, msda_index Q) {
-    const int lane = threadIdx.x % 32;
-    const msda_index position = work.first + (msda_index)round * (MSDA_WARPS * MSDA_QUERIES) + lane;
-    return lane < MSDA_QUERIES && position < Q ? msda_query(position, shared.levels, shared.packed) : -1;
+// What a block shares: its levels and its queries. By the whole block, not by each warp for its own few queries: that
+// was a tenth of all instructions.
+__device__ __forceinline__ void msda_begin(
+        msda_shared& shared, const msda_work& work, const msda_metadata& metadata, long long S, msda_index Q) {
+    const bool packed = msda_read_levels(metadata, S, Q, shared.levels);
+#if MSDA_BAND
+    const bool all_packed = __syncthreads_or(packed);
+#else
+    const bool all_packed = packed;
+    __syncthreads();
+#endif
+#pragma unroll 1
+    for (int i = threadIdx.x; i < MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES; i += MSDA_THREADS)
+        shared.query[i] = work.first + i < Q ? msda_query(work.first + i, shared.levels, all_packed) : -1;
+    __syncthreads();
+}
+
+// Query `local` of this warp's `round`; only the lanes beyond the last group of a warp have a `local` that is too high.
+__device__ __forceinline__ msda_index msda_query_of(const msda_shared& shared, int round, int local) {
+    return local < MSDA_QUERIES ? shared.query[(round * MSDA_WARPS + threadIdx.x / 32) * MSDA_QUERIES + local] : -1;
 }
 
 // One sample a lane and turn, from global memory. The loads of the next round are issued before the current one is
@@ -360,14 +376,14 @@ __device__ __forceinline__ decltype(msda_vector<msda_location, 2>::word) msda_re
 
 // `locations` and `weights` begin at the first sample.
 __device__ __forceinline__ void msda_load_raw(
-        msda_raw& raw, msda_index queries, int k0, const msda_location* __restrict__ locations,
+        msda_raw& raw, const msda_shared& shared, int round, int k0, const msda_location* __restrict__ locations,
         const msda_location* __restrict__ weights) {
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
         const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
-        const msda_index q = __shfl_sync(0xffffffffu, queries, local % 32);
-        if (local < MSDA_QUERIES && q >= 0 && k < MSDA_K) {
+        const msda_index q = msda_query_of(shared, round, local);
+        if (q >= 0 && k < MSDA_K) {
             raw.xy[fill].word = msda_read_location(locations, msda_in_image(q, k));
             raw.attention[fill] = weights[msda_in_image(q, k)];
         }
@@ -376,18 +392,17 @@ __device__ __forceinline__ void msda_load_raw(
 
 // Raw samples to prepared ones in shared memory. Where there is none, a sample that does not count.
 __device__ __forceinline__ void msda_fill(
-        msda_sample* samples, const msda_level* levels, const msda_raw& raw, const msda_work& work, msda_index queries,
-        int k0) {
+        msda_sample* samples, const msda_shared& shared, const msda_raw& raw, const msda_work& work, int round, int k0) {
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
         const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
-        const msda_index q = __shfl_sync(0xffffffffu, queries, local % 32);
         if (local < MSDA_QUERIES) {
+            const msda_index q = msda_query_of(shared, round, local);
             msda_sample sample = {0, 0, 0, 0};
             if (q >= 0 && k < MSDA_K)
                 sample = msda_prepare(msda_load(raw.xy[fill].element[0]), msda_load(raw.xy[fill].element[1]),
-                                      msda_load(raw.attention[fill]), levels[k / MSDA_P], work.m);
+                                      msda_load(raw.attention[fill]), shared.levels[k / MSDA_P], work.m);
             samples[local * MSDA_PITCH + i % MSDA_CHUNK] = sample;
         }
     }

@@ -18,10 +18,9 @@ __device__ __forceinline__ void msda_accumulate(
         if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
         const msda_address at = turn * MSDA_STEP * sizeof(msda_value);
         msda_values row[4];
-        row[0] = msda_read_if(inside & 1, upper + at);
-        row[1] = msda_read_if(inside & 2, upper + right + at);
-        row[2] = msda_read_if(inside & 4, lower + at);
-        row[3] = msda_read_if(inside & 8, lower + right + at);
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+            row[c] = msda_read_if(inside >> c & 1, (c < 2 ? upper : lower) + (c % 2 ? right : 0) + at);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
             msda_acc x[MSDA_VEC];
@@ -40,11 +39,8 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
     const msda_index Q = (msda_index)Q_;
 
-    const bool packed = msda_read_levels(metadata, S, Q_, shared.levels);
-    if (threadIdx.x == 0) shared.packed = packed;
-    __syncthreads();
-
-    const msda_work work = msda_work_of_warp(Q);
+    const msda_work work = msda_work_of_block(Q);
+    msda_begin(shared, work, metadata, S, Q);
     locations += 2 * msda_first_sample(work, Q_);
     weights += msda_first_sample(work, Q_);
     const int local = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
@@ -53,12 +49,11 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
         (msda_address)value + (work.image * S * (MSDA_M * MSDA_D) + lane * MSDA_VEC) * sizeof(msda_value);
 
     msda_raw raw;
-    msda_index queries = msda_queries_of_round(shared, work, 0, Q);
-    msda_load_raw(raw, queries, 0, locations, weights);
+    msda_load_raw(raw, shared, 0, 0, locations, weights);
 #pragma unroll 1
     for (int round = 0; round < MSDA_ROUNDS; ++round) {
-        const msda_index q = __shfl_sync(0xffffffffu, queries, local % 32);
-        const bool active = local < MSDA_QUERIES && q >= 0;
+        const msda_index q = msda_query_of(shared, round, local);
+        const bool active = q >= 0;
         msda_acc sum[MSDA_TURNS][MSDA_VEC];
 #pragma unroll
         for (int turn = 0; turn < MSDA_TURNS; ++turn)
@@ -67,13 +62,12 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
 
 #pragma unroll 1
         for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-            msda_fill(samples, shared.levels, raw, work, queries, k0);
+            msda_fill(samples, shared, raw, work, round, k0);
             __syncwarp();
             if (k0 + MSDA_CHUNK < MSDA_K) {
-                msda_load_raw(raw, queries, k0 + MSDA_CHUNK, locations, weights);
+                msda_load_raw(raw, shared, round, k0 + MSDA_CHUNK, locations, weights);
             } else if (round + 1 < MSDA_ROUNDS) {
-                queries = msda_queries_of_round(shared, work, round + 1, Q);
-                msda_load_raw(raw, queries, 0, locations, weights);
+                msda_load_raw(raw, shared, round + 1, 0, locations, weights);
             }
             if (active) {
 #pragma unroll msda_unroll

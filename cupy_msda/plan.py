@@ -158,8 +158,9 @@ def shared_bytes(key: KernelKey) -> int:
     """Size of the kernels' `msda_shared`."""
     accumulator = "float64" if key.value_dtype == "float64" else "float32"
     samples = key.warps * key.queries * (key.chunk | 1) * sample_bytes(key.index_64, accumulator)
-    levels = key.L * (16 if key.index_64 else 12)
-    return -(-(samples + levels + 4) // 16) * 16
+    index = 8 if key.index_64 else 4
+    queries = key.rounds * key.warps * key.queries * index
+    return -(-(samples + key.L * (index + 8) + queries) // 16) * 16
 
 
 def round_gradient(value_dtype: str, count: int) -> Launch:
