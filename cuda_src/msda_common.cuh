@@ -169,8 +169,8 @@ struct msda_metadata {
 // pixels (false where there are more than 32).
 __device__ __forceinline__ bool msda_read_levels(
         const msda_metadata& metadata, long long S, long long total, msda_level* levels) {
-    long long size = 0;
-    bool packed = MSDA_L <= 32;
+    [[maybe_unused]] long long size = 0;
+    [[maybe_unused]] bool packed = MSDA_L <= 32;
 #pragma unroll 1
     for (int l = threadIdx.x; l < MSDA_L; l += MSDA_THREADS) {
 #if MSDA_LEVELS_ON_DEVICE
@@ -209,7 +209,6 @@ __device__ __forceinline__ bool msda_read_levels(
         return __all_sync(0xffffffffu, packed);
     }
 #endif
-    (void)size, (void)packed;
     return false;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ def forward(problem: Problem, operands: Operands) -> Any:
         if problem.empty:
             session.zero(output)
         else:
-            launch = plan.forward(problem, _alignment(session.value, output))
+            launch = plan.forward(problem, _alignment(session.value, output), session.multiprocessors)
             session.launch(
                 launch,
                 session.value.data,
@@ -124,6 +125,10 @@ class _Session:
         self.stream.__exit__(*exception)
         self.device.__exit__(*exception)
 
+    @property
+    def multiprocessors(self) -> int:
+        return _multiprocessors(self.problem.device[1])
+
     def _contiguous(self, view: View) -> View:
         """`view`, or a copy of it on this device; the kernels read locations in pairs, so these are aligned too."""
         if view.contiguous and view.data % (2 * interop.item_size(view.dtype)) == 0:
@@ -157,6 +162,11 @@ class _Session:
     def launch(self, launch: plan.Launch, *arguments: Any) -> None:
         function = kernels.function(launch.key, self.problem.device[1])
         function((launch.grid,), (launch.block,), arguments, shared_mem=launch.shared)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return interop.require_cupy("an array on a CUDA device").cuda.Device(device).attributes["MultiProcessorCount"]
 
 
 def _external_stream(cupy: Any, address: int, device: int) -> Any:

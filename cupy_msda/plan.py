@@ -15,6 +15,8 @@ VECTOR_BYTES = 16
 WARP_SHARED_BUDGET = 5 * 1024
 # Samples that a lane holds in registers between loading and preparing them.
 MAX_FILLS = 4
+# Warps a multiprocessor below which the latency of the forward counts, not its throughput.
+WARPS_THAT_FILL = 16
 # Rows of the patch of pixels that shares a block where queries are pixels.
 BAND = 8
 # More levels than this and the kernel's parameters would not hold them: they go to the device.
@@ -73,14 +75,30 @@ class Launch:
     shared: int
 
 
-def forward(problem: Problem, alignment: int) -> Launch:
-    """Launch of the forward kernel; `alignment` is the bytes that all value-like addresses are multiples of."""
+def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Launch:
+    """Launch of the forward kernel; `alignment` is the bytes that all value-like addresses are multiples of.
+
+    Three shapes, each the fastest of a sweep on an H200 (benchmarks/NOTES.md): where queries are pixels, large blocks
+    share a patch in L1; where they are not, small blocks finish independently; where there are too few to fill the
+    GPU, a warp keeps the rows of all its samples in flight instead.
+    """
     itemsize = item_size(problem.value_dtype)
     vec = _vector(problem.D, itemsize, min(alignment, VECTOR_BYTES))
     lanes, turns = _lanes(problem.D // vec)
-    # Registers: 40 for float32 (latency-bound: as many warps as fit), 48 for 16 bits, 64 for float64.
-    choices = {"min_blocks": {2: 5, 4: 6, 8: 4}[itemsize], "unroll": 4} if turns <= 4 else _MANY_TURNS
-    return _launch(problem, "forward", vec, lanes, warps=8, rounds=1, **choices)
+    warps_needed = problem.N * problem.M * -(-problem.Q // (32 // lanes))
+    if turns > 4:
+        choices = {"warps": 8} | _MANY_TURNS
+    elif itemsize == 8:
+        choices = {"warps": 8, "min_blocks": 3, "unroll": 2}
+    elif warps_needed < WARPS_THAT_FILL * multiprocessors:
+        choices = {"warps": 2, "min_blocks": 8, "unroll": 8}
+    elif itemsize == 2:
+        choices = {"warps": 8, "min_blocks": 5, "unroll": 4}
+    elif problem.Q == problem.S:
+        choices = {"warps": 16, "min_blocks": 3, "unroll": 4}
+    else:
+        choices = {"warps": 4, "min_blocks": 10, "unroll": 4}
+    return _launch(problem, "forward", vec, lanes, rounds=1, **choices)
 
 
 def backward(problem: Problem, alignment: int, *, grad_value: bool = True, grad_samples: bool = True) -> Launch:

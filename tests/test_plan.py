@@ -81,8 +81,14 @@ def test_metadata_by_value_unless_it_is_on_the_device_or_long():
 
 def test_key_does_not_know_how_many_queries_pixels_or_images():
     """No recompilation from image to image."""
-    one, other = problem(Q=300, S=22223, N=1), problem(Q=900, S=30000, N=8)
+    one, other = problem(Q=1000, S=22223, N=4), problem(Q=900, S=30000, N=8)
     assert [launch.key for launch in both(one)] == [launch.key for launch in both(other)]
+
+
+def test_few_queries_keep_more_rows_in_flight():
+    few, many = plan.forward(problem(Q=300), 16, 132), plan.forward(problem(Q=3000), 16, 132)
+    assert few.key.min_blocks * few.key.warps < many.key.min_blocks * many.key.warps
+    assert plan.forward(problem(Q=300), 16, 16).key == many.key
 
 
 def test_planning_is_pure():
