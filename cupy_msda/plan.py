@@ -91,7 +91,7 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     elif itemsize == 8:
         choices = {"warps": 8, "min_blocks": 3, "unroll": 2}
     elif warps_needed < WARPS_THAT_FILL * multiprocessors:
-        choices = {"warps": 2, "min_blocks": 8, "unroll": 8}
+        choices = {"warps": 2, "min_blocks": 8, "unroll": 4}
     elif itemsize == 2:
         choices = {"warps": 8, "min_blocks": 5, "unroll": 4}
     elif problem.Q == problem.S:
