@@ -64,9 +64,8 @@ __device__ __forceinline__ void msda_write_samples(
         if (q < 0 || k >= MSDA_K) continue;
         const msda_index index = msda_in_image(q, k);
         const msda_level level = shared.levels[k / MSDA_P];
-        msda_vector<msda_location, 2> xy;
-        xy.word = msda_read_location(locations, index);
-        const msda_acc attention = msda_load(weights[index]);
+        msda_vector<msda_location, 2> xy = msda_stream<2>(locations, index);
+        const msda_acc attention = msda_load(msda_stream<1>(weights, index).element[0]);
         const msda_cell cell = msda_locate(msda_load(xy.element[0]), msda_load(xy.element[1]), level);
         const msda_acc nothing = level.w > 0 ? (msda_acc)0 : msda_nan();
         msda_acc grad_x = nothing, grad_y = nothing, grad_attention = nothing;

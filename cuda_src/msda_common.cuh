@@ -368,9 +368,13 @@ __device__ __forceinline__ long long msda_first_sample(const msda_work& work, lo
 
 __device__ __forceinline__ msda_index msda_in_image(msda_index q, int k) { return q * (MSDA_M * MSDA_K) + k; }
 
-__device__ __forceinline__ decltype(msda_vector<msda_location, 2>::word) msda_read_location(
-        const msda_location* __restrict__ locations, msda_index index) {
-    return __ldg(reinterpret_cast<const decltype(msda_vector<msda_location, 2>::word)*>(locations) + index);
+// N numbers that are read once: first out of the caches.
+template <int N>
+__device__ __forceinline__ msda_vector<msda_location, N> msda_stream(
+        const msda_location* __restrict__ source, msda_index index) {
+    msda_vector<msda_location, N> v;
+    v.word = __ldcs(reinterpret_cast<const decltype(v.word)*>(source) + index);
+    return v;
 }
 
 // `locations` and `weights` begin at the first sample.
@@ -383,8 +387,8 @@ __device__ __forceinline__ void msda_load_raw(
         const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
         const msda_index q = msda_query_of(shared, round, local);
         if (q >= 0 && k < MSDA_K) {
-            raw.xy[fill].word = msda_read_location(locations, msda_in_image(q, k));
-            raw.attention[fill] = weights[msda_in_image(q, k)];
+            raw.xy[fill] = msda_stream<2>(locations, msda_in_image(q, k));
+            raw.attention[fill] = msda_stream<1>(weights, msda_in_image(q, k)).element[0];
         }
     }
 }

@@ -65,7 +65,9 @@ def backward(problem: Problem, operands: Operands, *, grad_value: bool = True, g
             if total is not None:
                 session.zero(total)
             alignment = _alignment(session.value, session.grad_output)
-            launch = plan.backward(problem, alignment, grad_value=grad_value, grad_samples=grad_samples)
+            launch = plan.backward(
+                problem, alignment, session.multiprocessors, grad_value=grad_value, grad_samples=grad_samples
+            )
             session.launch(
                 launch,
                 session.value.data,

@@ -22,7 +22,7 @@ from .problem import read
 PHOTOGRAPH = Path(__file__).with_name("data") / "chelsea.jpg"
 LONGEST_SIDE = 256
 LEVELS, POINTS, HEADS, CHANNELS = 4, 4, 4, 8
-STEP = 1.5  # pixels of a level from one point to the next
+STEP = 1.3  # pixels of a level from one point to the next; no multiple of it is a whole pixel
 COLOUR_SCALE = 0.15
 REPEATS = 5
 
@@ -89,8 +89,9 @@ def make_scene(photograph: np.ndarray) -> Scene:
     y, x = np.mgrid[:H, :W]
     reference = np.stack(((x + 0.5) / W, (y + 0.5) / H), -1).reshape(-1, 1, 1, 1, 2)
     size = np.array([(w, h) for h, w in shapes])[:, None]
-    # Zeros from outside the photograph would darken its border.
-    locations = np.clip(reference + offsets / size, 0.5 / size, 1 - 0.5 / size)[None].astype(np.float32)
+    # Zeros from outside the photograph would darken its border. Not exactly onto the outermost pixel centres, where
+    # the gradient of a location jumps.
+    locations = np.clip(reference + offsets / size, 0.51 / size, 1 - 0.51 / size)[None].astype(np.float32)
 
     seen = _nearest(pyramid, locations[0])
     distance = ((seen - photograph.reshape(-1, 1, 1, 1, 3)) ** 2).sum(-1)

@@ -85,13 +85,12 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     itemsize = item_size(problem.value_dtype)
     vec = _vector(problem.D, itemsize, min(alignment, VECTOR_BYTES))
     lanes, turns = _lanes(problem.D // vec)
-    warps_needed = problem.N * problem.M * -(-problem.Q // (32 // lanes))
     if turns > 4:
         choices = {"warps": 8} | _MANY_TURNS
     elif itemsize == 8:
         choices = {"warps": 8, "min_blocks": 3, "unroll": 2}
-    elif warps_needed < WARPS_THAT_FILL * multiprocessors:
-        choices = {"warps": 2, "min_blocks": 8, "unroll": 4}
+    elif _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors:
+        choices = {"warps": 2, "min_blocks": 6, "unroll": 16}
     elif itemsize == 2:
         choices = {"warps": 8, "min_blocks": 5, "unroll": 4}
     elif problem.Q == problem.S:
@@ -101,20 +100,34 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     return _launch(problem, "forward", vec, lanes, rounds=1, **choices)
 
 
-def backward(problem: Problem, alignment: int, *, grad_value: bool = True, grad_samples: bool = True) -> Launch:
+def backward(
+    problem: Problem,
+    alignment: int,
+    multiprocessors: int = 132,
+    *,
+    grad_value: bool = True,
+    grad_samples: bool = True,
+) -> Launch:
     """Launch of the backward kernel, for the gradients that are wanted.
 
     A lane owns 16 bytes of the float32 or float64 gradient: with 32 bytes a lane, in two vector reductions,
-    the reductions ran at half the rate (H100, float16).
+    the reductions ran at half the rate (H100, float16). They are the limit, so the launch shape matters little.
     """
     itemsize = item_size(problem.value_dtype)
     widest = VECTOR_BYTES // item_size(problem.accumulator_dtype) * itemsize
     vec = _vector(problem.D, itemsize, min(alignment, widest))
     lanes, turns = _lanes(problem.D // vec)
     lanes = 1 << (lanes - 1).bit_length()  # the shuffles need a power of two
-    choices = {"min_blocks": 8, "unroll": 2} if turns <= 4 else _MANY_TURNS
+    few = _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors
+    choices = {"warps": 2 if few else 4, "min_blocks": 8, "unroll": 2}
+    if turns > 4:
+        choices |= _MANY_TURNS
     wanted = {"grad_value": grad_value, "grad_samples": grad_samples}
-    return _launch(problem, "backward", vec, lanes, warps=4, rounds=2, **wanted, **choices)
+    return _launch(problem, "backward", vec, lanes, rounds=2 if problem.Q == problem.S else 1, **wanted, **choices)
+
+
+def _warps_needed(problem: Problem, lanes: int) -> int:
+    return problem.N * problem.M * -(-problem.Q // (32 // lanes))
 
 
 def _vector(D: int, itemsize: int, width: int) -> int:
