@@ -9,20 +9,21 @@ from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- benchmark: made by python -m benchmarks.report -->", "<!-- end of benchmark -->"
-OURS, BASELINE = "cupy_msda", "torch-ms-deform-attn"
+# Part of the README: the files that it is made from.
+PARTS = {"benchmark": "benchmark_*.json", "shapes": "shapes_*.json", "cpu": "cpu_*.json"}
+OURS, BASELINE, CPU_BASELINE = "cupy_msda", "torch-ms-deform-attn", "grid_sample"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def latest() -> tuple[Path, dict[str, Any]]:
-    """The newest result of a GPU."""
-    found = []
-    for path in RESULTS.glob("benchmark_*.json"):
-        result = json.loads(path.read_text())
-        if result["provenance"]["device"] == "cuda":
-            found.append((result["provenance"]["date"], path, result))
-    _, path, result = max(found, key=lambda entry: entry[0])
-    return path, result
+def latest(pattern: str) -> tuple[Path, dict[str, Any]]:
+    """The newest result among the files of `pattern`."""
+    results = [(path, json.loads(path.read_text())) for path in RESULTS.glob(pattern)]
+    return max(results, key=lambda found: found[1]["provenance"]["date"])
+
+
+def markers(part: str) -> tuple[str, str]:
+    """The comments that enclose a part of the README."""
+    return f"<!-- {part}: made by python -m benchmarks.report -->", f"<!-- end of {part} -->"
 
 
 def medians(result: dict[str, Any]) -> dict[tuple[str, str, str, str], float]:
@@ -39,47 +40,53 @@ def medians(result: dict[str, Any]) -> dict[tuple[str, str, str, str], float]:
 def table(path: Path, result: dict[str, Any]) -> str:
     """Markdown: our microseconds, and how many times as fast as the baseline that is."""
     times, where = medians(result), result["provenance"]
+    on_gpu = where["device"] == "cuda"
+    baseline = BASELINE if on_gpu else CPU_BASELINE
     dtypes = [d for d in DTYPES if any(key[1] == d for key in times)]
     heads = [f"{direction} {dtype}" for direction in ("forward", "backward") for dtype in dtypes]
-    lines = [
-        BEGIN,
-        f"Microseconds a call on one {where['gpu']}, host overhead excluded, and in brackets how many times as fast as "
-        f"`{BASELINE}` {where['packages'].get(BASELINE, '')} in the same run (inputs of the same dtype).",
-        "",
-        f"| workload | {' | '.join(heads)} |",
-        f"| --- |{' ---: |' * len(heads)}",
-    ]
+    lines = [f"| workload | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     ratios: dict[str, list[float]] = {head: [] for head in heads}
     for workload in dict.fromkeys(key[0] for key in times):
         cells = []
         for head in heads:
             direction, dtype = head.split()
             ours = times.get((workload, dtype, OURS, direction))
-            baseline = times.get((workload, dtype, BASELINE, direction))
-            if ours is None or baseline is None:
+            theirs = times.get((workload, dtype, baseline, direction))
+            if ours is None or theirs is None:
                 cells.append("")
                 continue
-            ratios[head].append(baseline / ours)
-            cells.append(f"{ours:.0f} ({baseline / ours:.1f}x)")
+            ratios[head].append(theirs / ours)
+            cells.append(f"{ours:.{0 if ours >= 20 else 1}f} ({theirs / ours:.1f}x)")
         lines.append(f"| {workload} | {' | '.join(cells)} |")
-    means = [f"{math.exp(sum(map(math.log, r)) / len(r)):.1f}x" if r else "" for r in ratios.values()]
+    means = [f"{math.exp(sum(map(math.log, r)) / len(r)):.2f}x" if r else "" for r in ratios.values()]
     lines.append(f"| geometric mean | {' | '.join(means)} |")
     versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    machine = (
+        f"{where['gpu']}, driver {where['driver']}, CUDA {where['cuda']}"
+        if on_gpu
+        else f"{where['cpu']}, {where['threads']} threads, one image"
+    )
     lines += [
         "",
-        f"Recorded {where['date'][:10]} in `benchmarks/results/{path.name}` (driver {where['driver']}, CUDA "
-        f"{where['cuda']}, {versions}).",
-        END,
+        f"Microseconds a call, and in brackets how many times as fast as `{baseline}` in the same run. Recorded "
+        f"{where['date'][:10]} in `benchmarks/results/{path.name}`: {machine}, {versions}.",
     ]
     return "\n".join(lines)
 
 
-def write_table(text: str) -> None:
-    """Replace the part of the README between the markers."""
+def enclosed(part: str) -> str:
+    """A part of the README with its markers."""
+    begin, end = markers(part)
+    return f"{begin}\n{table(*latest(PARTS[part]))}\n{end}"
+
+
+def write_table(part: str) -> None:
+    """Replace the part of the README between its markers."""
+    begin, end = markers(part)
     readme = README.read_text()
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(before + text + after)
+    before, _, rest = readme.partition(begin)
+    _, _, after = rest.partition(end)
+    README.write_text(before + enclosed(part) + after)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -117,9 +124,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    path, result = latest()
-    write_table(table(path, result))
-    plot(result, RESULTS / "benchmark.png")
+    for part in PARTS:
+        write_table(part)
+    plot(latest(PARTS["benchmark"])[1], RESULTS / "benchmark.png")
 
 
 if __name__ == "__main__":

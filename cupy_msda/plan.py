@@ -90,7 +90,7 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     elif itemsize == 8:
         choices = {"warps": 8, "min_blocks": 3, "unroll": 2}
     elif _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors:
-        choices = {"warps": 2, "min_blocks": 6, "unroll": 16}
+        choices = {"warps": 2, "min_blocks": 6, "unroll": 4}
     elif itemsize == 2:
         choices = {"warps": 8, "min_blocks": 5, "unroll": 4}
     elif problem.Q == problem.S:
