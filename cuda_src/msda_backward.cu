@@ -10,10 +10,10 @@
 // Adds contiguous channels to one row of the float32 or float64 gradient, where it is `present`. From sm_90 on one
 // vector reduction, predicated; elsewhere an atomic addition a channel.
 __device__ __forceinline__ void msda_add_if(bool present, msda_acc* target, const msda_acc (&x)[MSDA_VEC]) {
-#if !MSDA_VALUE_F64 && MSDA_VEC == 4 && __CUDA_ARCH__ >= 900
+#if MSDA_PTX && !MSDA_VALUE_F64 && MSDA_VEC == 4 && __CUDA_ARCH__ >= 900
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p red.global.add.v4.f32 [%1], {%2, %3, %4, %5}; }"
                  :: "r"((int)present), "l"(target), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
-#elif !MSDA_VALUE_F64 && MSDA_VEC == 2 && __CUDA_ARCH__ >= 900
+#elif MSDA_PTX && !MSDA_VALUE_F64 && MSDA_VEC == 2 && __CUDA_ARCH__ >= 900
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p red.global.add.v2.f32 [%1], {%2, %3}; }"
                  :: "r"((int)present), "l"(target), "f"(x[0]), "f"(x[1]));
 #else
@@ -92,7 +92,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
         const msda_value* __restrict__ grad_output, msda_acc* __restrict__ grad_value,
         msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights,
         long long S, long long Q_) {
-    extern __shared__ uint4 msda_memory[];
+    MSDA_SHARED_MEMORY(msda_memory);
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
     const msda_index Q = (msda_index)Q_;
 

@@ -14,6 +14,12 @@
 //   MSDA_LEVELS_ON_DEVICE            spatial_shapes and level_start_index are device arrays, unchecked
 //   MSDA_BAND         0: queries in order; otherwise rows of a band in which neighbouring queries share a block
 
+// Inline PTX has a portable twin beside it, and shared memory a name, for the tests that run this text on a CPU.
+#ifndef MSDA_PTX
+#define MSDA_PTX 1
+#define MSDA_SHARED_MEMORY(name) extern __shared__ uint4 name[]
+#endif
+
 typedef unsigned long long msda_address;
 
 #if MSDA_INDEX_64
@@ -68,16 +74,33 @@ enum { msda_unroll = MSDA_UNROLL };                            // a pragma's mac
 __device__ __forceinline__ float msda_load(float x) { return x; }
 __device__ __forceinline__ double msda_load(double x) { return x; }
 __device__ __forceinline__ float msda_load(msda_f16 x) {
+#if MSDA_PTX
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
     return y;
+#else
+    const unsigned sign = (unsigned)(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+    if (magnitude >= 0x7c00) return __uint_as_float(sign | 0x7f800000u | magnitude << 13);
+    return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude << 13) * 5.192296858534828e33f));  // 2**112
+#endif
 }
 __device__ __forceinline__ float msda_load(msda_bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
 
 __device__ __forceinline__ void msda_store(float x, float& y) { y = x; }
 __device__ __forceinline__ void msda_store(double x, double& y) { y = x; }
 __device__ __forceinline__ void msda_store(float x, msda_f16& y) {
+#if MSDA_PTX
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+    const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    unsigned rounded;
+    if (magnitude > 0x7f800000u) rounded = 0x7fff;                              // NaN
+    else if (magnitude >= 0x477ff000u) rounded = 0x7c00;                        // 65520 and more: infinity
+    else if (magnitude < 0x38800000u)                                           // subnormal: units of 2**-24
+        rounded = (unsigned)rint(__uint_as_float(magnitude) * 16777216.0f);
+    else rounded = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    y.bits = (unsigned short)(sign | rounded);
+#endif
 }
 __device__ __forceinline__ void msda_store(float x, msda_bf16& y) {
     // In integers: the instruction exists from sm_80 on only.
@@ -114,9 +137,15 @@ __device__ __forceinline__ void msda_unpack(const msda_vector<T, N>& v, msda_acc
 template <int N>
 __device__ __forceinline__ void msda_unpack(const msda_vector<msda_f16, N>& v, float (&x)[N]) {
 #pragma unroll
-    for (int i = 0; i + 1 < N; i += 2)
+    for (int i = 0; i + 1 < N; i += 2) {
+#if MSDA_PTX
         asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
             : "=f"(x[i]), "=f"(x[i + 1]) : "r"(v.pair[i / 2]));
+#else
+        x[i] = msda_load(v.element[i]);
+        x[i + 1] = msda_load(v.element[i + 1]);
+#endif
+    }
     if (N % 2) x[N - 1] = msda_load(v.element[N - 1]);
 }
 
@@ -334,16 +363,13 @@ __device__ __forceinline__ msda_work msda_work_of_block(msda_index Q) {
 // was a tenth of all instructions.
 __device__ __forceinline__ void msda_begin(
         msda_shared& shared, const msda_work& work, const msda_metadata& metadata, long long S, msda_index Q) {
-    const bool packed = msda_read_levels(metadata, S, Q, shared.levels);
+    bool packed = msda_read_levels(metadata, S, Q, shared.levels);
 #if MSDA_BAND
-    const bool all_packed = __syncthreads_or(packed);
-#else
-    const bool all_packed = packed;
-    __syncthreads();
+    packed = __syncthreads_or(packed);   // the queries need the levels
 #endif
 #pragma unroll 1
     for (int i = threadIdx.x; i < MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES; i += MSDA_THREADS)
-        shared.query[i] = work.first + i < Q ? msda_query(work.first + i, shared.levels, all_packed) : -1;
+        shared.query[i] = work.first + i < Q ? msda_query(work.first + i, shared.levels, packed) : -1;
     __syncthreads();
 }
 

@@ -35,7 +35,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
         const msda_value* __restrict__ value, const __grid_constant__ msda_metadata metadata,
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
         msda_value* __restrict__ output, long long S, long long Q_) {
-    extern __shared__ uint4 msda_memory[];
+    MSDA_SHARED_MEMORY(msda_memory);
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
     const msda_index Q = (msda_index)Q_;
 

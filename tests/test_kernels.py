@@ -1,57 +1,67 @@
-"""Every kind of kernel compiles to machine code without a GPU, for the oldest and newest architecture."""
+"""Every kernel compiles to machine code for every architecture, without a GPU and within its budget."""
+
+import json
 
 import pytest
-from cases import DTYPE_PAIRS
+import specialisations
+from specialisations import ARCHITECTURES, BUDGET
 
-from cupy_msda import kernels, plan
-from cupy_msda.problem import Problem
+from cupy_msda import kernels
 
-nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="needs CuPy and NVRTC")
-LEVELS = ((100, 167, 0), (50, 84, 16700), (25, 42, 20900), (13, 21, 21950))
-
-
-def compile_log(key, arch):
-    program = nvrtc.createProgram(kernels.source(key.kind), f"msda_{key.kind}.cu", (), ())
-    flags = (*kernels.options(key), f"-arch=sm_{arch}", "--ptxas-options=-v")
-    try:
-        nvrtc.compileProgram(program, flags)
-    except nvrtc.NVRTCError:
-        pytest.fail(f"{key}\n{nvrtc.getProgramLog(program)}")
-    assert nvrtc.getCUBIN(program)
-    log = nvrtc.getProgramLog(program)
-    assert "warning" not in log, f"{key}\n{log}"
-    return log
+pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="needs CuPy and NVRTC")
+MORE_REGISTERS = 8  # than the budget says: a jump
+COMMAND = "python tests/specialisations.py writes the budget anew"
 
 
-@pytest.mark.parametrize("arch", [75, 80, 86, 90, 100, 120])
-@pytest.mark.parametrize("kind", ["forward", "backward"])
-def test_compiles_for_every_architecture(kind, arch):
-    problem = Problem(2, 22223, 8, 32, 4, 4, 22223, "bfloat16", "float32", ("cuda", 0), LEVELS)
-    compile_log(getattr(plan, kind)(problem, 16).key, arch)
+@pytest.fixture(scope="module")
+def compiled():
+    return specialisations.compile_all(specialisations.pairwise())
 
 
-@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
-@pytest.mark.parametrize("D", [1, 32, 33])
-@pytest.mark.parametrize("levels", [LEVELS, None], ids=["by value", "on the device"])
-def test_compiles_without_spills(pair, D, levels):
-    problem = Problem(2, 22223, 8, D, 4, 4, 300, *pair, ("cuda", 0), levels)
-    for launch in (plan.forward(problem, 16), plan.backward(problem, 16)):
-        assert " 0 bytes spill stores" in compile_log(launch.key, 90)
+def test_compiles_without_warnings(compiled):
+    noisy = {f"sm_{arch} {key}": found["warnings"] for (key, arch), found in compiled.items() if found["warnings"]}
+    assert not noisy
 
 
-def test_compiles_with_64_bit_offsets():
-    problem = Problem(1, 2**28, 1, 8, 1, 4, 10, "float16", "float32", ("cuda", 0), ((2**14, 2**14, 0),))
-    for launch in (plan.forward(problem, 16), plan.backward(problem, 16)):
-        assert launch.key.index_64
-        compile_log(launch.key, 90)
+def test_budget_lists_what_the_planner_chooses():
+    listed = json.loads(BUDGET.read_text())["kernels"].keys()
+    chosen = {str(key) for key in specialisations.pairwise()}
+    assert listed == chosen, f"{len(listed ^ chosen)} specialisations differ: {COMMAND}"
 
 
-@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
-def test_compiles_for_some_gradients(wanted):
-    problem = Problem(2, 22223, 8, 32, 4, 4, 300, "float32", "float32", ("cuda", 0), LEVELS)
-    compile_log(plan.backward(problem, 16, grad_value=wanted[0], grad_samples=wanted[1]).key, 90)
+def test_stays_within_the_budget(compiled):
+    budget = json.loads(BUDGET.read_text())
+    if specialisations.nvrtc_version() != budget["nvrtc"]:
+        pytest.skip(f"the budget is for NVRTC {budget['nvrtc']}")
+    over = []
+    for (key, arch), found in compiled.items():
+        entry, column = budget["kernels"][str(key)], ARCHITECTURES.index(arch)
+        registers, spilled = entry["registers"][column], entry["spilled"][column]
+        if found["registers"] > registers + MORE_REGISTERS or found["spilled"] > spilled:
+            over.append(f"sm_{arch} {key}: {found}, budget {registers} registers, {spilled} bytes spilled")
+    assert not over, f"{COMMAND}\n" + "\n".join(over)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_rounding_compiles(dtype):
-    compile_log(plan.round_gradient(dtype, 1000).key, 75)
+def test_shared_memory_is_in_the_budget():
+    for name, entry in json.loads(BUDGET.read_text())["kernels"].items():
+        assert entry["shared"] <= 48 * 1024, name
+
+
+def test_a_spill_and_a_jump_are_reported(compiled, monkeypatch):
+    key, arch = next(k for k in compiled if k[0].kind == "forward")
+    worse = dict(compiled[key, arch], spilled=10**4)
+    with pytest.raises(AssertionError, match="10000"):
+        test_stays_within_the_budget(compiled | {(key, arch): worse})
+
+
+def test_broken_source_names_the_specialisation(monkeypatch):
+    key = specialisations.pairwise()[0]
+    monkeypatch.setattr(kernels, "source", lambda kind: "this is no CUDA C")
+    with pytest.raises(RuntimeError, match=r"sm_90 backward\[value_dtype="):
+        specialisations.resources(key, 90)
+
+
+@pytest.mark.full_matrix
+def test_every_specialisation_compiles():
+    found = specialisations.compile_all(specialisations.every())
+    assert not any(entry["warnings"] for entry in found.values())

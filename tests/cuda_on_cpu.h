@@ -1,0 +1,241 @@
+// The CUDA thread model on one CPU thread, for the kernels of cuda_src: a fiber a thread, blocks one after the other.
+//
+// A fiber runs until it waits at a barrier, at a shuffle or vote of its warp, or ends; the order in which fibers get
+// their turn is chosen by the caller, because a missing barrier shows in some orders only. Shared memory is an
+// allocation of exactly the launch's bytes, filled with NaN before each block. What the hardware leaves undefined is
+// an error here: a barrier that not all threads of the block or warp reach, or reach at different lines.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define EMULATOR_LEAVE(save, to) __sanitizer_start_switch_fiber(save, (to)->stack, (to)->stack_size)
+#define EMULATOR_ARRIVE(save) __sanitizer_finish_switch_fiber(save, nullptr, nullptr)
+#define EMULATOR_BEGIN(from) \
+    __sanitizer_finish_switch_fiber(nullptr, (const void**)&(from).stack, &(from).stack_size)
+#else
+#define EMULATOR_LEAVE(save, to) (void)0
+#define EMULATOR_ARRIVE(save) (void)0
+#define EMULATOR_BEGIN(from) (void)0
+#endif
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __CUDA_ARCH__ 0
+#define MSDA_PTX 0
+#define MSDA_SHARED_MEMORY(name) uint4* name = (uint4*)emulator::shared_memory
+
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct emulator_index { unsigned x; };
+
+static emulator_index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+enum State { READY, WAITS_FOR_WARP, WAITS_FOR_BLOCK, ENDED };
+
+struct Fiber {
+    ucontext_t context;
+    void* stack;
+    size_t stack_size;
+    void* sanitizer_stack;
+    State state;
+    int line;           // of the barrier it waits at
+};
+
+struct Warp {
+    int waiting, generation;
+    uint64_t slots[2][32];  // one exchange may still be read while the next is written
+};
+
+static Fiber* fibers;
+static Warp* warps;
+static Fiber scheduler;
+static unsigned char* shared_memory;
+static int threads, current, waiting, votes[2], vote_generation;
+static char message[256];
+static bool failed;
+static void (*kernel)(void*);
+static void* kernel_arguments;
+
+inline void fail(const char* what, int line) {
+    if (!failed) snprintf(message, sizeof message, "%s (block %u, thread %d, line %d)", what, blockIdx.x, current, line);
+    failed = true;
+}
+
+inline void yield() {
+    Fiber& self = fibers[current];
+    EMULATOR_LEAVE(&self.sanitizer_stack, &scheduler);
+    swapcontext(&self.context, &scheduler.context);
+    EMULATOR_ARRIVE(self.sanitizer_stack);
+    threadIdx.x = (unsigned)current;
+}
+
+inline void wait_for_warp(int line) {
+    Warp& warp = warps[current / 32];
+    const int first = current / 32 * 32;
+    fibers[current].line = line;
+    if (++warp.waiting < 32) {
+        fibers[current].state = WAITS_FOR_WARP;
+        yield();
+        return;
+    }
+    warp.waiting = 0;
+    ++warp.generation;
+    for (int t = first; t < first + 32; ++t) {
+        if (fibers[t].line != line) fail("lanes of a warp meet at different barriers", line);
+        fibers[t].state = READY;
+    }
+}
+
+inline void wait_for_block(int line) {
+    fibers[current].line = line;
+    if (++waiting < threads) {
+        fibers[current].state = WAITS_FOR_BLOCK;
+        yield();
+        return;
+    }
+    waiting = 0;
+    ++vote_generation;
+    votes[vote_generation & 1] = 0;
+    for (int t = 0; t < threads; ++t) {
+        if (fibers[t].line != line) fail("threads of a block meet at different barriers", line);
+        fibers[t].state = READY;
+    }
+}
+
+inline bool vote_of_block(bool vote, int line) {
+    const int generation = vote_generation;
+    votes[generation & 1] |= vote;
+    wait_for_block(line);
+    return votes[generation & 1];
+}
+
+template <typename T>
+inline T exchange(T x, int source, int line) {
+    Warp& warp = warps[current / 32];
+    uint64_t* slots = warp.slots[warp.generation & 1];
+    slots[current % 32] = 0;
+    memcpy(&slots[current % 32], &x, sizeof x);
+    wait_for_warp(line);
+    T y;
+    memcpy(&y, &slots[source], sizeof y);
+    return y;
+}
+
+inline bool all_of_warp(bool vote, int line) {
+    Warp& warp = warps[current / 32];
+    uint64_t* slots = warp.slots[warp.generation & 1];
+    slots[current % 32] = vote;
+    wait_for_warp(line);
+    bool all = true;
+    for (int lane = 0; lane < 32; ++lane) all = all && slots[lane];
+    return all;
+}
+
+inline void body() {
+    EMULATOR_BEGIN(scheduler);
+    threadIdx.x = (unsigned)current;
+    kernel(kernel_arguments);
+    fibers[current].state = ENDED;
+    EMULATOR_LEAVE(nullptr, &scheduler);
+    swapcontext(&fibers[current].context, &scheduler.context);
+}
+
+// The thread that runs next after `turn` others: 0 upwards, 1 downwards, otherwise scattered.
+inline int turn_of(int turn, int order) {
+    if (order == 0) return turn;
+    if (order == 1) return threads - 1 - turn;
+    return (int)(((unsigned)turn * 2654435761u + (unsigned)order * 40503u) % (unsigned)threads);
+}
+
+inline void run_block(int order) {
+    for (int t = 0; t < threads; ++t) {
+        getcontext(&fibers[t].context);
+        fibers[t].context.uc_stack.ss_sp = fibers[t].stack;
+        fibers[t].context.uc_stack.ss_size = fibers[t].stack_size;
+        fibers[t].context.uc_link = nullptr;
+        fibers[t].state = READY;
+        makecontext(&fibers[t].context, body, 0);
+    }
+    memset(warps, 0, sizeof(Warp) * (size_t)(threads / 32));
+    waiting = votes[0] = votes[1] = 0;
+    for (;;) {
+        bool ran = false, all_ended = true;
+        for (int turn = 0; turn < threads && !failed; ++turn) {
+            current = turn_of(turn, order);
+            if (fibers[current].state == READY) {
+                ran = true;
+                EMULATOR_LEAVE(&scheduler.sanitizer_stack, &fibers[current]);
+                swapcontext(&scheduler.context, &fibers[current].context);
+                EMULATOR_ARRIVE(scheduler.sanitizer_stack);
+            }
+        }
+        for (int t = 0; t < threads; ++t) all_ended = all_ended && fibers[t].state == ENDED;
+        if (failed || all_ended) return;
+        if (ran) continue;
+        for (int t = 0; t < threads && !failed; ++t)
+            if (fibers[t].state != ENDED) current = t, fail("a barrier that not all threads reach", fibers[t].line);
+        return;
+    }
+}
+
+// Returns null, or what went wrong.
+inline const char* launch(void (*entry)(void*), void* arguments, int grid, int block, size_t shared, int order) {
+    failed = false;
+    threads = block;
+    kernel = entry;
+    kernel_arguments = arguments;
+    gridDim.x = (unsigned)grid;
+    blockDim.x = (unsigned)block;
+    fibers = (Fiber*)calloc((size_t)block, sizeof(Fiber));
+    warps = (Warp*)calloc((size_t)block / 32, sizeof(Warp));
+    const size_t stack_size = 128 << 10;
+    for (int t = 0; t < block; ++t) {
+        fibers[t].stack = malloc(stack_size);
+        fibers[t].stack_size = stack_size;
+    }
+    for (int b = 0; b < grid && !failed; ++b) {
+        blockIdx.x = (unsigned)b;
+        // Exactly the launch's bytes, so that an access beyond them is seen.
+        if (posix_memalign((void**)&shared_memory, 16, shared ? shared : 1)) abort();
+        memset(shared_memory, 0xff, shared);
+        run_block(order);
+        free(shared_memory);
+    }
+    for (int t = 0; t < block; ++t) free(fibers[t].stack);
+    free(fibers);
+    free(warps);
+    return failed ? message : nullptr;
+}
+
+}  // namespace emulator
+
+#define __syncthreads() emulator::wait_for_block(__LINE__)
+#define __syncthreads_or(vote) emulator::vote_of_block(vote, __LINE__)
+#define __syncwarp() emulator::wait_for_warp(__LINE__)
+#define __all_sync(mask, vote) emulator::all_of_warp(vote, __LINE__)
+#define __shfl_xor_sync(mask, x, lanes) emulator::exchange(x, (emulator::current % 32) ^ (lanes), __LINE__)
+#define __shfl_sync(mask, x, lane) emulator::exchange(x, (lane), __LINE__)
+#define __shfl_up_sync(mask, x, by) \
+    emulator::exchange(x, emulator::current % 32 < (by) ? emulator::current % 32 : emulator::current % 32 - (by), __LINE__)
+
+template <typename T> inline T __ldg(const T* p) { return *p; }
+template <typename T> inline T __ldcs(const T* p) { return *p; }
+template <typename T> inline T atomicAdd(T* p, T x) { const T old = *p; *p = old + x; return old; }
+inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
+inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
+inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+inline unsigned min(unsigned x, unsigned y) { return x < y ? x : y; }
+inline int min(int x, int y) { return x < y ? x : y; }

@@ -1,0 +1,139 @@
+"""The CUDA sources on the CPU: compiled by g++ with cuda_on_cpu.h, launched as the planner says."""
+
+import ctypes
+import dataclasses
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from cupy_msda import kernels, plan, problem
+
+HERE = Path(__file__).parent
+HEADERS = ("cuda_on_cpu.h", "emulator_harness.h")
+KINDS = {"forward": 0, "backward": 1, "round": 2}
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+CACHE = Path(tempfile.gettempdir()) / f"cupy_msda_emulator_{os.getuid()}"
+COMPILER = shutil.which("g++")
+
+
+class EmulatorError(AssertionError):
+    """The emulator or a sanitizer found a fault."""
+
+
+def build(key, text=None, sanitize=False):
+    """The shared library of a specialisation, or with `sanitize` the executable. `text` replaces the CUDA source."""
+    headers = "".join((HERE / name).read_text() for name in HEADERS)
+    body = text if text is not None else kernels.source(key.kind)
+    flags = ["-O1", "-std=c++17", "-w", f"-I{HERE}", f"-DEMULATED_KIND={KINDS[key.kind]}"]
+    flags += [option for option in kernels.options(key) if option.startswith("-D")]
+    flags += [*SANITIZERS, "-DEMULATOR_MAIN"] if sanitize else ["-shared", "-fPIC"]
+    name = hashlib.sha256(repr((headers, body, flags)).encode()).hexdigest()[:32]
+    CACHE.mkdir(exist_ok=True)
+    target = CACHE / name
+    if not target.exists():
+        program = f'#include "{HEADERS[0]}"\n{body}\n#include "{HEADERS[1]}"\n'
+        temporary = target.with_suffix(f".{os.getpid()}")
+        command = [COMPILER, *flags, "-x", "c++", "-", "-o", str(temporary)]
+        result = subprocess.run(command, input=program, capture_output=True, text=True)
+        if result.returncode:
+            raise EmulatorError(result.stderr[:4000])
+        temporary.rename(target)
+    return target
+
+
+def launch(described, arrays, S, Q, *, text=None, sanitize=False, order=0):
+    """Run `described` (a plan.Launch) on `arrays` in place; None stands for a null pointer."""
+    target = build(described.key, text, sanitize)
+    sizes = [-1 if array is None else array.nbytes for array in arrays]
+    numbers = np.array([len(arrays), S, Q, described.grid, described.block, described.shared, order, *sizes], np.int64)
+    if sanitize:
+        _run_executable(target, numbers, arrays)
+        return
+    library = ctypes.CDLL(str(target))
+    library.emulate.restype = ctypes.c_char_p
+    pointers = (ctypes.c_void_p * len(arrays))(*(None if a is None else a.ctypes.data for a in arrays))
+    wrong = library.emulate(numbers.ctypes.data_as(ctypes.c_void_p), pointers)
+    if wrong:
+        raise EmulatorError(wrong.decode())
+
+
+def _run_executable(target, numbers, arrays):
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(numbers.tobytes() + b"".join(b"" if a is None else a.tobytes() for a in arrays))
+        file.flush()
+        environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+        result = subprocess.run([target, file.name], capture_output=True, text=True, env=environment)
+        if result.returncode:
+            raise EmulatorError(result.stderr[:3000])
+        data = Path(file.name).read_bytes()
+    offset = numbers.nbytes
+    for array in arrays:
+        if array is not None:
+            array[...] = np.frombuffer(data, array.dtype, array.size, offset).reshape(array.shape)
+            offset += array.nbytes
+
+
+def _prepare(inputs, levels_on_device):
+    found, _ = problem.read(*inputs[:5], 64, inputs.grad_output)
+    levels = None if levels_on_device else found.levels
+    return dataclasses.replace(found, device=("cuda", 0), levels=levels)
+
+
+def _metadata(found, described, inputs, shapes, starts):
+    """The by-value struct (or a stand-in), and the device arrays that follow all others."""
+    if not described.key.levels_on_device:
+        return np.array(found.levels, np.int64), []
+    if shapes is None:
+        shapes, starts = inputs.shapes, inputs.starts
+    starts = None if starts is None else np.array(starts, np.int64)
+    return np.zeros(1, np.int64), [np.array(shapes, np.int64), starts]
+
+
+def _poisoned(shape, dtype):
+    array = np.empty(shape, dtype)
+    array.view(np.uint8)[...] = 0xFF
+    return array
+
+
+def forward(inputs, *, levels_on_device=False, shapes=None, starts=None, multiprocessors=132, **options):
+    """The forward kernel on NumPy inputs; `shapes` and `starts` replace the device metadata without any check."""
+    found = _prepare(inputs, levels_on_device)
+    described = plan.forward(found, 16, multiprocessors)
+    metadata, device = _metadata(found, described, inputs, shapes, starts)
+    output = _poisoned(found.output_shape, inputs.value.dtype)
+    arrays = [inputs.value, metadata, inputs.locations, inputs.weights, output, *device]
+    launch(described, arrays, found.S, found.Q, **options)
+    return output
+
+
+def backward(
+    inputs,
+    *,
+    levels_on_device=False,
+    shapes=None,
+    starts=None,
+    multiprocessors=132,
+    grad_value=True,
+    grad_samples=True,
+    **options,
+):
+    """The backward kernels on NumPy inputs: gradients of value, locations and weights, as in cuda.py."""
+    found = _prepare(inputs, levels_on_device)
+    described = plan.backward(found, 16, multiprocessors, grad_value=grad_value, grad_samples=grad_samples)
+    metadata, device = _metadata(found, described, inputs, shapes, starts)
+    total = np.zeros(inputs.value.shape, found.accumulator_dtype) if grad_value else None
+    grads = [_poisoned(a.shape, a.dtype) if grad_samples else None for a in (inputs.locations, inputs.weights)]
+    arrays = [inputs.value, metadata, inputs.locations, inputs.weights, inputs.grad_output, total, *grads, *device]
+    launch(described, arrays, found.S, found.Q, **options)
+    if grad_value and inputs.value.dtype in (np.float16, ml_dtypes.bfloat16):
+        options.pop("text", None)
+        rounded = _poisoned(inputs.value.shape, inputs.value.dtype)
+        launch(plan.round_gradient(found.value_dtype, total.size), [total, rounded], total.size, 0, **options)
+        total = rounded
+    return total, *grads

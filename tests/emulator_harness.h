@@ -1,0 +1,86 @@
+// Entry points around one kernel: copies every array into an allocation of exactly its size, so that the address
+// sanitizer sees an access beyond it, launches, and copies the results back. EMULATED_KIND: 0 forward, 1 backward,
+// 2 round. Arrays in the order of the kernel's parameters, then spatial_shapes and level_start_index where the levels are
+// on the device (a size of -1 is a null pointer).
+#pragma once
+
+#include <vector>
+
+namespace emulator {
+
+struct Call {
+    std::vector<void*> arrays;
+    long long S, Q;
+};
+
+inline void enter(void* pointer) {
+    Call& call = *(Call*)pointer;
+    std::vector<void*>& a = call.arrays;
+#if EMULATED_KIND == 2
+    msda_round((const float*)a[0], (msda_value*)a[1], call.S);
+#else
+    msda_metadata metadata;
+#if MSDA_LEVELS_ON_DEVICE
+    metadata.shapes = (const long long*)a[a.size() - 2];
+    metadata.starts = (const long long*)a[a.size() - 1];
+#else
+    memcpy(&metadata, a[1], sizeof metadata);
+#endif
+#if EMULATED_KIND == 0
+    msda_forward((const msda_value*)a[0], metadata, (const msda_location*)a[2], (const msda_location*)a[3],
+                 (msda_value*)a[4], call.S, call.Q);
+#else
+    msda_backward((const msda_value*)a[0], metadata, (const msda_location*)a[2], (const msda_location*)a[3],
+                  (const msda_value*)a[4], (msda_acc*)a[5], (msda_location*)a[6], (msda_location*)a[7], call.S, call.Q);
+#endif
+#endif
+}
+
+}  // namespace emulator
+
+// numbers: count of arrays, S, Q, grid, block, shared bytes, order, then the size of each array in bytes.
+extern "C" const char* emulate(const long long* numbers, void** arrays) {
+    emulator::Call call;
+    call.S = numbers[1];
+    call.Q = numbers[2];
+    for (int i = 0; i < numbers[0]; ++i) {
+        const long long size = numbers[7 + i];
+        void* copy = size < 0 ? nullptr : malloc(size ? (size_t)size : 1);
+        if (size > 0) memcpy(copy, arrays[i], (size_t)size);
+        call.arrays.push_back(copy);
+    }
+    const char* wrong = emulator::launch(emulator::enter, &call, (int)numbers[3], (int)numbers[4], (size_t)numbers[5],
+                                         (int)numbers[6]);
+    for (int i = 0; i < numbers[0]; ++i) {
+        if (numbers[7 + i] > 0) memcpy(arrays[i], call.arrays[i], (size_t)numbers[7 + i]);
+        free(call.arrays[i]);
+    }
+    return wrong;
+}
+
+#ifdef EMULATOR_MAIN
+// argv[1]: the numbers and the arrays, one after the other; written back in place.
+int main(int, char** argv) {
+    FILE* file = fopen(argv[1], "r+b");
+    long long head[7];
+    if (!file || fread(head, 8, 7, file) != 7) return 4;
+    std::vector<long long> numbers(head, head + 7);
+    numbers.resize((size_t)(7 + head[0]));
+    if (fread(&numbers[7], 8, (size_t)head[0], file) != (size_t)head[0]) return 4;
+    std::vector<std::vector<char>> data;
+    std::vector<void*> arrays;
+    for (int i = 0; i < head[0]; ++i) {
+        data.emplace_back((size_t)(numbers[7 + i] > 0 ? numbers[7 + i] : 0));
+        if (!data.back().empty() && fread(data.back().data(), 1, data.back().size(), file) != data.back().size()) return 4;
+    }
+    for (auto& array : data) arrays.push_back(array.data());
+    if (const char* wrong = emulate(numbers.data(), arrays.data())) {
+        fprintf(stderr, "EMULATOR: %s\n", wrong);
+        return 3;
+    }
+    fseek(file, (long)(8 * numbers.size()), SEEK_SET);
+    for (auto& array : data)
+        if (!array.empty()) fwrite(array.data(), 1, array.size(), file);
+    return fclose(file);
+}
+#endif

@@ -1,0 +1,149 @@
+"""Every kernel that the planner can choose, compiled without a GPU and held against a budget.
+
+`python tests/specialisations.py` writes tests/kernel_budget.json anew, for the NVRTC that is installed.
+"""
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from cases import DTYPE_PAIRS
+
+from cupy_msda import kernels, plan
+from cupy_msda.problem import Problem
+
+ARCHITECTURES = (75, 80, 86, 90, 100, 120)
+BUDGET = Path(__file__).with_name("kernel_budget.json")
+CACHE = Path(tempfile.gettempdir()) / f"cupy_msda_compiled_{os.getuid()}"
+LEVELS = ((100, 167, 0), (50, 84, 16700), (25, 42, 20900), (13, 21, 21950))
+
+# The axes of a problem that the planner looks at, with values on both sides of each of its decisions.
+AXES = {
+    "pair": DTYPE_PAIRS,
+    "D": (1, 2, 3, 16, 30, 32, 33, 64, 128, 256, 1025),
+    "alignment": (16, 4),
+    "points": ((4, 4), (1, 1), (3, 30)),  # L, P
+    "queries": ("few", "many", "pixels"),
+    "levels": ("by value", "on the device"),
+    "size": ("32 bits", "64 bits"),
+    "wanted": ("output", "value and samples", "value", "samples"),
+}
+
+
+def launch_of(pair, D, alignment, points, queries, levels, size, wanted):
+    """The planner's answer to a problem with these properties."""
+    L, P = points
+    S = 22223 if size == "32 bits" else 2**28
+    Q = {"few": 50, "many": 20000, "pixels": S}[queries]
+    found = Problem(2, S, 8, D, L, P, Q, *pair, ("cuda", 0), LEVELS[:L] if levels == "by value" else None)
+    if wanted == "output":
+        return plan.forward(found, alignment)
+    return plan.backward(found, alignment, grad_value="value" in wanted, grad_samples="samples" in wanted)
+
+
+def every():
+    """All keys."""
+    keys = {launch_of(*combination).key for combination in itertools.product(*AXES.values())}
+    return sorted(keys | rounding(), key=str)
+
+
+def rounding():
+    return {plan.round_gradient(dtype, 1000).key for dtype in ("float16", "bfloat16")}
+
+
+def pairwise():
+    """Keys such that any two values of two axes meet in one of them: greedy, and the same every time."""
+    names = list(AXES)
+    uncovered = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i in range(len(AXES[names[a]]))
+        for j in range(len(AXES[names[b]]))
+    }
+    chosen = []
+    while uncovered:
+        a, i, b, j = min(uncovered)
+        row = [None] * len(names)
+        row[a], row[b] = i, j
+        for axis in range(len(names)):
+            if row[axis] is None:
+                row[axis] = max(range(len(AXES[names[axis]])), key=lambda v, axis=axis: _gain(row, axis, v, uncovered))
+        for x, y in itertools.combinations(range(len(names)), 2):
+            uncovered.discard((x, row[x], y, row[y]))
+        chosen.append(launch_of(*(AXES[name][v] for name, v in zip(names, row, strict=True))).key)
+    return sorted(set(chosen) | rounding(), key=str)
+
+
+def _gain(row, axis, value, uncovered):
+    pairs = ((axis, value, o, v) if axis < o else (o, v, axis, value) for o, v in enumerate(row) if v is not None)
+    return sum(pair in uncovered for pair in pairs)
+
+
+def resources(key, architecture):
+    """Registers, bytes spilled and warnings of one specialisation; raises RuntimeError where it does not compile."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    flags = (*kernels.options(key), f"-arch=sm_{architecture}", "--ptxas-options=-v", "-ftz=true")
+    text = kernels.source(key.kind)
+    name = hashlib.sha256(repr((text, flags, nvrtc.getVersion())).encode()).hexdigest()[:32]
+    cached = CACHE / name
+    if cached.exists():
+        return json.loads(cached.read_text())
+    program = nvrtc.createProgram(text, f"msda_{key.kind}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, flags)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"sm_{architecture} {key}\n{nvrtc.getProgramLog(program)}") from error
+    log = nvrtc.getProgramLog(program).replace("\0", "")
+    assert nvrtc.getCUBIN(program)
+    found = {
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "spilled": int(re.search(r"(\d+) bytes spill stores", log)[1]),
+        "warnings": [line for line in log.splitlines() if "warning" in line],
+    }
+    CACHE.mkdir(exist_ok=True)
+    cached.write_text(json.dumps(found))
+    return found
+
+
+def _resources(task):
+    return resources(*task)
+
+
+def compile_all(keys):
+    """Resources by (key, architecture), on all cores."""
+    tasks = list(itertools.product(keys, ARCHITECTURES))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(tasks, pool.map(_resources, tasks, chunksize=4), strict=True))
+
+
+def nvrtc_version():
+    from cupy_backends.cuda.libs import nvrtc
+
+    return ".".join(map(str, nvrtc.getVersion()))
+
+
+def make_budget():
+    """What the budget file should say now: registers, bytes spilled, shared memory, in the order of ARCHITECTURES."""
+    found = compile_all(pairwise())
+    entries = {}
+    for (key, architecture), measured in found.items():
+        shared = 0 if key.kind == "round" else plan.shared_bytes(key)
+        entry = entries.setdefault(str(key), {"shared": shared, "registers": [], "spilled": []})
+        assert architecture == ARCHITECTURES[len(entry["registers"])]
+        entry["registers"].append(measured["registers"])
+        entry["spilled"].append(measured["spilled"])
+    return {"nvrtc": nvrtc_version(), "architectures": list(ARCHITECTURES), "kernels": entries}
+
+
+if __name__ == "__main__":
+    budget = make_budget()
+    lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in budget["kernels"].items()]
+    head = json.dumps({k: budget[k] for k in ("nvrtc", "architectures")}, indent=1)[:-2]
+    BUDGET.write_text(head + ',\n "kernels": {\n' + ",\n".join(lines) + "\n }\n}\n")

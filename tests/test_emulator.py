@@ -1,0 +1,135 @@
+"""The CUDA sources run on the CPU: every dtype and code path against the reference, under the sanitizers too."""
+
+import cases
+import emulator
+import numpy as np
+import pytest
+import reference
+from cases import CASES, DTYPE_PAIRS, Case
+from tolerance import assert_close
+
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
+
+# Queries are pixels (bands), tails, several chunks of samples, odd D, several turns, one lane, two lanes.
+PATHS = [
+    Case("encoder_order", levels=((9, 11), (4, 5), (2, 2)), N=1, M=2, D=8, queries=None),
+    Case("tail", levels=((5, 6), (3, 3)), N=2, M=1, D=32, queries=37),
+    Case("chunks", levels=((4, 5), (3, 3), (2, 2)), N=1, M=2, D=4, P=9, queries=5),
+    Case("odd", levels=((4, 5), (2, 3)), N=1, M=2, D=33, queries=3),
+    Case("many_channels", levels=((3, 4),), N=1, M=1, D=259, P=3, queries=2),
+    Case("one_lane", levels=((3, 4), (1, 1)), N=1, M=2, D=1, P=3, queries=9),
+    Case("gaps", starts=(4, 50), S=64, N=1, D=8),
+    Case("overlap", starts=(3, 10), S=60, N=1, D=8),
+]
+
+
+def check(case, pair, seed=0, **options):
+    inputs = case.inputs(*pair, seed=seed)
+    want_output, want_grads = cases.expected(inputs)
+    assert_close(emulator.forward(inputs, **options), want_output, pair[0])
+    grads = emulator.backward(inputs, **options)
+    assert_close(grads[0], want_grads[0], pair[0], "grad_value")
+    got, want = (cases.pixel_units(grad, inputs.shapes) for grad in (grads[1], want_grads[1]))
+    assert_close(got, want, pair[1], "grad_sampling_loc")
+    assert_close(grads[2], want_grads[2], pair[1], "grad_attn_weight")
+
+
+@pytest.mark.parametrize("case", PATHS, ids=str)
+def test_paths(case):
+    check(case, ("float32", "float32"))
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
+@pytest.mark.parametrize("case", [PATHS[1], PATHS[3]], ids=str)
+def test_dtypes(case, pair):
+    check(case, pair, seed=1)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132], ids=["throughput", "latency"])
+def test_launch_shapes(multiprocessors):
+    case = Case("wide", levels=((5, 6), (3, 3)), N=2, M=2, D=16, queries=45)
+    check(case, ("float32", "float32"), multiprocessors=multiprocessors)
+
+
+def test_levels_on_the_device():
+    for case in (PATHS[0], PATHS[6]):
+        check(case, ("float32", "float32"), levels_on_device=True)
+
+
+@pytest.mark.parametrize("order", [1, 7], ids=["downwards", "scattered"])
+def test_order_of_threads_does_not_matter(order):
+    for case in (PATHS[0], PATHS[2]):
+        inputs = case.inputs(seed=2)
+        np.testing.assert_array_equal(emulator.forward(inputs, order=order), emulator.forward(inputs))
+        for got, want in zip(emulator.backward(inputs, order=order), emulator.backward(inputs), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["value", "samples"])
+def test_some_gradients(wanted):
+    inputs = PATHS[1].inputs(seed=3)
+    _, want = cases.expected(inputs)
+    grads = emulator.backward(inputs, grad_value=wanted[0], grad_samples=wanted[1])
+    for grad, exact, asked in zip(grads, want, (wanted[0], wanted[1], wanted[1]), strict=True):
+        if asked:
+            assert_close(grad, exact, "float32")
+        else:
+            assert grad is None
+
+
+BAD_LEVELS = {
+    "negative height": ([[-6, 7], [3, 4]], [0, 42]),
+    "product wraps around": ([[2**32, 2**32], [3, 4]], [0, 42]),
+    "huge": ([[2**63 - 1, 2**63 - 1], [3, 4]], [0, 42]),
+    "start beyond S": ([[6, 7], [3, 4]], [0, 54]),
+    "huge start": ([[6, 7], [3, 4]], [0, 2**63 - 1]),
+    "smallest start": ([[6, 7], [3, 4]], [-(2**63), 42]),
+    "packed, wraps around": ([[2**62, 2], [3, 4]], None),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LEVELS)
+def test_hostile_metadata_under_the_sanitizers(name):
+    shapes, starts = BAD_LEVELS[name]
+    inputs = CASES[0].inputs()
+    options = {"levels_on_device": True, "shapes": shapes, "starts": starts, "sanitize": True}
+    assert np.isnan(emulator.forward(inputs, **options)).all()
+    grads = emulator.backward(inputs, **options)
+    assert np.isnan(grads[1]).any()
+    assert np.isnan(grads[2]).any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30, 3e38], ids=str)
+def test_hostile_locations_under_the_sanitizers(bad):
+    inputs = CASES[0].inputs(seed=4)
+    inputs.locations[:, :, :, 0] = bad
+    ordinary = inputs._replace(locations=np.where(np.isfinite(inputs.locations), inputs.locations, -9.0))
+    assert_close(emulator.forward(inputs, sanitize=True), reference.forward(*ordinary[:5]), "float32")
+    grads = emulator.backward(inputs, sanitize=True)
+    assert not grads[1][:, :, :, 0].any()
+
+
+@pytest.mark.parametrize("case", PATHS, ids=str)
+def test_paths_under_the_sanitizers(case):
+    check(case, ("float32", "float32"), sanitize=True)
+
+
+@pytest.mark.parametrize("pair", [DTYPE_PAIRS[0], DTYPE_PAIRS[2], DTYPE_PAIRS[5]], ids="-".join)
+def test_dtypes_under_the_sanitizers(pair):
+    check(PATHS[1], pair, sanitize=True)
+
+
+def test_64_bit_offsets_under_the_sanitizers(monkeypatch):
+    from cupy_msda import plan
+
+    launch = plan._launch
+
+    def wide(problem, kind, vec, lanes, **choices):
+        import dataclasses
+
+        found = launch(problem, kind, vec, lanes, **choices)
+        key = dataclasses.replace(found.key, index_64=True)
+        return dataclasses.replace(found, key=key, shared=plan.shared_bytes(key))
+
+    monkeypatch.setattr(plan, "_launch", wide)
+    check(PATHS[0], ("float32", "float32"), sanitize=True)

@@ -1,0 +1,192 @@
+"""The net catches: each fault below, planted into a copy of a source, turns a check red."""
+
+import cases
+import emulator
+import numpy as np
+import pytest
+from cases import Case
+from tolerance import assert_close
+
+from cupy_msda import kernels, plan
+from cupy_msda.problem import Problem
+
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
+
+CHECKED = [
+    Case("encoder_order", levels=((9, 11), (4, 5), (2, 2)), N=1, M=2, D=8, queries=None),
+    Case("tail_and_chunks", levels=((4, 5), (3, 3), (2, 2)), N=2, M=2, D=32, P=12, queries=5),
+]
+FILL = "msda_fill(samples, shared, raw, work, round, k0);\n            __syncwarp();"
+SUM = "sum[turn][v] = fma(weight[c], x[v], sum[turn][v]);"
+HALF_SUM = "{ msda_f16 half; msda_store(fma(weight[c], x[v], sum[turn][v]), half); sum[turn][v] = msda_load(half); }"
+QUERIES = "msda_query(work.first + i, shared.levels, packed) : -1;\n    __syncthreads();"
+
+# name: (kernel, text of the source, what it becomes)
+FAULTS = {
+    "off-by-one bound of a column": ("forward", "cell.x0 + 1 < level.w ? 10", "cell.x0 + 1 <= level.w ? 10"),
+    "off-by-one bound of a row": ("backward", "cell.y0 + 1 < level.h ? 12", "cell.y0 + 1 <= level.h ? 12"),
+    "bound of a sample that counts": ("forward", "px > -1 && py > -1", "px > -2 && py > -1"),
+    "missing barrier after the fill": ("forward", FILL, FILL.replace("__syncwarp();", "")),
+    "missing barrier after the fill of the backward": ("backward", FILL, FILL.replace("__syncwarp();", "")),
+    "missing barrier before the next chunk": (
+        "forward",
+        "            __syncwarp();\n        }\n\n        if (active)",
+        "        }\n\n        if (active)",
+    ),
+    "missing barrier before the gradients": (
+        "backward",
+        "            __syncwarp();\n#if MSDA_GRAD_SAMPLES\n            msda_w",
+        "#if MSDA_GRAD_SAMPLES\n            msda_w",
+    ),
+    "missing barrier after the queries": ("forward", QUERIES, QUERIES.replace("\n    __syncthreads();", "")),
+    "vote of the block that is the warp's own": ("forward", "__syncthreads_or(packed);", "packed; __syncthreads();"),
+    "missing barrier after the levels": ("backward", "packed = __syncthreads_or(packed);", "packed = true;"),
+    "barrier that some lanes do not reach": (
+        "forward",
+        FILL,
+        FILL.replace("__syncwarp();", "if (active) __syncwarp();"),
+    ),
+    "swapped corners": (
+        "forward",
+        "weight[1] = top * sample.ax;\n    weight[0] = top - weight[1];",
+        "weight[0] = top * sample.ax;\n    weight[1] = top - weight[0];",
+    ),
+    "swapped corners of the backward": (
+        "backward",
+        "(c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below",
+        "(c >> 1) * (MSDA_M * MSDA_D) + (c & 1) * below",
+    ),
+    "dropped tail guard": ("forward", "work.first + i < Q ? msda_query", "true ? msda_query"),
+    "dropped channel guard": (
+        "forward",
+        "if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;\n        const",
+        "const",
+    ),
+    "dropped NaN of a bad level": (
+        "forward",
+        "level.w > 0 ? (msda_acc)0 : msda_nan();\n    return",
+        "(msda_acc)0;\n    return",
+    ),
+    "float16 accumulation": ("forward", SUM, HALF_SUM),
+    "overrun of shared memory": (
+        "forward",
+        "#define MSDA_PITCH (MSDA_CHUNK | 1)",
+        "#define MSDA_PITCH (MSDA_CHUNK | 1) + 64",
+    ),
+    "misaligned vector access": (
+        "forward",
+        "+ lane * MSDA_VEC) * sizeof(msda_value);",
+        "+ lane * MSDA_VEC) * sizeof(msda_value) + sizeof(msda_value);",
+    ),
+    "forgotten head": ("backward", "+ m * (MSDA_D / MSDA_VEC)) * 16", ") * 16"),
+    "gradient of the other axis": (
+        "backward",
+        "msda_store(grad_x, xy.element[0]);",
+        "msda_store(grad_y, xy.element[0]);",
+    ),
+    "lost factor of the level's width": ("backward", "attention * (msda_acc)level.w * slope", "attention * slope"),
+    "sum that loses a lane": (
+        "backward",
+        "for (int mask = 4; mask < MSDA_LANES; mask *= 2)",
+        "for (int mask = 4; mask < MSDA_LANES / 2; mask *= 2)",
+    ),
+}
+ODD = Case("odd", levels=((4, 5),), N=1, M=2, D=1058, queries=24)
+
+
+def run(kind, text, case, **options):
+    inputs = case.inputs(seed=21)
+    want_output, want_grads = cases.expected(inputs)
+    options |= {"text": text, "sanitize": True}  # in a process of its own: a fault may crash it
+    if kind == "forward":
+        assert_close(emulator.forward(inputs, **options), want_output, "float32")
+        return
+    for grad, want in zip(emulator.backward(inputs, **options), want_grads, strict=True):
+        assert_close(grad, want, "float32")
+
+
+def run_bad_level(text):
+    inputs = CHECKED[1].inputs(seed=22)
+    shapes = [[4, 5], [-3, 3], [2, 2]]
+    options = {"text": text, "levels_on_device": True, "shapes": shapes, "sanitize": True}
+    assert np.isnan(emulator.forward(inputs, **options)).all()
+
+
+def caught(kind, text):
+    """What the first check to fail says, or None."""
+    try:
+        for case in CHECKED:
+            for order in (0, 1):
+                run(kind, text, case, order=order, multiprocessors=1)  # the shapes with many warps a block
+        run(kind, text, ODD)
+        if kind == "forward":
+            run_bad_level(text)
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_sound_source_passes(kind):
+    assert caught(kind, kernels.source(kind)) is None
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_caught(name):
+    kind, old, new = FAULTS[name]
+    source = kernels.source(kind)
+    assert source.count(old) == 1, "the fault no longer fits the source"
+    assert caught(kind, source.replace(old, new)) is not None
+
+
+def far_level(key_index_64, text=None):
+    """One pixel at row 2**27 + 5 and samples beside it: offsets need 64 bits, and nothing is read."""
+    start = 2**27 + 5
+    problem = Problem(1, start + 1, 1, 1, 1, 1, 3, "float32", "float32", ("cuda", 0), ((1, 1, start),))
+    described = plan.forward(problem, 16)
+    assert described.key.index_64 == key_index_64
+    locations, weights = np.full((1, 3, 1, 1, 1, 2), 9, np.float32), np.ones((1, 3, 1, 1, 1), np.float32)
+    output = np.full((1, 3, 1), np.nan, np.float32)
+    arrays = [np.zeros(1, np.float32), np.array(problem.levels, np.int64), locations, weights, output]
+    emulator.launch(described, arrays, problem.S, problem.Q, text=text, sanitize=True)
+    assert not output.any()
+
+
+def test_product_that_overflows_32_bits_is_caught():
+    far_level(True)
+    place = "sample.place = (pixel * (MSDA_M * MSDA_D / MSDA_VEC) + m * (MSDA_D / MSDA_VEC)) * 16"
+    source = kernels.source("forward")
+    assert source.count(place) == 1
+    with pytest.raises(emulator.EmulatorError, match="overflow"):
+        far_level(True, source.replace(place, place.replace("(pixel *", "((int)pixel *")))
+
+
+def test_planner_that_forgets_64_bits_is_caught(monkeypatch):
+    launch = plan._launch
+
+    def narrow(problem, *arguments, **choices):
+        import dataclasses
+
+        found = launch(problem, *arguments, **choices)
+        key = dataclasses.replace(found.key, index_64=False)
+        return dataclasses.replace(found, key=key, shared=plan.shared_bytes(key))
+
+    monkeypatch.setattr(plan, "_launch", narrow)
+    with pytest.raises(emulator.EmulatorError, match="overflow"):
+        far_level(False)
+
+
+def test_shared_memory_that_is_too_small_is_caught(monkeypatch):
+    monkeypatch.setattr(plan, "shared_bytes", lambda key, real=plan.shared_bytes: real(key) - 16)
+    with pytest.raises(emulator.EmulatorError, match="heap-buffer-overflow"):
+        run("forward", None, CHECKED[1])
+
+
+def test_half_accumulation_of_float16_is_caught():
+    source = kernels.source("forward").replace(SUM, HALF_SUM)
+    case = Case("float16", levels=((9, 11), (4, 5)), N=1, M=2, D=32, P=8, queries=20)
+    inputs = case.inputs("float16", seed=23)
+    want, _ = cases.expected(inputs)
+    assert_close(emulator.forward(inputs), want, "float16")
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_close(emulator.forward(inputs, text=source), want, "float16")
