@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,12 +30,14 @@ def copy_bandwidth() -> float:
 def floors(workload: Workload, itemsize: int, bandwidth: float, device: dict[str, Any]) -> dict[str, float]:
     """Microseconds of the forward and backward by compulsory HBM traffic, and of the forward by rows through L1.
 
-    Compulsory: every input read once and every output written once, value only as far as samples can reach it.
+    Compulsory: every input read once and every output written once; of value, the rows that samples can be expected to
+    reach when they spread evenly over their level, which leaves few queries fewer rows than there are.
     L1: four rows a sample, each a whole number of 128-byte lines, one line a clock and multiprocessor.
     """
     channels = workload.M * workload.D * itemsize
-    rows = min(workload.S * workload.N, workload.samples * 4 // workload.M)
-    value, output = rows * channels, workload.N * workload.Q * channels
+    pixels = [h * w for h, w in workload.levels]
+    reached = sum(n * -math.expm1(-4 * workload.Q * workload.P / n) for n in pixels)
+    value, output = workload.N * reached * channels, workload.N * workload.Q * channels
     points = workload.samples * 3 * itemsize
     grad_value = workload.N * workload.S * channels
     clock = float(device["max_clock_mhz"]) * 1e6

@@ -51,7 +51,7 @@ def _output(*command: str) -> str | None:
         result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip()
+    return result.stdout.strip().partition("\n")[0]  # of the first GPU
 
 
 def _cpu() -> str:

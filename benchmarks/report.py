@@ -118,7 +118,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             ax.set_ylabel("microseconds")
             ax.set_title(f"{direction}, {dtype}")
             ax.set_xticks([x + 0.4 - width / 2 for x in range(len(workloads))], workloads, rotation=30, ha="right")
-    axes[0][0].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names) + 2)
     figure.suptitle(f"One call on {result['provenance']['gpu']}, {result['provenance']['date'][:10]}")
     figure.savefig(path, dpi=80)
 
