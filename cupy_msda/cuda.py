@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -112,20 +113,20 @@ class _Session:
         self.device = self.cupy.cuda.Device(problem.device[1])
 
     def __enter__(self) -> _Session:
-        self.device.__enter__()
-        address = self.operands.value.framework.stream(self.problem.device)
-        self.stream = _external_stream(self.cupy, address, self.problem.device[1])
-        self.stream.__enter__()
         operands = self.operands
-        self.value = self._contiguous(operands.value)
-        self.locations = self._contiguous(operands.locations)
-        self.weights = self._contiguous(operands.weights)
-        self.grad_output = self._contiguous(operands.grad_output) if operands.grad_output else None
+        with contextlib.ExitStack() as stack:  # leaves the device and stream again should a copy fail
+            stack.enter_context(self.device)
+            address = operands.value.framework.stream(self.problem.device)
+            self.stream = stack.enter_context(_external_stream(self.cupy, address, self.problem.device[1]))
+            self.value = self._contiguous(operands.value)
+            self.locations = self._contiguous(operands.locations)
+            self.weights = self._contiguous(operands.weights)
+            self.grad_output = self._contiguous(operands.grad_output) if operands.grad_output else None
+            self._entered = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.stream.__exit__(*exception)
-        self.device.__exit__(*exception)
+        self._entered.close()
 
     @property
     def multiprocessors(self) -> int:

@@ -11,7 +11,7 @@ from .interop import item_size
 from .problem import SIXTEEN_BIT, Problem
 
 VECTOR_BYTES = 16
-# Shared memory of a warp's samples: eight warps stay below the 48 KB that need no opt-in.
+# Shared memory of a warp's samples: little, because what a block does not take is left to L1.
 WARP_SHARED_BUDGET = 5 * 1024
 # Samples that a lane holds in registers between loading and preparing them.
 MAX_FILLS = 4
@@ -80,7 +80,7 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
 
     Three shapes, each the fastest of a sweep on an H200 (benchmarks/NOTES.md): where queries are pixels, large blocks
     share a patch in L1; where they are not, small blocks finish independently; where there are too few to fill the
-    GPU, a warp keeps the rows of all its samples in flight instead.
+    GPU, two warps a block spread over all of it, with registers for the rows of four samples in flight.
     """
     itemsize = item_size(problem.value_dtype)
     vec = _vector(problem.D, itemsize, min(alignment, VECTOR_BYTES))
