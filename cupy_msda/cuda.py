@@ -117,7 +117,8 @@ class _Session:
         with contextlib.ExitStack() as stack:  # leaves the device and stream again should a copy fail
             stack.enter_context(self.device)
             address = operands.value.framework.stream(self.problem.device)
-            self.stream = stack.enter_context(_external_stream(self.cupy, address, self.problem.device[1]))
+            self.stream = _external_stream(self.cupy, address, self.problem.device[1])
+            stack.enter_context(self.stream)
             self.value = self._contiguous(operands.value)
             self.locations = self._contiguous(operands.locations)
             self.weights = self._contiguous(operands.weights)
