@@ -132,7 +132,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
                 const int inside = (int)sample.place;
                 const int level = min((k0 + k) / MSDA_P, MSDA_L - 1);
                 const long long below = (long long)shared.levels[level].w * (MSDA_M * MSDA_D);
-                const long long corner = first + (long long)(sample.place >> 4) * MSDA_VEC;
+                const long long corner = first + msda_offset(sample);
 #if MSDA_GRAD_VALUE
                 msda_acc weight[4];
                 msda_weights(sample, weight);

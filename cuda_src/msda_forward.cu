@@ -2,14 +2,15 @@
 //
 // A warp takes MSDA_QUERIES queries of one head at a time. Its lanes first work out the samples, one each, into shared
 // memory; then MSDA_LANES lanes a query read the four rows of each sample and accumulate MSDA_VEC channels each in
-// registers. Warps share nothing but the levels, so none waits for another.
+// registers. Warps share the levels and the list of queries, made once at the start, so
+// none waits for another after that.
 
 __device__ __forceinline__ void msda_accumulate(
         msda_acc (&sum)[MSDA_TURNS][MSDA_VEC], const msda_sample& sample, msda_address image, msda_address below,
         int lane) {
     msda_acc weight[4];
     msda_weights(sample, weight);
-    const msda_address upper = image + msda_offset<sizeof(msda_value)>(sample.place), lower = upper + below;
+    const msda_address upper = image + msda_offset(sample) * sizeof(msda_value), lower = upper + below;
     const msda_address right = MSDA_M * MSDA_D * sizeof(msda_value);
     const int inside = (int)sample.place;
 #pragma unroll

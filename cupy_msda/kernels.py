@@ -29,7 +29,8 @@ def source_folder() -> Path:
 def source(kind: str) -> str:
     """One self-contained source: CuPy's disk cache hashes this text, but not the files that it would include."""
     folder = source_folder()
-    return "\n".join((folder / name).read_text() for name in ("msda_common.cuh", f"msda_{kind}.cu"))
+    shared = ("msda_types.cuh",) if kind == "round" else ("msda_types.cuh", "msda_common.cuh")
+    return "\n".join((folder / name).read_text() for name in (*shared, f"msda_{kind}.cu"))
 
 
 def options(key: KernelKey) -> tuple[str, ...]:

@@ -1,0 +1,177 @@
+// Types, conversions and vector access of all kernels of this folder; comes before every other file.
+//
+// The planner (cupy_msda/plan.py) passes every size that is fixed for a model as a macro:
+//   MSDA_VALUE_*      dtype of value, output and grad_output (F16, BF16, F32 or F64), MSDA_LOCATION_* likewise
+//   MSDA_INDEX_64     offsets and counts inside one image need 64 bits
+//   MSDA_L, MSDA_P, MSDA_M, MSDA_D   levels, points, heads, channels a head
+//   MSDA_VEC          channels a lane moves at once
+//   MSDA_LANES        lanes of a warp that share the channels of one (n, q, m)
+//   MSDA_CHUNK        samples of a query that are in shared memory at a time
+//   MSDA_WARPS        warps of a block, all on one head
+//   MSDA_ROUNDS       groups of queries that a warp takes one after the other
+//   MSDA_MIN_BLOCKS   blocks that should fit on a multiprocessor: caps the registers
+//   MSDA_UNROLL       samples whose rows are loaded before the first is used
+//   MSDA_LEVELS_ON_DEVICE            spatial_shapes and level_start_index are device arrays, unchecked
+//   MSDA_BAND         0: queries in order; otherwise rows of a band in which neighbouring queries share a block
+
+// Inline PTX has a portable twin beside it, and shared memory a name, for the tests that run this text on a CPU.
+#ifndef MSDA_PTX
+#define MSDA_PTX 1
+#define MSDA_SHARED_MEMORY(name) extern __shared__ uint4 name[]
+#endif
+
+typedef unsigned long long msda_address;
+
+#if MSDA_INDEX_64
+typedef long long msda_index;
+#else
+typedef int msda_index;
+#endif
+
+#if MSDA_VALUE_F64
+typedef double msda_acc;
+#else
+typedef float msda_acc;
+#endif
+
+struct msda_f16 { unsigned short bits; };
+struct msda_bf16 { unsigned short bits; };
+
+#if MSDA_VALUE_F16
+typedef msda_f16 msda_value;
+#elif MSDA_VALUE_BF16
+typedef msda_bf16 msda_value;
+#else
+typedef msda_acc msda_value;
+#endif
+
+#if MSDA_LOCATION_F16
+typedef msda_f16 msda_location;
+#elif MSDA_LOCATION_BF16
+typedef msda_bf16 msda_location;
+#else
+typedef msda_acc msda_location;
+#endif
+
+#define MSDA_THREADS (32 * MSDA_WARPS)
+// Registers are capped for MSDA_MIN_BLOCKS resident blocks; some architectures hold fewer threads than that.
+#if __CUDA_ARCH__ == 750
+#define MSDA_RESIDENT (1024 / MSDA_THREADS)
+#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+#define MSDA_RESIDENT (1536 / MSDA_THREADS)
+#else
+#define MSDA_RESIDENT (2048 / MSDA_THREADS)
+#endif
+#define MSDA_BOUNDS __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS < MSDA_RESIDENT ? MSDA_MIN_BLOCKS : MSDA_RESIDENT)
+#define MSDA_QUERIES (32 / MSDA_LANES)                         // queries that a warp works on at a time
+#define MSDA_K (MSDA_L * MSDA_P)
+#define MSDA_STEP (MSDA_LANES * MSDA_VEC)                      // channels between two turns of a lane
+#define MSDA_TURNS ((MSDA_D + MSDA_STEP - 1) / MSDA_STEP)
+enum { msda_unroll = MSDA_UNROLL };                            // a pragma's macros are not expanded everywhere
+
+// ---- conversions: 16-bit numbers travel as bits, arithmetic is msda_acc -------------------------------------
+
+__device__ __forceinline__ float msda_load(float x) { return x; }
+__device__ __forceinline__ double msda_load(double x) { return x; }
+__device__ __forceinline__ float msda_load(msda_f16 x) {
+#if MSDA_PTX
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+#else
+    const unsigned sign = (unsigned)(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+    if (magnitude >= 0x7c00) return __uint_as_float(sign | 0x7f800000u | magnitude << 13);
+    return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude << 13) * 5.192296858534828e33f));  // 2**112
+#endif
+}
+__device__ __forceinline__ float msda_load(msda_bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
+
+__device__ __forceinline__ void msda_store(float x, float& y) { y = x; }
+__device__ __forceinline__ void msda_store(double x, double& y) { y = x; }
+__device__ __forceinline__ void msda_store(float x, msda_f16& y) {
+#if MSDA_PTX
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+    const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    unsigned rounded;
+    if (magnitude > 0x7f800000u) rounded = 0x7fff;                              // NaN
+    else if (magnitude >= 0x477ff000u) rounded = 0x7c00;                        // 65520 and more: infinity
+    else if (magnitude < 0x38800000u)                                           // subnormal: units of 2**-24
+        rounded = (unsigned)rint(__uint_as_float(magnitude) * 16777216.0f);
+    else rounded = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    y.bits = (unsigned short)(sign | rounded);
+#endif
+}
+__device__ __forceinline__ void msda_store(float x, msda_bf16& y) {
+    // In integers: the instruction exists from sm_80 on only.
+    const unsigned bits = __float_as_uint(x);
+    y.bits = x != x ? 0x7fc0 : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// ---- vectors -----------------------------------------------------------------------------------------------
+
+template <int BYTES> struct msda_word;
+template <> struct msda_word<16> { typedef uint4 type; };
+template <> struct msda_word<8> { typedef uint2 type; };
+template <> struct msda_word<4> { typedef unsigned type; };
+template <> struct msda_word<2> { typedef unsigned short type; };
+
+template <typename T, int N>
+union msda_vector {
+    typename msda_word<sizeof(T) * N>::type word;
+    T element[N];
+    unsigned pair[(sizeof(T) * N + 3) / 4];   // two 16-bit elements each
+    __device__ __forceinline__ msda_vector() {}
+};
+
+typedef msda_vector<msda_value, MSDA_VEC> msda_values;
+
+template <typename T, int N>
+__device__ __forceinline__ void msda_unpack(const msda_vector<T, N>& v, msda_acc (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = msda_load(v.element[i]);
+}
+
+// Pairs of 16-bit elements straight from their register: taken one by one, each costs a shift or a move as well, and
+// the float16 forward is bound by instructions (encoder_800x1333, H200: 139 us one by one, 123 us like this).
+template <int N>
+__device__ __forceinline__ void msda_unpack(const msda_vector<msda_f16, N>& v, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i + 1 < N; i += 2) {
+#if MSDA_PTX
+        asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+            : "=f"(x[i]), "=f"(x[i + 1]) : "r"(v.pair[i / 2]));
+#else
+        x[i] = msda_load(v.element[i]);
+        x[i + 1] = msda_load(v.element[i + 1]);
+#endif
+    }
+    if (N % 2) x[N - 1] = msda_load(v.element[N - 1]);
+}
+
+template <int N>
+__device__ __forceinline__ void msda_unpack(const msda_vector<msda_bf16, N>& v, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i + 1 < N; i += 2) {
+        x[i] = __uint_as_float(v.pair[i / 2] << 16);
+        x[i + 1] = __uint_as_float(v.pair[i / 2] & 0xffff0000u);
+    }
+    if (N % 2) x[N - 1] = msda_load(v.element[N - 1]);
+}
+
+// Read-only data, through L1.
+__device__ __forceinline__ msda_values msda_read(msda_address address) {
+    msda_values v;
+    v.word = __ldg(reinterpret_cast<const decltype(v.word)*>(address));
+    return v;
+}
+
+// The same where `present`, zeros elsewhere: a predicated load, no branch. (Predicated additions instead of the zeros,
+// in inline PTX, save 8 of 39 instructions a sample but not the registers: ptxas keeps the last row alive for the case
+// that the load does not happen, and spilled 384 bytes.)
+__device__ __forceinline__ msda_values msda_read_if(bool present, msda_address address) {
+    msda_values v;
+    v.word = decltype(v.word)();
+    if (present) v.word = __ldg(reinterpret_cast<const decltype(v.word)*>(address));
+    return v;
+}
