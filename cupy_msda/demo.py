@@ -17,6 +17,7 @@ import numpy as np
 
 from . import cpu, interop
 from .api import ms_deform_attn_backward, ms_deform_attn_forward
+from .golden import relative_error
 from .problem import read
 
 PHOTOGRAPH = Path(__file__).with_name("data") / "chelsea.jpg"
@@ -132,9 +133,9 @@ def run(scene: Scene, backend: str) -> Outcome:
     exact = [a.astype(np.float64) for a in (scene.value, scene.locations, scene.weights)]
     found, _ = read(exact[0], scene.shapes, None, *exact[1:])
     want_grads = cpu.backward(found, *exact, grad_output.astype(np.float64))
-    errors = {"output": _error(output, cpu.forward(found, *exact))}
+    errors = {"output": relative_error(output, cpu.forward(found, *exact))}
     for name, grad, want in zip(("grad_value", "grad_locations", "grad_weights"), grads, want_grads, strict=True):
-        errors[name] = _error(grad, want)
+        errors[name] = relative_error(grad, want)
     return Outcome(backend, output, grads[0], _seconds(forward, wait), _seconds(backward, wait), errors)
 
 
@@ -260,7 +261,3 @@ def _seconds(call: Any, wait: Any) -> float:
         wait()
         times.append(time.perf_counter() - begin)
     return sorted(times)[REPEATS // 2]
-
-
-def _error(out: np.ndarray, exact: np.ndarray) -> float:
-    return float(np.linalg.norm(out - exact) / (np.linalg.norm(exact) or 1.0))
