@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from .interop import item_size
-from .problem import SIXTEEN_BIT, Problem
+from .problem import SIXTEEN_BIT, Problem, accumulator_of
 
 VECTOR_BYTES = 16
 # Shared memory of a warp's samples: little, because what a block does not take is left to L1.
@@ -187,8 +187,7 @@ def sample_bytes(index_64: bool, accumulator_dtype: str) -> int:
 
 def shared_bytes(key: KernelKey) -> int:
     """Size of the kernels' `msda_shared`."""
-    accumulator = "float64" if key.value_dtype == "float64" else "float32"
-    samples = key.warps * key.queries * (key.chunk | 1) * sample_bytes(key.index_64, accumulator)
+    samples = key.warps * key.queries * (key.chunk | 1) * sample_bytes(key.index_64, accumulator_of(key.value_dtype))
     index = 8 if key.index_64 else 4
     queries = key.rounds * key.warps * key.queries * index
     return -(-(samples + key.L * (index + 8) + queries) // 16) * 16

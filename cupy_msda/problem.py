@@ -19,12 +19,17 @@ VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 SIXTEEN_BIT = ("float16", "bfloat16")
 
 
+def accumulator_of(value_dtype: str) -> str:
+    """Dtype of all arithmetic beside a value of `value_dtype`."""
+    return "float64" if value_dtype == "float64" else "float32"
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call: its sizes in the contract's notation, dtypes, device and flags.
 
     `levels` holds (H, W, start) of each level, or is None where the metadata stays on the GPU and the
-    kernels check it. `packed` says that no `level_start_index` was given.
+    kernels check it.
     """
 
     N: int
@@ -49,7 +54,7 @@ class Problem:
     @property
     def accumulator_dtype(self) -> str:
         """Dtype of all arithmetic."""
-        return "float64" if self.value_dtype == "float64" else "float32"
+        return accumulator_of(self.value_dtype)
 
     @property
     def output_shape(self) -> tuple[int, int, int]:

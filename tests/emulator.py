@@ -137,3 +137,15 @@ def backward(
         launch(plan.round_gradient(found.value_dtype, total.size), [total, rounded], total.size, 0, **options)
         total = rounded
     return total, *grads
+
+
+def force_index_64(monkeypatch, wide):
+    """Make the planner choose 64-bit offsets, or not, whatever the sizes."""
+    chosen_by_size = plan._launch
+
+    def chosen(*arguments, **choices):
+        found = chosen_by_size(*arguments, **choices)
+        key = dataclasses.replace(found.key, index_64=wide)
+        return dataclasses.replace(found, key=key, shared=plan.shared_bytes(key))
+
+    monkeypatch.setattr(plan, "_launch", chosen)

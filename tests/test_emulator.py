@@ -120,16 +120,5 @@ def test_dtypes_under_the_sanitizers(pair):
 
 
 def test_64_bit_offsets_under_the_sanitizers(monkeypatch):
-    from cupy_msda import plan
-
-    launch = plan._launch
-
-    def wide(problem, kind, vec, lanes, **choices):
-        import dataclasses
-
-        found = launch(problem, kind, vec, lanes, **choices)
-        key = dataclasses.replace(found.key, index_64=True)
-        return dataclasses.replace(found, key=key, shared=plan.shared_bytes(key))
-
-    monkeypatch.setattr(plan, "_launch", wide)
+    emulator.force_index_64(monkeypatch, True)
     check(PATHS[0], ("float32", "float32"), sanitize=True)

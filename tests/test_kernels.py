@@ -47,7 +47,7 @@ def test_shared_memory_is_in_the_budget():
         assert entry["shared"] <= 48 * 1024, name
 
 
-def test_a_spill_and_a_jump_are_reported(compiled, monkeypatch):
+def test_a_spill_and_a_jump_are_reported(compiled):
     key, arch = next(k for k in compiled if k[0].kind == "forward")
     worse = dict(compiled[key, arch], spilled=10**4)
     with pytest.raises(AssertionError, match="10000"):

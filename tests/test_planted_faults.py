@@ -162,16 +162,7 @@ def test_product_that_overflows_32_bits_is_caught():
 
 
 def test_planner_that_forgets_64_bits_is_caught(monkeypatch):
-    launch = plan._launch
-
-    def narrow(problem, *arguments, **choices):
-        import dataclasses
-
-        found = launch(problem, *arguments, **choices)
-        key = dataclasses.replace(found.key, index_64=False)
-        return dataclasses.replace(found, key=key, shared=plan.shared_bytes(key))
-
-    monkeypatch.setattr(plan, "_launch", narrow)
+    emulator.force_index_64(monkeypatch, False)
     with pytest.raises(emulator.EmulatorError, match="overflow"):
         far_level(False)
 
