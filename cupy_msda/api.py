@@ -69,7 +69,7 @@ def ms_deform_attn(
                 f"{name}: expected a tensor that requires no gradient, because this function records none; "
                 "use cupy_msda.torch.ms_deform_attn, or detach() it"
             )
-    return _forward(
+    return forward(
         *problem.read(
             value,
             spatial_shapes,
@@ -95,7 +95,7 @@ def ms_deform_attn_forward(
 
     Records no gradient, like the function it stands in for.
     """
-    return _forward(
+    return forward(
         *problem.read(
             value,
             spatial_shapes,
@@ -143,7 +143,8 @@ def ms_deform_attn_backward(
     return backward(found, operands)
 
 
-def _forward(found: Problem, operands: Operands) -> Any:
+def forward(found: Problem, operands: Operands) -> Any:
+    """The output of a problem that has been read."""
     if found.device[0] == "cuda":
         return cuda.forward(found, operands)
     arrays = (interop.to_numpy(view) for view in (operands.value, operands.locations, operands.weights))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import interop, kernels, plan
 from .interop import View
+from .launch import PreparedLaunch
 from .problem import SIXTEEN_BIT, Operands, Problem
 
 
@@ -23,16 +25,16 @@ class Gradients(NamedTuple):
 
 def forward(problem: Problem, operands: Operands) -> Any:
     """Output [N, Q, M*D] in the framework of value."""
-    output = _Result(problem.output_shape, problem.value_dtype, operands.value)
     with _Session(problem, operands) as session:
+        output = _Result(problem.output_shape, problem.value_dtype, operands.value)
         if problem.empty:
             session.zero(output)
         else:
-            launch = plan.forward(problem, _alignment(session.value, output), session.multiprocessors)
-            session.launch(
-                launch,
+            launch = prepare_forward(problem, _alignment(session.value, output), session.stream)
+            launch(
+                session.stream,
                 session.value.data,
-                session.metadata(launch),
+                *session.metadata(launch),
                 session.locations.data,
                 session.weights.data,
                 output.data,
@@ -50,10 +52,10 @@ def backward(problem: Problem, operands: Operands, *, grad_value: bool = True, g
         )
     like = operands.value
     value_shape = (problem.N, problem.S, problem.M, problem.D)
-    value = _Result(value_shape, problem.value_dtype, like) if grad_value else None
-    locations = _Result(operands.locations.shape, problem.location_dtype, like) if grad_samples else None
-    weights = _Result(operands.weights.shape, problem.location_dtype, like) if grad_samples else None
     with _Session(problem, operands) as session:
+        value = _Result(value_shape, problem.value_dtype, like) if grad_value else None
+        locations = _Result(operands.locations.shape, problem.location_dtype, like) if grad_samples else None
+        weights = _Result(operands.weights.shape, problem.location_dtype, like) if grad_samples else None
         if problem.empty:
             for result in (value, locations, weights):
                 if result is not None:
@@ -66,13 +68,11 @@ def backward(problem: Problem, operands: Operands, *, grad_value: bool = True, g
             if total is not None:
                 session.zero(total)
             alignment = _alignment(session.value, session.grad_output)
-            launch = plan.backward(
-                problem, alignment, session.multiprocessors, grad_value=grad_value, grad_samples=grad_samples
-            )
-            session.launch(
-                launch,
+            launch = prepare_backward(problem, alignment, session.stream, grad_value, grad_samples)
+            launch(
+                session.stream,
                 session.value.data,
-                session.metadata(launch),
+                *session.metadata(launch),
                 session.locations.data,
                 session.weights.data,
                 session.grad_output.data,
@@ -83,8 +83,8 @@ def backward(problem: Problem, operands: Operands, *, grad_value: bool = True, g
                 problem.Q,
             )
             if total is not value:
-                rounding = plan.round_gradient(problem.value_dtype, value.size)
-                session.launch(rounding, total.data, value.data, value.size)
+                rounding = prepare_rounding(problem, session.stream)
+                rounding(session.stream, total.data, value.data, value.size)
     return Gradients(*(result.finish() if result else None for result in (value, locations, weights)))
 
 
@@ -110,90 +110,130 @@ class _Session:
     def __init__(self, problem: Problem, operands: Operands) -> None:
         self.cupy = interop.require_cupy("an array on a CUDA device")
         self.problem, self.operands = problem, operands
-        self.device = self.cupy.cuda.Device(problem.device[1])
+        self.device = problem.device[1]
+        self.framework = operands.value.framework
 
     def __enter__(self) -> _Session:
         operands = self.operands
-        with contextlib.ExitStack() as stack:  # leaves the device and stream again should a copy fail
-            stack.enter_context(self.device)
-            address = operands.value.framework.stream(self.problem.device)
-            self.stream = _external_stream(self.cupy, address, self.problem.device[1])
-            stack.enter_context(self.stream)
-            self.value = self._contiguous(operands.value)
-            self.locations = self._contiguous(operands.locations)
-            self.weights = self._contiguous(operands.weights)
-            self.grad_output = self._contiguous(operands.grad_output) if operands.grad_output else None
+        with contextlib.ExitStack() as stack:  # leaves the device again should a copy fail
+            stack.enter_context(on_device(self.device))
+            self.stream = self.framework.stream(self.problem.device)
+            self.value = _contiguous(operands.value)
+            self.locations = _contiguous(operands.locations)
+            self.weights = _contiguous(operands.weights)
+            self.grad_output = _contiguous(operands.grad_output) if operands.grad_output else None
             self._entered = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._entered.close()
 
-    @property
-    def multiprocessors(self) -> int:
-        return _multiprocessors(self.problem.device[1])
-
-    def _contiguous(self, view: View) -> View:
-        """`view`, or a copy of it on this device; the kernels read locations in pairs, so these are aligned too."""
-        if view.contiguous and view.data % (2 * interop.item_size(view.dtype)) == 0:
-            return view
-        copied = self.cupy.array(interop.to_cupy(view), order="C")
-        strides = tuple(step // copied.itemsize for step in copied.strides)
-        return View(copied.data.ptr, view.shape, strides, view.dtype, view.device, view.framework, copied)
-
-    def metadata(self, launch: plan.Launch) -> Any:
-        """The kernels' `msda_metadata`: numbers by value, or two addresses of int64 device arrays."""
+    def metadata(self, launch: PreparedLaunch) -> tuple[int, ...]:
+        """The words of the kernels' `msda_metadata`: numbers by value, or two addresses of int64 device arrays."""
         levels = self.problem.levels
         if not launch.key.levels_on_device:
-            return _by_value(np.array(levels, np.int64))
+            return levels_by_value(levels)
         if levels is not None:
             table = np.array(levels, np.int64)
-            self.kept = [self.cupy.asarray(np.ascontiguousarray(table[:, part])) for part in (slice(0, 2), 2)]
+            parts = [np.ascontiguousarray(table[:, :2]), np.ascontiguousarray(table[:, 2])]
         else:
-            self.kept = [self._int64(view) for view in (self.operands.shapes, self.operands.starts)]
-        return _by_value(np.array([0 if array is None else array.data.ptr for array in self.kept], np.int64))
-
-    def _int64(self, view: View | None) -> Any:
-        if view is None:
-            return None
-        array = interop.to_cupy(view) if view.device[0] == "cuda" else interop.to_numpy(view)
-        return self.cupy.ascontiguousarray(self.cupy.asarray(array), dtype=np.int64)
+            parts = [self.operands.shapes, self.operands.starts]
+        convert = self.framework.int64_on_cuda
+        self.kept = [(0, None) if part is None else convert(part, self.problem.device) for part in parts]
+        return tuple(address for address, _ in self.kept)
 
     def zero(self, result: _Result) -> None:
         if result.size:
-            self.cupy.cuda.runtime.memsetAsync(result.data, 0, result.nbytes, self.stream.ptr)
+            self.cupy.cuda.runtime.memsetAsync(result.data, 0, result.nbytes, self.stream)
 
-    def launch(self, launch: plan.Launch, *arguments: Any) -> None:
-        function = kernels.function(launch.key, self.problem.device[1])
-        function((launch.grid,), (launch.block,), arguments, shared_mem=launch.shared)
+
+# A model comes back to few problems; one that never does must not fill the memory.
+_MOST_LAUNCHES = 4096
+_launches: dict[tuple[Any, ...], PreparedLaunch] = {}
+
+
+def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLaunch:
+    """The forward's launch. Call it with value, metadata, locations, weights, output, S, Q."""
+    key = (problem, alignment)
+    found = _launches.get(key)
+    if found is None:
+        device = problem.device[1]
+        found = _prepare(key, plan.forward(problem, alignment, multiprocessors(device)), device, stream)
+    return found
+
+
+def prepare_backward(
+    problem: Problem, alignment: int, stream: int, grad_value: bool, grad_samples: bool
+) -> PreparedLaunch:
+    """The backward's launch. Call it with value, metadata, locations, weights, grad_output, sums of grad_value,
+    grad_locations, grad_weights, S, Q.
+    """
+    key = (problem, alignment, grad_value, grad_samples)
+    found = _launches.get(key)
+    if found is None:
+        device = problem.device[1]
+        wanted = {"grad_value": grad_value, "grad_samples": grad_samples}
+        found = _prepare(key, plan.backward(problem, alignment, multiprocessors(device), **wanted), device, stream)
+    return found
+
+
+def prepare_rounding(problem: Problem, stream: int) -> PreparedLaunch:
+    """The launch that rounds the sums of grad_value to 16 bits. Call it with both addresses and the count."""
+    key = (problem, "round")
+    found = _launches.get(key)
+    if found is None:
+        count = problem.N * problem.S * problem.M * problem.D
+        found = _prepare(key, plan.round_gradient(problem.value_dtype, count), problem.device[1], stream)
+    return found
+
+
+def _prepare(key: tuple[Any, ...], launch: plan.Launch, device: int, stream: int) -> PreparedLaunch:
+    if not kernels.is_compiled(launch.key, device):
+        _refuse_capture(stream)
+    if len(_launches) >= _MOST_LAUNCHES:
+        _launches.clear()
+    found = _launches[key] = PreparedLaunch(launch, device)
+    return found
+
+
+def _refuse_capture(stream: int) -> None:
+    runtime = interop.require_cupy("an array on a CUDA device").cuda.runtime
+    if stream > interop.LAST_DEFAULT_STREAM and runtime.streamIsCapturing(stream):
+        raise RuntimeError(
+            "this call has to compile and load a CUDA kernel, which is not possible while its stream is being captured "
+            "into a CUDA graph: make the same call once before the capture, or use cupy_msda.warmup"
+        )
+
+
+def levels_by_value(levels: tuple[tuple[int, int, int], ...]) -> tuple[int, ...]:
+    """The words of an `msda_metadata` that holds the levels themselves."""
+    return tuple(number for level in levels for number in level)
+
+
+@contextlib.contextmanager
+def on_device(device: int) -> Iterator[None]:
+    """Make `device` current, in a thread that has never used CUDA too, and the caller's device again afterwards."""
+    runtime = interop.require_cupy("an array on a CUDA device").cuda.runtime
+    before = runtime.getDevice()
+    runtime.setDevice(device)
+    try:
+        yield
+    finally:
+        if before != device:
+            runtime.setDevice(before)
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
+def multiprocessors(device: int) -> int:
+    """Number of multiprocessors of a CUDA device."""
     return interop.require_cupy("an array on a CUDA device").cuda.Device(device).attributes["MultiProcessorCount"]
 
 
-def _external_stream(cupy: Any, address: int, device: int) -> Any:
-    if address == 0:
-        return cupy.cuda.Stream.null
-    if hasattr(cupy.cuda.Stream, "from_external"):
-        return cupy.cuda.Stream.from_external(_CudaStream(address))
-    return cupy.cuda.ExternalStream(address, device)
-
-
-def _by_value(words: np.ndarray) -> np.ndarray:
-    """`words` as one item, the form in which CuPy passes a struct as a kernel parameter."""
-    return words.reshape(-1).view(np.dtype((np.void, words.nbytes)))
-
-
-class _CudaStream:
-    """The CUDA stream protocol around an address."""
-
-    def __init__(self, address: int) -> None:
-        self.address = address
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return (0, self.address)
+def _contiguous(view: View) -> View:
+    """`view`, or a copy of it on its device; the kernels read locations in pairs, so these are aligned too."""
+    if view.contiguous and view.data % (2 * interop.item_size(view.dtype)) == 0:
+        return view
+    return view.framework.contiguous(view)
 
 
 def _alignment(*arrays: Any) -> int:

@@ -19,6 +19,7 @@ from .dlpack import DEVICE_KINDS, contiguous_strides, read_capsule
 
 Device = tuple[str, int]
 LEGACY_STREAM = 1  # DLPack's number for CUDA's default stream, which has address 0
+LAST_DEFAULT_STREAM = 2  # addresses 0, 1, 2: the default streams, which cannot be captured
 _ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 INSTALL_CUPY = "pip install 'cupy-msda[cuda13]' (or [cuda12], to match the driver)"
 
@@ -62,7 +63,23 @@ class Framework:
 
     def stream(self, device: Device) -> int:
         """Address of the caller's current stream on `device`."""
-        return require_cupy("this array").cuda.get_current_stream().ptr
+        return require_cupy("this array").cuda.get_current_stream(device[1]).ptr
+
+    def contiguous(self, view: View) -> View:
+        """A C-contiguous copy of `view` on its own device, made on the caller's current stream."""
+        cupy = require_cupy("this array")
+        with cupy.cuda.Device(view.device[1]):
+            copied = cupy.array(to_cupy(view), order="C")
+        return View(copied.data.ptr, view.shape, contiguous_strides(view.shape), view.dtype, view.device, self, copied)
+
+    def int64_on_cuda(self, metadata: View | np.ndarray, device: Device) -> tuple[int, Any]:
+        """Integer metadata from anywhere as contiguous int64 on `device`: its address, and what keeps it alive."""
+        cupy = require_cupy("this array")
+        if isinstance(metadata, View):
+            metadata = to_cupy(metadata) if metadata.device[0] == "cuda" else to_numpy(metadata)
+        with cupy.cuda.Device(device[1]):
+            array = cupy.ascontiguousarray(cupy.asarray(metadata), dtype=np.int64)
+        return array.data.ptr, array
 
     def empty_cuda(self, shape: tuple[int, ...], dtype: str, device: Device) -> tuple[int, Any]:
         """Uninitialised device memory: its address, and the array that :meth:`finish` turns into a result."""
@@ -123,7 +140,21 @@ class TorchFramework(Framework):
         return View(*read_capsule(capsule), self, array, capsule)
 
     def stream(self, device: Device) -> int:
-        return sys.modules["torch"].cuda.current_stream(device[1]).cuda_stream
+        # What torch's own compiler calls; `torch.cuda.current_stream` makes a stream object, for 30 times the time.
+        return sys.modules["torch"]._C._cuda_getCurrentRawStream(device[1])
+
+    # Copies come from torch's own allocator, which keeps them right on side streams and inside CUDA graphs.
+    def contiguous(self, view: View) -> View:
+        torch = sys.modules["torch"]
+        return self.view(view.array.detach().clone(memory_format=torch.contiguous_format))
+
+    def int64_on_cuda(self, metadata: View | np.ndarray, device: Device) -> tuple[int, Any]:
+        torch = sys.modules["torch"]
+        if isinstance(metadata, View) and metadata.framework is not self:
+            return super().int64_on_cuda(metadata, device)
+        array = metadata.array if isinstance(metadata, View) else torch.from_numpy(metadata)
+        array = array.to(torch.device(*device), torch.int64).contiguous()
+        return array.data_ptr(), array
 
     def empty_cuda(self, shape: tuple[int, ...], dtype: str, device: Device) -> tuple[int, Any]:
         torch = sys.modules["torch"]

@@ -14,6 +14,7 @@ _MACRO_OF_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "floa
 SHARED_WITHOUT_OPT_IN = 48 * 1024
 _lock = threading.Lock()
 _functions: dict[tuple[KernelKey, int], Any] = {}
+_compiling: dict[tuple[KernelKey, int], threading.Lock] = {}
 
 
 def source_folder() -> Path:
@@ -42,11 +43,21 @@ def options(key: KernelKey) -> tuple[str, ...]:
     return ("--std=c++17", *(f"-D{name}={number}" for name, number in macros.items()))
 
 
+def is_compiled(key: KernelKey, device: int) -> bool:
+    """Whether :func:`function` would return at once."""
+    return (key, device) in _functions
+
+
 def function(key: KernelKey, device: int) -> Any:
-    """The compiled kernel for the current device, number `device`; compiled once a process and machine."""
+    """The compiled kernel for the current device, number `device`; compiled once a process and machine.
+
+    Threads that ask for different kernels compile at the same time.
+    """
     found = _functions.get((key, device))
     if found is None:
         with _lock:
+            lock = _compiling.setdefault((key, device), threading.Lock())
+        with lock:
             found = _functions.get((key, device))
             if found is None:
                 found = _functions[key, device] = _compile(key)

@@ -11,34 +11,46 @@ PACKAGE = Path(__file__).parent.parent / "cupy_msda"
 FRAMEWORKS = ("cupy", "torch", "jax", "matplotlib", "PIL", "ml_dtypes")
 # Who may import whom inside the package: only rooms further down this list.
 ROOMS = (
-    "__main__", "demo", "environment", "golden", "torch", "__init__", "api", "cuda", "cpu", "kernels", "plan",
+    "__main__", "demo", "environment", "golden", "torch", "__init__", "api", "cuda", "launch", "cpu", "kernels", "plan",
     "problem", "interop", "dlpack",
 )  # fmt: skip
+TORCH_ROOMS = ("__init__", "modules", "functional", "operators", "quick", "compositions")
+FILES = sorted(PACKAGE.glob("*.py"))
+TORCH_FILES = sorted((PACKAGE / "torch").glob("*.py"))
 
 
 def imports(path):
-    """(module, is it inside the package) for every import of a file, wherever it stands."""
+    """(module, levels up to the package it is looked for in, 0 outside) for every import of a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((alias.name.partition(".")[0], False) for alias in node.names)
+            yield from ((alias.name.partition(".")[0], 0) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level:
             names = [node.module] if node.module else [alias.name for alias in node.names]
-            yield from ((name, True) for name in names)
+            yield from ((name, node.level) for name in names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.partition(".")[0], False
+            yield node.module.partition(".")[0], 0
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_data_goes_one_way(path):
-    for module, inside in imports(path):
-        if inside and module in ROOMS:
+    for module, level in imports(path):
+        if level and module in ROOMS:
             assert ROOMS.index(module) > ROOMS.index(path.stem), f"{path.stem} imports {module}"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
-def test_only_torch_py_imports_torch(path):
-    found = {module for module, inside in imports(path) if not inside}
-    assert "torch" not in found or path.stem == "torch"
+@pytest.mark.parametrize("path", TORCH_FILES, ids=lambda p: p.stem)
+def test_data_goes_one_way_in_torch(path):
+    for module, level in imports(path):
+        if level == 1:
+            assert TORCH_ROOMS.index(module) > TORCH_ROOMS.index(path.stem), f"{path.stem} imports {module}"
+        elif level == 2:
+            assert ROOMS.index(module) > ROOMS.index("torch"), f"{path.stem} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES + TORCH_FILES, ids=lambda p: p.stem)
+def test_only_the_torch_room_imports_torch(path):
+    found = {module for module, level in imports(path) if level == 0}
+    assert "torch" not in found or path in TORCH_FILES
     assert not found & {"cupy", "jax"}
     if path.stem in ("problem", "plan", "dlpack"):
         assert not found & set(FRAMEWORKS)

@@ -1,0 +1,64 @@
+"""From a planned launch to the driver: its parameters laid out once, so that a call fills in addresses and no more."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from importlib import import_module
+
+from . import kernels
+from .plan import KernelKey, Launch
+
+_PARAMETERS = {"forward": 7, "backward": 10, "round": 3}
+
+
+class PreparedLaunch:
+    """A :class:`~cupy_msda.plan.Launch` with its compiled kernel, ready to be launched any number of times.
+
+    Every parameter of the kernels is made of 64-bit words (addresses, sizes, and the levels as one struct of several),
+    so a call packs its words into one block that the driver reads. Calling it costs about a third of a call of
+    ``cupy.RawKernel``, which looks at the type of each argument (benchmarks/NOTES.md). Blocks are taken from a list and
+    put back: threads that launch at the same time never share one.
+    """
+
+    def __init__(self, launch: Launch, device: int) -> None:
+        """Compiles the kernel where that has not happened; `device` must be current."""
+        self.key = launch.key
+        self._kernel = kernels.function(launch.key, device)
+        self._function = self._kernel.kernel.ptr
+        self._driver_launch = import_module("cupy.cuda.driver").launchKernel
+        self._grid, self._block, self._shared = launch.grid, launch.block, launch.shared
+        self._words = _words(launch.key)
+        self._pack = struct.Struct(f"={sum(self._words)}q").pack_into
+        self._blocks: list[_Block] = []
+
+    def __call__(self, stream: int, *words: int) -> None:
+        """Launch on the CUDA stream at address `stream` of the current device."""
+        try:
+            block = self._blocks.pop()
+        except IndexError:
+            block = _Block(self._words)
+        self._pack(block.memory, 0, *words)
+        self._driver_launch(
+            self._function, self._grid, 1, 1, self._block, 1, 1, self._shared, stream, block.pointers, 0
+        )
+        self._blocks.append(block)
+
+
+def _words(key: KernelKey) -> tuple[int, ...]:
+    """64-bit words of each parameter: one, but for `msda_metadata`, which is two addresses or all the levels."""
+    words = [1] * _PARAMETERS[key.kind]
+    if key.kind != "round":
+        words[1] = 2 if key.levels_on_device else 3 * key.L
+    return tuple(words)
+
+
+class _Block:
+    """Memory for the words of one launch, and the array of pointers to its parameters that the driver wants."""
+
+    def __init__(self, words: tuple[int, ...]) -> None:
+        self.memory = (ctypes.c_int64 * sum(words))()
+        first = ctypes.addressof(self.memory)
+        offsets = [8 * sum(words[:index]) for index in range(len(words))]
+        self._pointers = (ctypes.c_void_p * len(words))(*(first + offset for offset in offsets))
+        self.pointers = ctypes.addressof(self._pointers)

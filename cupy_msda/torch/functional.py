@@ -1,0 +1,207 @@
+"""The differentiable function, and which way each call goes: straight, through the dispatcher, or decomposed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import quick
+from .compositions import grid_sample_composition
+from .operators import TransformedFunction, agreed_dtypes, backward_operator, forward_operator, under_transform
+
+_decomposed = 0
+
+
+@contextlib.contextmanager
+def decomposed() -> Iterator[None]:
+    """While this lasts, :func:`ms_deform_attn` is made of ``torch.nn.functional.grid_sample`` and its like.
+
+    For a runtime that does not know the operator: export inside this context. ``torch.onnx.export`` needs none, the
+    operator decomposes there by itself. Levels must be packed, and their sizes become constants of what is exported.
+    Holds for the whole process.
+    """
+    global _decomposed
+    _decomposed += 1
+    try:
+        yield
+    finally:
+        _decomposed -= 1
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int = 64,
+    *,
+    deterministic: bool | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """:func:`cupy_msda.ms_deform_attn` for torch tensors, with gradients of value, locations and weights.
+
+    Parameters, result and errors are those of :func:`cupy_msda.ms_deform_attn`; the metadata may be tensors on any
+    device, NumPy arrays or Python sequences. Under autocast, locations and weights whose dtype does not go with value's
+    are taken in float32; value and the output keep theirs. Works under ``torch.compile``, ``torch.export``,
+    ``torch.func`` and ``torch.onnx.export``; `validate` has no effect there, because it reads data.
+    """
+    for name, tensor in (
+        ("value", value),
+        ("sampling_locations", sampling_locations),
+        ("attention_weights", attention_weights),
+    ):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if _decomposed:
+        return _compose(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    if _is_plain(value, sampling_locations, attention_weights):
+        call = quick.forward
+        if torch.is_grad_enabled() and (
+            value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad
+        ):
+            call = _Function.apply
+        return call(
+            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step,
+            deterministic, validate,
+        )  # fmt: skip
+    if torch.onnx.is_in_onnx_export():
+        return _compose(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    operator = forward_operator
+    if not torch.compiler.is_compiling():
+        _refuse_tangents(value, sampling_locations, attention_weights)
+        if under_transform():
+            operator = TransformedFunction.apply
+    return operator(
+        value,
+        _metadata_tensor(spatial_shapes, value),
+        _metadata_tensor(level_start_index, value),
+        sampling_locations,
+        attention_weights,
+        im2col_step,
+        deterministic,
+    )
+
+
+class MSDeformAttnFunction:
+    """Stands in for the autograd function of Deformable DETR: :meth:`apply` has its calling convention."""
+
+    @staticmethod
+    def apply(
+        value: Tensor,
+        spatial_shapes: Any,
+        level_start_index: Any,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int = 64,
+    ) -> Tensor:
+        """:func:`ms_deform_attn`, which it only calls."""
+        return ms_deform_attn(
+            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step
+        )
+
+
+class _Function(torch.autograd.Function):
+    """The plain way with gradients: what the operator's registered autograd does, without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        shapes: Any,
+        starts: Any,
+        locations: Tensor,
+        weights: Tensor,
+        im2col_step: int,
+        deterministic: bool | None,
+        validate: bool,
+    ) -> Tensor:
+        if isinstance(shapes, Tensor) and isinstance(starts, Tensor):
+            ctx.save_for_backward(value, locations, weights, shapes, starts)
+        else:
+            ctx.save_for_backward(value, locations, weights)
+            ctx.levels = (shapes, starts)
+        ctx.settings = (im2col_step, deterministic)
+        return quick.forward(value, shapes, starts, locations, weights, im2col_step, deterministic, validate)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        value, locations, weights, *metadata = ctx.saved_tensors
+        shapes, starts = metadata or ctx.levels
+        of_value, _, _, of_locations, of_weights, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled() or not _is_plain(grad_output, locations, weights):
+            mask = [of_value, of_locations, of_weights]
+            metadata = [_metadata_tensor(part, value) for part in (shapes, starts)]
+            grads = backward_operator(grad_output, value, *metadata, locations, weights, *ctx.settings, mask)
+        else:
+            grads = quick.backward(
+                grad_output, value, shapes, starts, locations, weights, *ctx.settings, of_value,
+                of_locations or of_weights,
+            )  # fmt: skip
+        return (
+            grads[0] if of_value else None,
+            None,
+            None,
+            grads[1] if of_locations else None,
+            grads[2] if of_weights else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _is_plain(value: Tensor, locations: Tensor, weights: Tensor) -> bool:
+    """Whether nothing but eager execution, with or without autograd, has an interest in the call.
+
+    Everything else (compilation, export, fake tensors, subclasses, torch.func, forward-mode gradients, modes, the
+    profiler, autocast that has to cast) sees the registered operator.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or type(value) not in _PLAIN
+        or type(locations) not in _PLAIN
+        or type(weights) not in _PLAIN
+        or locations.dtype is not weights.dtype
+        or (locations.dtype is not value.dtype and locations.dtype is not torch.float32)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or under_transform()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:
+    if metadata is None or isinstance(metadata, Tensor):
+        return metadata
+    # A compiled graph wants all on one device; elsewhere the host is better, because what is there is validated.
+    device = value.device if torch.compiler.is_compiling() else "cpu"
+    return torch.as_tensor(metadata, device=device)
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "ms_deform_attn has no forward-mode gradient (dual numbers, torch.func.jvp): use reverse mode"
+        )
+
+
+def _compose(value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor) -> Tensor:
+    levels = [tuple(row) for row in (shapes.tolist() if hasattr(shapes, "tolist") else shapes)]
+    firsts = starts.tolist() if hasattr(starts, "tolist") else starts
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    locations, weights = agreed_dtypes(value, locations, weights)
+    # grid_sample promises nothing for NaN; any location this far outside gives 0, as NaN and infinity do here.
+    locations = torch.where(locations.isnan(), -1, locations).clamp(-1, 2)
+    return grid_sample_composition(value.to(dtype), levels, locations.to(dtype), weights.to(dtype), firsts).to(
+        value.dtype
+    )

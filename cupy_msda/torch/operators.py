@@ -1,0 +1,250 @@
+"""``cupy_msda::ms_deform_attn`` and its backward as operators of torch's dispatcher.
+
+What a built-in operator has: a schema, kernels for the CPU and CUDA, shapes without data (fake tensors: torch.compile,
+torch.export), gradients of first and second order, rules for autocast and for vmap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import quick
+from .compositions import gather_composition
+
+FORWARD, BACKWARD = "cupy_msda::ms_deform_attn", "cupy_msda::ms_deform_attn_backward"
+_INPUTS = (
+    "Tensor value, Tensor spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, "
+    "Tensor attention_weights, int im2col_step"
+)
+torch.library.define(FORWARD, f"({_INPUTS}=64, bool? deterministic=None) -> Tensor")
+# Entries of the result that output_mask leaves out are empty tensors.
+torch.library.define(
+    BACKWARD,
+    f"(Tensor grad_output, {_INPUTS}, bool? deterministic, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+)
+forward_operator = torch.ops.cupy_msda.ms_deform_attn.default
+backward_operator = torch.ops.cupy_msda.ms_deform_attn_backward.default
+
+torch.library.impl(FORWARD, ("cpu", "cuda"), quick.forward)
+
+
+@torch.library.impl(BACKWARD, ("cpu", "cuda"))
+def _backward(
+    grad_output: Tensor,
+    value: Tensor,
+    shapes: Tensor,
+    starts: Tensor | None,
+    locations: Tensor,
+    weights: Tensor,
+    im2col_step: int,
+    deterministic: bool | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = quick.backward(
+        grad_output,
+        value,
+        shapes,
+        starts,
+        locations,
+        weights,
+        im2col_step,
+        deterministic,
+        output_mask[0],
+        output_mask[1] or output_mask[2],
+    )
+    return tuple(grad if wanted else value.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True))
+
+
+@torch.library.register_fake(FORWARD)
+def _forward_fake(
+    value: Tensor,
+    shapes: Tensor,
+    starts: Tensor | None,
+    locations: Tensor,
+    weights: Tensor,
+    im2col_step: int = 64,
+    deterministic: bool | None = None,
+) -> Tensor:
+    for name, tensor, symbols in (
+        ("value", value, "[N, S, M, D]"),
+        ("spatial_shapes", shapes, "[L, 2]"),
+        ("sampling_locations", locations, "[N, Q, M, L, P, 2]"),
+        ("attention_weights", weights, "[N, Q, M, L, P]"),
+    ):
+        ndim = symbols.count(",") + 1
+        torch._check(
+            tensor.ndim == ndim, lambda n=name, s=symbols, t=tensor: f"{n}: expected shape {s}, got {list(t.shape)}"
+        )
+    N, _, M, D = value.shape
+    _, Q, _, _, P, _ = locations.shape
+    for name, tensor, symbols, expected in (
+        ("sampling_locations", locations, "[N, Q, M, L, P, 2]", (N, Q, M, shapes.shape[0], P, 2)),
+        ("attention_weights", weights, "[N, Q, M, L, P]", (N, Q, M, shapes.shape[0], P)),
+    ):
+        for have, want in zip(tensor.shape, expected, strict=True):
+            torch._check(
+                have == want,
+                lambda n=name, s=symbols, e=expected, t=tensor: f"{n}: expected shape {s} = {e}, got {list(t.shape)}",
+            )
+    return value.new_empty((N, Q, M * D))
+
+
+@torch.library.register_fake(BACKWARD)
+def _backward_fake(
+    grad_output: Tensor,
+    value: Tensor,
+    shapes: Tensor,
+    starts: Tensor | None,
+    locations: Tensor,
+    weights: Tensor,
+    im2col_step: int,
+    deterministic: bool | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(
+        tensor.new_empty(tensor.shape) if wanted else value.new_empty(0)
+        for tensor, wanted in zip((value, locations, weights), output_mask, strict=True)
+    )
+
+
+def save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, shapes, starts, locations, weights, ctx.im2col_step, ctx.deterministic = inputs
+    ctx.save_for_backward(value, shapes, starts, locations, weights)
+
+
+def differentiate_forward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    mask = [needs[0], needs[3], needs[4]]
+    operator = _TransformedBackward.apply if under_transform() else backward_operator
+    grads = operator(grad_output, *ctx.saved_tensors, ctx.im2col_step, ctx.deterministic, mask)
+    of_value, of_locations, of_weights = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
+    return of_value, None, None, of_locations, of_weights, None, None
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_output, value, shapes, starts, locations, weights, _, _, ctx.mask = inputs
+    ctx.save_for_backward(grad_output, value, shapes, starts, locations, weights)
+
+
+def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Second order, through a composition that torch differentiates twice: rarely needed, so its speed is secondary.
+
+    It holds the four rows of every sample, 4 * N * Q * M * L * P * D numbers, several times over.
+    """
+    grad_output, value, shapes, starts, locations, weights = ctx.saved_tensors
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+
+    def gradients(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        _, pull_back = torch.func.vjp(lambda v, *samples: gather_composition(v, shapes, starts, *samples), *inputs)
+        return pull_back(grad_output)
+
+    sources = (grad_output, value, locations, weights)
+    first, pull_back = torch.func.vjp(gradients, *(tensor.to(dtype) for tensor in sources))
+    incoming = [
+        grad.to(dtype) if wanted and grad is not None else torch.zeros_like(of)
+        for grad, of, wanted in zip(grads, first, ctx.mask, strict=True)
+    ]
+    of_output, of_value, of_locations, of_weights = (
+        grad.to(source.dtype) for grad, source in zip(pull_back(tuple(incoming)), sources, strict=True)
+    )
+    return of_output, of_value, None, None, of_locations, of_weights, None, None, None
+
+
+torch.library.register_autograd(FORWARD, differentiate_forward, setup_context=save_forward)
+torch.library.register_autograd(BACKWARD, _differentiate_backward, setup_context=_save_backward)
+
+
+def agreed_dtypes(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Locations and weights in dtypes that go with value's: themselves where they do, else in float32.
+
+    The rule of autocast. It lowers nothing and never touches value, so it costs no copy in the usual case, where a
+    linear layer made value 16-bit, and softmax and the reference points made the others float32.
+    """
+    allowed = (value.dtype, torch.float32) if value.dtype in (torch.float16, torch.bfloat16) else (value.dtype,)
+    if locations.dtype == weights.dtype and locations.dtype in allowed:
+        return locations, weights
+    return locations.to(allowed[-1]), weights.to(allowed[-1])
+
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCPU
+)
+
+
+def _forward_autocast(
+    value: Tensor, shapes: Tensor, starts: Tensor | None, locations: Tensor, weights: Tensor, *settings: Any
+) -> Tensor:
+    locations, weights = agreed_dtypes(value, locations, weights)
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return forward_operator(value, shapes, starts, locations, weights, *settings)
+
+
+_library = torch.library.Library("cupy_msda", "IMPL")
+for _key in ("AutocastCUDA", "AutocastCPU"):
+    _library.impl("ms_deform_attn", _forward_autocast, _key)
+
+
+def _vmap_rule(operator: Callable[..., Any], metadata: tuple[int, int]) -> Callable[..., Any]:
+    """Makes the mapped dimension part of N; arguments at the places `metadata` must be the same for all."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        size, folded = info.batch_size, []
+        for place, (dim, argument) in enumerate(zip(in_dims, arguments, strict=True)):
+            if place in metadata and dim is not None:
+                raise ValueError(
+                    "spatial_shapes, level_start_index: expected the same for every sample of vmap, got a dimension to "
+                    f"map over, in_dims = {dim}"
+                )
+            if isinstance(argument, Tensor) and place not in metadata:
+                mapped = argument.expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+                argument = mapped.flatten(0, 1)
+            folded.append(argument)
+        results = operator(*folded)
+        if isinstance(results, Tensor):
+            return _unfold(results, size), 0
+        return tuple(_unfold(result, size) for result in results), (0,) * len(results)
+
+    return rule
+
+
+def _unfold(tensor: Tensor, size: int) -> Tensor:
+    return tensor.view(size, tensor.shape[0] // size, *tensor.shape[1:])
+
+
+_forward_rule = _vmap_rule(forward_operator, metadata=(1, 2))
+_backward_rule = _vmap_rule(backward_operator, metadata=(2, 3))
+if hasattr(torch.library, "register_vmap"):  # torch >= 2.5
+    torch.library.register_vmap(FORWARD, _forward_rule)
+    torch.library.register_vmap(BACKWARD, _backward_rule)
+
+
+# torch.func's transforms do not go through registered gradients, but through this form of a function.
+def under_transform() -> bool:
+    """Whether this runs inside vmap, grad or another transform of torch.func."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class TransformedFunction(torch.autograd.Function):
+    """The operator under torch.func."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return forward_operator(*arguments)
+
+    setup_context = staticmethod(save_forward)
+    backward = staticmethod(differentiate_forward)
+    vmap = staticmethod(_forward_rule)
+
+
+class _TransformedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return backward_operator(*arguments)
+
+    setup_context = staticmethod(_save_backward)
+    backward = staticmethod(_differentiate_backward)
+    vmap = staticmethod(_backward_rule)
