@@ -19,6 +19,7 @@ ON_THE_GPU = (
     "test_operator.py",
     "test_gpu.py",
     "test_torch.py",
+    "test_torch_operator.py",
     "test_golden.py",
     "test_errors.py",
     "test_interop.py",

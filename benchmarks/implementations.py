@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import cupy_msda
+from cupy_msda.torch.compositions import grid_sample_composition
 
 from .cases import Inputs
 
@@ -67,22 +67,6 @@ class Autograd:
         leaves = tuple(t.detach().requires_grad_() for t in (value, locations, weights))
         output = self.function(leaves[0], shapes, starts, *leaves[1:])
         return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
-
-
-def grid_sample_composition(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """The operator out of torch's own functions, one ``grid_sample`` a level."""
-    N, _, M, D = value.shape
-    _, Q, _, L, P, _ = locations.shape
-    grid = (2 * locations - 1).to(value.dtype)
-    sampled = []
-    for level, part in enumerate(value.split([h * w for h, w in shapes], 1)):
-        h, w = shapes[level]
-        image = part.permute(0, 2, 3, 1).reshape(N * M, D, h, w)
-        points = grid[:, :, :, level].transpose(1, 2).reshape(N * M, Q, P, 2)
-        sampled.append(F.grid_sample(image, points, mode="bilinear", padding_mode="zeros", align_corners=False))
-    attention = weights.to(value.dtype).transpose(1, 2).reshape(N * M, 1, Q, L * P)
-    output = (torch.stack(sampled, -2).flatten(-2) * attention).sum(-1)
-    return output.view(N, M * D, Q).transpose(1, 2).contiguous()
 
 
 class GridSample(Autograd):

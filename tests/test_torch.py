@@ -8,8 +8,8 @@ from cases import CASES, Case
 from tolerance import assert_close, relative_error
 
 import cupy_msda
-from benchmarks.implementations import grid_sample_composition
 from cupy_msda.torch import MSDeformAttnFunction, ms_deform_attn
+from cupy_msda.torch.compositions import grid_sample_composition
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -1,0 +1,135 @@
+"""python -m benchmarks.overhead: what a call of the torch operator costs on the host, and where the microseconds go.
+
+Wall time a call on tiny_call, whose kernels are shorter than the host's work, so that the GPU's queue is never full.
+Every implementation in the same process, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cupy_msda.torch import ms_deform_attn, quick
+
+from . import cases, implementations
+from .cases import Inputs
+from .provenance import provenance
+from .timing import summary
+
+CALLS = 200
+
+
+def seconds(call: Callable[[], Any], calls: int = CALLS) -> float:
+    """Seconds of the host a call; what the GPU still has to do is waited for outside the clock."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    elapsed = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return elapsed / calls
+
+
+def usages(function: Callable[..., torch.Tensor], inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """The three ways of calling that are measured."""
+    value, shapes, starts, locations, weights, grad_output = inputs
+    leaves = [t.detach().clone().requires_grad_() for t in (value, locations, weights)]
+
+    def without_gradient() -> None:
+        with torch.no_grad():
+            function(value, shapes, starts, locations, weights)
+
+    def with_gradient() -> None:
+        function(leaves[0], shapes, starts, *leaves[1:])
+
+    def both() -> None:
+        output = function(leaves[0], shapes, starts, *leaves[1:])
+        torch.autograd.grad(output, leaves, grad_output)
+
+    return {"forward, no_grad": without_gradient, "forward, with grad": with_gradient, "forward and backward": both}
+
+
+def steps(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """What a forward under no_grad is made of, one by one."""
+    value, shapes, starts, locations, weights, _ = inputs
+    ms_deform_attn(value, shapes, starts, locations, weights)
+    key, at = quick._hand_over((value, locations, weights), shapes, starts, 64, None)
+    recipe = quick._forwards[key]
+    output = ms_deform_attn(value, shapes, starts, locations, weights)
+    stream = torch.cuda.current_stream().cuda_stream
+
+    def switch() -> None:
+        with quick._Current(recipe.device):
+            pass
+
+    def launch() -> None:
+        recipe.launch(stream, at[0], *at[3:], at[1], at[2], output.data_ptr(), *recipe.sizes)
+
+    return {
+        "whole call": lambda: ms_deform_attn(value, shapes, starts, locations, weights),
+        "choice of the way": lambda: ms_deform_attn.__globals__["_is_plain"](value, locations, weights),
+        "hand-over of five tensors by DLPack": lambda: quick._hand_over(
+            (value, locations, weights), shapes, starts, 64, None
+        ),
+        "recipe lookup": lambda: quick._forwards.get(key),
+        "output (new_empty)": lambda: value.new_empty(output.shape),
+        "device and stream": switch,
+        "launch": launch,
+    }
+
+
+def record(timed: dict[Any, list[float]]) -> dict[Any, dict[str, float]]:
+    """Medians and quartiles of every list."""
+    return {name: summary(samples) for name, samples in timed.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    inputs = cases.make_inputs(cases.load()["tiny_call"], torch.float32, "cuda")
+    functions = {"cupy_msda": ms_deform_attn, "cupy_msda, registered operator": operator}
+    theirs = implementations.torch_ms_deform_attn()
+    if theirs.unavailable("cuda") is None:
+        functions[theirs.name] = theirs.function
+    calls = {
+        (name, usage): call for name, function in functions.items() for usage, call in usages(function, inputs).items()
+    }
+    parts = steps(inputs)
+    with torch.no_grad():
+        for call in (*calls.values(), *parts.values()):
+            seconds(call)
+    timed: dict[Any, list[float]] = {name: [] for name in (*calls, *parts)}
+    for _ in range(options.rounds):
+        for name, call in calls.items():
+            with torch.enable_grad():
+                timed[name].append(seconds(call))
+        for name, call in parts.items():
+            with torch.no_grad():
+                timed[name].append(seconds(call))
+    found = record(timed)
+    result = {
+        "provenance": provenance("cuda"),
+        "records": [{"implementation": name, "usage": usage, **found[name, usage]} for name, usage in calls],
+        "steps": [{"step": name, **found[name]} for name in parts],
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    for entry in (*result["records"], *result["steps"]):
+        label = entry.get("step") or f"{entry['implementation']}: {entry['usage']}"
+        print(f"{label:55} {entry['median_us']:8.1f} us")
+
+
+def operator(*inputs: torch.Tensor) -> torch.Tensor:
+    """The dispatcher's way, which compiled code takes."""
+    return torch.ops.cupy_msda.ms_deform_attn.default(*inputs, 64, None)
+
+
+if __name__ == "__main__":
+    main()
