@@ -20,6 +20,7 @@ ON_THE_GPU = (
     "test_gpu.py",
     "test_torch.py",
     "test_torch_operator.py",
+    "test_torch_cuda.py",
     "test_golden.py",
     "test_errors.py",
     "test_interop.py",

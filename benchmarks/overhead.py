@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cupy_msda.torch import ms_deform_attn, quick
+from cupy_msda.torch import functional, ms_deform_attn, quick
 
 from . import cases, implementations
 from .cases import Inputs
@@ -58,29 +58,29 @@ def usages(function: Callable[..., torch.Tensor], inputs: Inputs) -> dict[str, C
 def steps(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """What a forward under no_grad is made of, one by one."""
     value, shapes, starts, locations, weights, _ = inputs
-    ms_deform_attn(value, shapes, starts, locations, weights)
-    key, at = quick._hand_over((value, locations, weights), shapes, starts, 64, None)
-    recipe = quick._forwards[key]
-    output = ms_deform_attn(value, shapes, starts, locations, weights)
+    arguments = (value, shapes, starts, locations, weights, 64, None)
+    ms_deform_attn(*arguments[:5])
+    key = quick.key_of(*arguments)
+    recipe = quick.find(key)
+    output = ms_deform_attn(*arguments[:5])
     stream = torch.cuda.current_stream().cuda_stream
+    at = [t.data_ptr() for t in (value, shapes, starts, locations, weights, output)]
+    runtime = recipe.runtime
 
     def switch() -> None:
-        with quick._Current(recipe.device):
-            pass
-
-    def launch() -> None:
-        recipe.launch(stream, at[0], *at[3:], at[1], at[2], output.data_ptr(), *recipe.sizes)
+        runtime.getDevice()
+        runtime.setDevice(recipe.device)
+        torch._C._cuda_getCurrentRawStream(recipe.device)
 
     return {
-        "whole call": lambda: ms_deform_attn(value, shapes, starts, locations, weights),
-        "choice of the way": lambda: ms_deform_attn.__globals__["_is_plain"](value, locations, weights),
-        "hand-over of five tensors by DLPack": lambda: quick._hand_over(
-            (value, locations, weights), shapes, starts, 64, None
-        ),
-        "recipe lookup": lambda: quick._forwards.get(key),
-        "output (new_empty)": lambda: value.new_empty(output.shape),
+        "whole call": lambda: ms_deform_attn(*arguments[:5]),
+        "which way": lambda: functional._is_plain(value, locations, weights),
+        "key": lambda: quick.key_of(*arguments),
+        "lookup": lambda: quick.find(key),
+        "output": lambda: torch.empty_like(recipe.like_output),
+        "addresses": lambda: [t.data_ptr() for t in (value, shapes, starts, locations, weights, output)],
         "device and stream": switch,
-        "launch": launch,
+        "launch": lambda: recipe.launch(stream, *at, *recipe.sizes),
     }
 
 
@@ -103,14 +103,12 @@ def main() -> None:
         (name, usage): call for name, function in functions.items() for usage, call in usages(function, inputs).items()
     }
     parts = steps(inputs)
-    with torch.no_grad():
-        for call in (*calls.values(), *parts.values()):
-            seconds(call)
+    for call in (*calls.values(), *parts.values()):
+        seconds(call)
     timed: dict[Any, list[float]] = {name: [] for name in (*calls, *parts)}
     for _ in range(options.rounds):
         for name, call in calls.items():
-            with torch.enable_grad():
-                timed[name].append(seconds(call))
+            timed[name].append(seconds(call))
         for name, call in parts.items():
             with torch.no_grad():
                 timed[name].append(seconds(call))

@@ -4,7 +4,8 @@
 ``cupy_msda.torch``.
 """
 
+from .ahead import Sizes, warmup
 from .api import ms_deform_attn, ms_deform_attn_backward, ms_deform_attn_forward
 
-__all__ = ["ms_deform_attn", "ms_deform_attn_backward", "ms_deform_attn_forward"]
+__all__ = ["Sizes", "ms_deform_attn", "ms_deform_attn_backward", "ms_deform_attn_forward", "warmup"]
 __version__ = "0.1.0"

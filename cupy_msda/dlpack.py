@@ -1,4 +1,4 @@
-"""Reading what DLPack hands over, a capsule or a bare ``DLTensor``, without any framework.
+"""Reading a DLPack capsule without any framework.
 
 The layouts are those of DLPack's ``dlpack.h`` (version 0.x, capsule name ``dltensor``), which every
 framework still hands out when no ``max_version`` is asked for.
@@ -7,7 +7,6 @@ framework still hands out when no ``max_version`` is asked for.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
@@ -75,35 +74,3 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
-
-
-class _ExchangeApi(ctypes.Structure):
-    """``DLPackExchangeAPI`` of DLPack 1.3: C functions that a framework's array type offers beside its methods."""
-
-    _fields_ = [
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("previous", ctypes.c_void_p),
-        ("managed_tensor_allocator", ctypes.c_void_p),
-        ("managed_tensor_from_object", ctypes.c_void_p),
-        ("managed_tensor_to_object", ctypes.c_void_p),
-        ("tensor_from_object", ctypes.c_void_p),
-        ("current_work_stream", ctypes.c_void_p),
-    ]
-
-
-TENSOR_BYTES = ctypes.sizeof(_Tensor)
-
-
-def tensor_reader(array_type: type) -> Callable[[Any, int], int] | None:
-    """The C function of `array_type` that writes the ``DLTensor`` of an array to an address, or None.
-
-    Nothing is owned by what it writes: it holds as long as the array does. It costs a third of a capsule.
-    """
-    capsule = getattr(array_type, "__dlpack_c_exchange_api__", None)
-    if capsule is None:
-        return None
-    api = _ExchangeApi.from_address(_get_pointer(capsule, b"dlpack_exchange_api"))
-    if api.major != 1 or not api.tensor_from_object:
-        return None
-    return ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)(api.tensor_from_object)

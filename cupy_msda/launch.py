@@ -26,7 +26,7 @@ class PreparedLaunch:
         self.key = launch.key
         self._kernel = kernels.function(launch.key, device)
         self._function = self._kernel.kernel.ptr
-        self._driver_launch = import_module("cupy.cuda.driver").launchKernel
+        self._driver_launch = import_module("cupy").cuda.driver.launchKernel
         self._grid, self._block, self._shared = launch.grid, launch.block, launch.shared
         self._words = _words(launch.key)
         self._pack = struct.Struct(f"={sum(self._words)}q").pack_into

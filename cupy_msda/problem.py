@@ -6,7 +6,9 @@ notation of the contract (N, S, M, D, L, P, Q) and what came.
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,12 +198,14 @@ def _read_metadata(name: str, metadata: Any) -> View:
     return view
 
 
+def packed_starts(sizes: Sequence[Sequence[int]]) -> list[int]:
+    """First row of each level of (H, W) where levels follow each other."""
+    return [0, *itertools.accumulate(h * w for h, w in sizes)][: len(sizes)]
+
+
 def _levels(shapes: View, starts: View | None, S: int) -> tuple[tuple[int, int, int], ...]:
     sizes = interop.to_numpy(shapes).tolist()
-    if starts is not None:
-        firsts = interop.to_numpy(starts).tolist()
-    else:
-        firsts = np.cumsum([0] + [h * w for h, w in sizes], dtype=object).tolist()[:-1]
+    firsts = packed_starts(sizes) if starts is None else interop.to_numpy(starts).tolist()
     for level, ((h, w), start) in enumerate(zip(sizes, firsts, strict=True)):
         if h <= 0 or w <= 0:
             raise ValueError(f"spatial_shapes: expected positive (H, W), got ({h}, {w}) for level {level}")

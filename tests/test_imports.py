@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cupy_msda"
-FRAMEWORKS = ("cupy", "torch", "jax", "matplotlib", "PIL", "ml_dtypes")
+FRAMEWORKS = ("cupy", "torch", "jax", "matplotlib", "PIL", "ml_dtypes", "tqdm")
 # Who may import whom inside the package: only rooms further down this list.
 ROOMS = (
-    "__main__", "demo", "environment", "golden", "torch", "__init__", "api", "cuda", "launch", "cpu", "kernels", "plan",
-    "problem", "interop", "dlpack",
+    "__main__", "demo", "environment", "golden", "torch", "__init__", "ahead", "api", "cuda", "launch", "cpu",
+    "kernels", "plan", "problem", "interop", "dlpack",
 )  # fmt: skip
 TORCH_ROOMS = ("__init__", "modules", "functional", "operators", "quick", "compositions")
 FILES = sorted(PACKAGE.glob("*.py"))

@@ -1,5 +1,10 @@
 """The torch operator: gradients, the drop-in function, and the third opinion on both."""
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import cases
 import numpy as np
 import pytest
@@ -149,3 +154,27 @@ def test_gradients_on_the_device_agree_with_the_cpu():
         results.append([leaf.grad.cpu().numpy() for leaf in leaves])
     for cpu_grad, cuda_grad in zip(*results, strict=True):
         assert relative_error(cuda_grad, cpu_grad.astype(np.float64)) < 5e-6
+
+
+def test_forked_child_after_use_in_the_parent():
+    """As in a DataLoader: the parent has used the CPU path, threads and all."""
+    code = """
+import os, torch
+from cupy_msda.torch import ms_deform_attn
+arguments = torch.rand(1, 6, 4, 4), [[2, 3]], None, torch.rand(1, 1, 4, 1, 2, 2), torch.rand(1, 1, 4, 1, 2)
+want = ms_deform_attn(*arguments)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(ms_deform_attn(*arguments), want) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parent.parent)
+
+
+def test_threads_share_the_cpu_path():
+    inputs = [Case("threads", queries=5 + i).inputs(seed=i) for i in range(4)]
+    arguments = [[torch.from_numpy(a) if a is not None else None for a in case[:5]] for case in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(lambda a: ms_deform_attn(*a), arguments * 5))
+    for index, output in enumerate(outputs):
+        assert torch.equal(output, ms_deform_attn(*arguments[index % 4]))

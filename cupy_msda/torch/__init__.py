@@ -1,5 +1,12 @@
 """Multi-scale deformable attention as an operator of torch, on the CPU and on CUDA."""
 
 from .functional import MSDeformAttnFunction, decomposed, ms_deform_attn
+from .modules import MSDeformAttn, MultiScaleDeformableAttention
 
-__all__ = ["MSDeformAttnFunction", "decomposed", "ms_deform_attn"]
+__all__ = [
+    "MSDeformAttn",
+    "MSDeformAttnFunction",
+    "MultiScaleDeformableAttention",
+    "decomposed",
+    "ms_deform_attn",
+]

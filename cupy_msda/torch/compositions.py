@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..problem import packed_starts
 
 Levels = Sequence[tuple[int, int]]
 
@@ -24,18 +25,15 @@ def grid_sample_composition(
     _, Q, _, L, P, _ = locations.shape
     grid = (2 * locations - 1).to(value.dtype)
     sampled = []
-    for level, ((h, w), start) in enumerate(zip(levels, first_rows(levels) if starts is None else starts, strict=True)):
+    for level, ((h, w), start) in enumerate(
+        zip(levels, packed_starts(levels) if starts is None else starts, strict=True)
+    ):
         image = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(N * M, D, h, w)
         points = grid[:, :, :, level].transpose(1, 2).reshape(N * M, Q, P, 2)
         sampled.append(F.grid_sample(image, points, mode="bilinear", padding_mode="zeros", align_corners=False))
     attention = weights.to(value.dtype).transpose(1, 2).reshape(N * M, 1, Q, L * P)
     output = (torch.stack(sampled, -2).flatten(-2) * attention).sum(-1)
     return output.view(N, M * D, Q).transpose(1, 2).contiguous()
-
-
-def first_rows(levels: Levels) -> list[int]:
-    """First row of each level in value where levels follow each other."""
-    return [0, *itertools.accumulate(h * w for h, w in levels)][: len(levels)]
 
 
 def gather_composition(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,14 @@ from torch.autograd import forward_ad
 
 from . import quick
 from .compositions import grid_sample_composition
-from .operators import TransformedFunction, agreed_dtypes, backward_operator, forward_operator, under_transform
+from .operators import (
+    TransformedFunction,
+    agreed_dtypes,
+    backward_operator,
+    dtypes_agree,
+    forward_operator,
+    under_transform,
+)
 
 _decomposed = 0
 
@@ -51,6 +58,27 @@ def ms_deform_attn(
     are taken in float32; value and the output keep theirs. Works under ``torch.compile``, ``torch.export``,
     ``torch.func`` and ``torch.onnx.export``; `validate` has no effect there, because it reads data.
     """
+    if _is_plain(value, sampling_locations, attention_weights):
+        key = quick.key_of(
+            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step, deterministic
+        )
+        recipe = None if validate else quick.find(key)
+        if torch.is_grad_enabled() and (
+            value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad
+        ):
+            if recipe is not None or dtypes_agree(value, sampling_locations, attention_weights):
+                call = _Call(recipe, key, spatial_shapes, level_start_index, im2col_step, deterministic, validate)
+                return _apply(value, sampling_locations, attention_weights, call)
+        else:
+            if recipe is not None:
+                output = recipe.forward(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+                if output is not None:
+                    return output
+            if dtypes_agree(value, sampling_locations, attention_weights):
+                return quick.first_forward(
+                    key, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step,
+                    deterministic, validate,
+                )  # fmt: skip
     for name, tensor in (
         ("value", value),
         ("sampling_locations", sampling_locations),
@@ -60,16 +88,6 @@ def ms_deform_attn(
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if _decomposed:
         return _compose(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    if _is_plain(value, sampling_locations, attention_weights):
-        call = quick.forward
-        if torch.is_grad_enabled() and (
-            value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad
-        ):
-            call = _Function.apply
-        return call(
-            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step,
-            deterministic, validate,
-        )  # fmt: skip
     if torch.onnx.is_in_onnx_export():
         return _compose(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     operator = forward_operator
@@ -106,78 +124,94 @@ class MSDeformAttnFunction:
         )
 
 
+class _Call(NamedTuple):
+    """What a call has beside its three differentiable tensors."""
+
+    recipe: quick.Recipe | None
+    key: tuple[Any, ...] | None
+    shapes: Any
+    starts: Any
+    im2col_step: int
+    deterministic: bool | None
+    validate: bool
+
+
 class _Function(torch.autograd.Function):
     """The plain way with gradients: what the operator's registered autograd does, without the dispatcher."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        value: Tensor,
-        shapes: Any,
-        starts: Any,
-        locations: Tensor,
-        weights: Tensor,
-        im2col_step: int,
-        deterministic: bool | None,
-        validate: bool,
-    ) -> Tensor:
-        if isinstance(shapes, Tensor) and isinstance(starts, Tensor):
-            ctx.save_for_backward(value, locations, weights, shapes, starts)
-        else:
-            ctx.save_for_backward(value, locations, weights)
-            ctx.levels = (shapes, starts)
-        ctx.settings = (im2col_step, deterministic)
-        return quick.forward(value, shapes, starts, locations, weights, im2col_step, deterministic, validate)
+    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, call: _Call) -> Tensor:
+        ctx.save_for_backward(value, locations, weights)
+        ctx.call = call
+        recipe, key, shapes, starts, im2col_step, deterministic, validate = call
+        if recipe is not None:
+            output = recipe.forward(value, shapes, starts, locations, weights)
+            if output is not None:
+                return output
+        return quick.first_forward(key, value, shapes, starts, locations, weights, im2col_step, deterministic, validate)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        value, locations, weights, *metadata = ctx.saved_tensors
-        shapes, starts = metadata or ctx.levels
-        of_value, _, _, of_locations, of_weights, *_ = ctx.needs_input_grad
+        value, locations, weights = ctx.saved_tensors
+        recipe, _, shapes, starts, im2col_step, deterministic, _ = ctx.call
+        of_value, of_locations, of_weights, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() or not _is_plain(grad_output, locations, weights):
             mask = [of_value, of_locations, of_weights]
             metadata = [_metadata_tensor(part, value) for part in (shapes, starts)]
-            grads = backward_operator(grad_output, value, *metadata, locations, weights, *ctx.settings, mask)
+            grads = backward_operator(
+                grad_output, value, *metadata, locations, weights, im2col_step, deterministic, mask
+            )
         else:
-            grads = quick.backward(
-                grad_output, value, shapes, starts, locations, weights, *ctx.settings, of_value,
-                of_locations or of_weights,
-            )  # fmt: skip
+            grads = None
+            if recipe is not None and not deterministic:
+                grads = recipe.backward(
+                    grad_output, value, shapes, starts, locations, weights, of_value, of_locations or of_weights
+                )
+            if grads is None:
+                grads = quick.backward(
+                    grad_output, value, shapes, starts, locations, weights, im2col_step, deterministic, of_value,
+                    of_locations or of_weights,
+                )  # fmt: skip
         return (
             grads[0] if of_value else None,
-            None,
-            None,
             grads[1] if of_locations else None,
             grads[2] if of_weights else None,
             None,
-            None,
-            None,
         )
+
+
+# Past torch.autograd.Function.apply, whose Python part (7 us on the host of an H100) prepares for torch.func's
+# transforms: those do not come here.
+_apply = super(torch.autograd.Function, _Function).apply
 
 
 def _is_plain(value: Tensor, locations: Tensor, weights: Tensor) -> bool:
     """Whether nothing but eager execution, with or without autograd, has an interest in the call.
 
     Everything else (compilation, export, fake tensors, subclasses, torch.func, forward-mode gradients, modes, the
-    profiler, autocast that has to cast) sees the registered operator.
+    profiler) sees the registered operator.
     """
     return not (
         torch.compiler.is_compiling()
         or type(value) not in _PLAIN
         or type(locations) not in _PLAIN
         or type(weights) not in _PLAIN
-        or locations.dtype is not weights.dtype
-        or (locations.dtype is not value.dtype and locations.dtype is not torch.float32)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or under_transform()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _dispatch_modes()
+        or _function_mode()
+        or _transforms() is not None
+        or _tracing_state() is not None
+        or _profiling()
         or forward_ad._current_level >= 0
+        or _decomposed
     )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_mode = torch._C._is_torch_function_mode_enabled
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_profiling = torch._C._autograd._profiler_enabled
 
 
 def _metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:

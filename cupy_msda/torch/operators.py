@@ -158,18 +158,26 @@ torch.library.register_autograd(FORWARD, differentiate_forward, setup_context=sa
 torch.library.register_autograd(BACKWARD, _differentiate_backward, setup_context=_save_backward)
 
 
+def dtypes_agree(value: Tensor, locations: Tensor, weights: Tensor) -> bool:
+    """Whether the contract allows these dtypes together."""
+    return locations.dtype is weights.dtype and (
+        locations.dtype is value.dtype or (locations.dtype is torch.float32 and value.dtype in _SIXTEEN_BIT)
+    )
+
+
 def agreed_dtypes(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Locations and weights in dtypes that go with value's: themselves where they do, else in float32.
+    """Locations and weights in dtypes that go with value's: themselves where they do, else in the widest that does.
 
     The rule of autocast. It lowers nothing and never touches value, so it costs no copy in the usual case, where a
     linear layer made value 16-bit, and softmax and the reference points made the others float32.
     """
-    allowed = (value.dtype, torch.float32) if value.dtype in (torch.float16, torch.bfloat16) else (value.dtype,)
-    if locations.dtype == weights.dtype and locations.dtype in allowed:
+    if dtypes_agree(value, locations, weights):
         return locations, weights
-    return locations.to(allowed[-1]), weights.to(allowed[-1])
+    dtype = torch.float32 if value.dtype in _SIXTEEN_BIT else value.dtype
+    return locations.to(dtype), weights.to(dtype)
 
 
+_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCPU
 )

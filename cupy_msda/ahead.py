@@ -1,0 +1,134 @@
+"""Compiling ahead: the kernels of calls to come, so that none of them waits and CUDA graphs can capture the first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from . import cuda, interop, kernels, plan, problem
+from .problem import SIXTEEN_BIT, VALUE_DTYPES, Problem
+
+# A bar for less would be gone before it is read.
+_MANY = 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a call in the notation of the contract: `levels` of (H, W); Q None stands for Q = S, an encoder."""
+
+    levels: Sequence[tuple[int, int]]
+    N: int = 1
+    Q: int | None = None
+    M: int = 8
+    D: int = 32
+    P: int = 4
+
+    @property
+    def S(self) -> int:
+        """Pixels of all levels together."""
+        return sum(h * w for h, w in self.levels)
+
+
+def warmup(
+    sizes: Sizes | Iterable[Sizes],
+    dtypes: str | Iterable[str] = ("float32",),
+    *,
+    backward: bool = True,
+    device: int | None = None,
+    progress: bool | None = None,
+) -> int:
+    """Compile and load every CUDA kernel that calls of these sizes and dtypes use, in parallel.
+
+    A kernel serves many sizes (it depends on dtypes, L, P, M and D, and on whether Q = S and the GPU is filled), so one
+    entry a layer of a model is enough. Covers locations in value's dtype and in float32, metadata on the host and on
+    the GPU, and the backward with all gradients.
+
+    Parameters
+    ----------
+    sizes : Sizes or iterable of Sizes
+        Calls to come.
+    dtypes : str or iterable of str
+        Of value: float16, bfloat16, float32, float64.
+    backward : bool
+        Compile the backward too.
+    device : int, optional
+        CUDA device; None: the current one.
+    progress : bool, optional
+        Whether to show a progress bar (with tqdm); None: for more than 8 kernels, on a terminal.
+
+    Returns
+    -------
+    int
+        Number of kernels that were not there before.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a dtype that the operator does not have, or levels without pixels.
+    RuntimeError
+        Without CuPy or a CUDA device.
+    """
+    reason = interop.cuda_unavailable()
+    if reason is not None:
+        raise RuntimeError(f"warmup: {reason}")
+    if device is None:
+        device = interop.require_cupy("warmup").cuda.runtime.getDevice()
+    wanted = launches(
+        [sizes] if isinstance(sizes, Sizes) else list(sizes),
+        [dtypes] if isinstance(dtypes, str) else list(dtypes),
+        device=device,
+        backward=backward,
+        multiprocessors=cuda.multiprocessors(device),
+    )
+    missing = [key for key in dict.fromkeys(launch.key for launch in wanted) if not kernels.is_compiled(key, device)]
+
+    def compile_one(key: plan.KernelKey) -> None:
+        with cuda.on_device(device):
+            kernels.function(key, device)
+
+    with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
+        for _ in _with_bar(pool.map(compile_one, missing), len(missing), progress):
+            pass
+    return len(missing)
+
+
+def launches(
+    sizes: Sequence[Sizes], dtypes: Sequence[str], *, device: int, backward: bool, multiprocessors: int
+) -> list[plan.Launch]:
+    """The launches of all these calls, as the planner decides."""
+    for dtype in dtypes:
+        if dtype not in VALUE_DTYPES:
+            raise TypeError(f"dtypes: expected float16, bfloat16, float32 or float64, got {dtype!r}")
+    found = []
+    for size, dtype, by_value in product(sizes, dtypes, (True, False)):
+        if not size.levels or min(min(level) for level in size.levels) <= 0:
+            raise ValueError(f"sizes: expected levels of positive (H, W), got {size.levels!r}")
+        S = size.S
+        starts = problem.packed_starts(size.levels)
+        levels = tuple((h, w, start) for (h, w), start in zip(size.levels, starts, strict=True))
+        for location_dtype in dict.fromkeys((dtype, "float32") if dtype in SIXTEEN_BIT else (dtype,)):
+            call = Problem(
+                size.N, S, size.M, size.D, len(levels), size.P, S if size.Q is None else size.Q,
+                value_dtype=dtype, location_dtype=location_dtype, device=("cuda", device),
+                levels=levels if by_value else None,
+            )  # fmt: skip
+            found.append(plan.forward(call, plan.VECTOR_BYTES, multiprocessors))
+            if backward:
+                found.append(plan.backward(call, plan.VECTOR_BYTES, multiprocessors))
+                if dtype in SIXTEEN_BIT:
+                    found.append(plan.round_gradient(dtype, call.N * S * call.M * call.D))
+    return found
+
+
+def _with_bar(steps: Iterable[Any], count: int, progress: bool | None) -> Iterable[Any]:
+    if progress is False or (progress is None and count <= _MANY):
+        return steps
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return steps
+    return tqdm(steps, total=count, desc="compiling kernels", disable=None if progress is None else False)

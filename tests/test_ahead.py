@@ -1,0 +1,61 @@
+"""Compiling ahead: which kernels, and what is refused."""
+
+import pytest
+
+import cupy_msda
+from cupy_msda import Sizes, ahead, interop, plan, problem
+
+ENCODER = Sizes(levels=((20, 30), (10, 15)), N=2)
+DECODER = Sizes(levels=((20, 30), (10, 15)), N=2, Q=300)
+
+
+def keys(sizes, dtypes, backward=True):
+    return {launch.key for launch in ahead.launches(sizes, dtypes, device=0, backward=backward, multiprocessors=132)}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("location_dtype", ["float32", None])
+@pytest.mark.parametrize("by_value", [True, False])
+@pytest.mark.parametrize("Q", [750, 300])
+def test_what_a_call_launches_was_compiled(dtype, location_dtype, by_value, Q):
+    found = keys([ENCODER, DECODER], [dtype])
+    levels = ((20, 30, 0), (10, 15, 600)) if by_value else None
+    call = problem.Problem(2, 750, 8, 32, 2, 4, Q, dtype, location_dtype or dtype, ("cuda", 0), levels)
+    launches = [plan.forward(call, 16), plan.backward(call, 16)]
+    if dtype == "float16":
+        launches.append(plan.round_gradient(dtype, 2 * 750 * 256))
+    assert {launch.key for launch in launches} <= found
+
+
+def test_kernels_are_shared_by_sizes():
+    more = [Sizes(levels=((100 + i, 160), (50, 80)), N=2 + i) for i in range(4)]
+    assert len(keys(more, ["float32"])) == len(keys(more[:1], ["float32"]))
+
+
+def test_without_a_backward():
+    assert {key.kind for key in keys([ENCODER], ["float16"], backward=False)} == {"forward"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtypes", "error", "message"),
+    [
+        ([ENCODER], ["int8"], TypeError, "dtypes: expected float16, bfloat16, float32 or float64, got 'int8'"),
+        ([Sizes(levels=((0, 3),))], ["float32"], ValueError, r"sizes: expected levels of positive \(H, W\)"),
+        ([Sizes(levels=())], ["float32"], ValueError, r"sizes: expected levels of positive \(H, W\)"),
+    ],
+)
+def test_bad_sizes(sizes, dtypes, error, message):
+    with pytest.raises(error, match=message):
+        keys(sizes, dtypes)
+
+
+def test_without_a_gpu_it_says_why(monkeypatch):
+    monkeypatch.setattr(interop, "cuda_unavailable", lambda: "CuPy finds no CUDA device")
+    with pytest.raises(RuntimeError, match="warmup: CuPy finds no CUDA device"):
+        cupy_msda.warmup(ENCODER)
+
+
+@pytest.mark.parametrize(("progress", "count", "shown"), [(None, 3, False), (False, 30, False), (True, 3, True)])
+def test_progress_bar(progress, count, shown, capsys):
+    assert list(ahead._with_bar(range(count), count, progress)) == list(range(count))
+    assert ("compiling kernels" in capsys.readouterr().err) == shown
