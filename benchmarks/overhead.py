@@ -61,7 +61,7 @@ def steps(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     arguments = (value, shapes, starts, locations, weights, 64, None)
     ms_deform_attn(*arguments[:5])
     key = quick.key_of(*arguments)
-    recipe = quick.find(key)
+    recipe = quick.recipes.get(key)
     output = ms_deform_attn(*arguments[:5])
     stream = torch.cuda.current_stream().cuda_stream
     at = [t.data_ptr() for t in (value, shapes, starts, locations, weights, output)]
@@ -76,11 +76,11 @@ def steps(inputs: Inputs) -> dict[str, Callable[[], Any]]:
         "whole call": lambda: ms_deform_attn(*arguments[:5]),
         "which way": lambda: functional._is_plain(value, locations, weights),
         "key": lambda: quick.key_of(*arguments),
-        "lookup": lambda: quick.find(key),
+        "lookup": lambda: quick.recipes.get(key),
         "output": lambda: torch.empty_like(recipe.like_output),
         "addresses": lambda: [t.data_ptr() for t in (value, shapes, starts, locations, weights, output)],
         "device and stream": switch,
-        "launch": lambda: recipe.launch(stream, *at, *recipe.sizes),
+        "launch": lambda: recipe.run(stream, *at, *recipe.sizes),
     }
 
 
@@ -92,7 +92,7 @@ def record(timed: dict[Any, list[float]]) -> dict[Any, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=41)
     options = parser.parse_args()
     inputs = cases.make_inputs(cases.load()["tiny_call"], torch.float32, "cuda")
     functions = {"cupy_msda": ms_deform_attn, "cupy_msda, registered operator": operator}

@@ -31,7 +31,7 @@ def forward(problem: Problem, operands: Operands) -> Any:
             session.zero(output)
         else:
             launch = prepare_forward(problem, _alignment(session.value, output), session.stream)
-            launch(
+            launch.run(
                 session.stream,
                 session.value.data,
                 *session.metadata(launch),
@@ -69,7 +69,7 @@ def backward(problem: Problem, operands: Operands, *, grad_value: bool = True, g
                 session.zero(total)
             alignment = _alignment(session.value, session.grad_output)
             launch = prepare_backward(problem, alignment, session.stream, grad_value, grad_samples)
-            launch(
+            launch.run(
                 session.stream,
                 session.value.data,
                 *session.metadata(launch),
@@ -84,7 +84,7 @@ def backward(problem: Problem, operands: Operands, *, grad_value: bool = True, g
             )
             if total is not value:
                 rounding = prepare_rounding(problem, session.stream)
-                rounding(session.stream, total.data, value.data, value.size)
+                rounding.run(session.stream, total.data, value.data, value.size)
     return Gradients(*(result.finish() if result else None for result in (value, locations, weights)))
 
 
@@ -153,7 +153,7 @@ _launches: dict[tuple[Any, ...], PreparedLaunch] = {}
 
 
 def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLaunch:
-    """The forward's launch. Call it with value, metadata, locations, weights, output, S, Q."""
+    """The forward's launch. Its words: value, metadata, locations, weights, output, S, Q."""
     key = (problem, alignment)
     found = _launches.get(key)
     if found is None:
@@ -165,7 +165,7 @@ def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLa
 def prepare_backward(
     problem: Problem, alignment: int, stream: int, grad_value: bool, grad_samples: bool
 ) -> PreparedLaunch:
-    """The backward's launch. Call it with value, metadata, locations, weights, grad_output, sums of grad_value,
+    """The backward's launch. Its words: value, metadata, locations, weights, grad_output, sums of grad_value,
     grad_locations, grad_weights, S, Q.
     """
     key = (problem, alignment, grad_value, grad_samples)
@@ -178,7 +178,7 @@ def prepare_backward(
 
 
 def prepare_rounding(problem: Problem, stream: int) -> PreparedLaunch:
-    """The launch that rounds the sums of grad_value to 16 bits. Call it with both addresses and the count."""
+    """The launch that rounds the sums of grad_value to 16 bits. Its words: both addresses and the count."""
     key = (problem, "round")
     found = _launches.get(key)
     if found is None:

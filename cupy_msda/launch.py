@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 from importlib import import_module
 
 from . import kernels
@@ -16,33 +17,33 @@ class PreparedLaunch:
     """A :class:`~cupy_msda.plan.Launch` with its compiled kernel, ready to be launched any number of times.
 
     Every parameter of the kernels is made of 64-bit words (addresses, sizes, and the levels as one struct of several),
-    so a call packs its words into one block that the driver reads. Calling it costs about a third of a call of
-    ``cupy.RawKernel``, which looks at the type of each argument (benchmarks/NOTES.md). Blocks are taken from a list and
-    put back: threads that launch at the same time never share one.
+    so a call packs its words into one block that the driver reads. It costs half of a call of ``cupy.RawKernel``, which
+    looks at the type of each argument (benchmarks/NOTES.md). Blocks are taken from a list and put back: threads that
+    launch at the same time never share one.
     """
 
     def __init__(self, launch: Launch, device: int) -> None:
         """Compiles the kernel where that has not happened; `device` must be current."""
         self.key = launch.key
-        self._kernel = kernels.function(launch.key, device)
-        self._function = self._kernel.kernel.ptr
-        self._driver_launch = import_module("cupy").cuda.driver.launchKernel
-        self._grid, self._block, self._shared = launch.grid, launch.block, launch.shared
-        self._words = _words(launch.key)
-        self._pack = struct.Struct(f"={sum(self._words)}q").pack_into
-        self._blocks: list[_Block] = []
+        self._kernel = kernels.function(launch.key, device)  # keeps its module loaded
+        function, driver_launch = self._kernel.kernel.ptr, import_module("cupy").cuda.driver.launchKernel
+        grid, threads, shared = launch.grid, launch.block, launch.shared
+        sizes = _words(launch.key)
+        pack = struct.Struct(f"={sum(sizes)}q").pack_into
+        blocks: list[_Block] = []
 
-    def __call__(self, stream: int, *words: int) -> None:
-        """Launch on the CUDA stream at address `stream` of the current device."""
-        try:
-            block = self._blocks.pop()
-        except IndexError:
-            block = _Block(self._words)
-        self._pack(block.memory, 0, *words)
-        self._driver_launch(
-            self._function, self._grid, 1, 1, self._block, 1, 1, self._shared, stream, block.pointers, 0
-        )
-        self._blocks.append(block)
+        # A closure: its variables are at hand faster than attributes.
+        def run(stream: int, *words: int) -> None:
+            try:
+                block = blocks.pop()
+            except IndexError:
+                block = _Block(sizes)
+            pack(block.memory, 0, *words)
+            driver_launch(function, grid, 1, 1, threads, 1, 1, shared, stream, block.pointers, 0)
+            blocks.append(block)
+
+        #: Launch on the CUDA stream at an address, of the current device, with the words of all parameters.
+        self.run: Callable[..., None] = run
 
 
 def _words(key: KernelKey) -> tuple[int, ...]:

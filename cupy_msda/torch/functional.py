@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .operators import (
     forward_operator,
     under_transform,
 )
+from .quick import key_of, recipes
 
 _decomposed = 0
 
@@ -59,15 +60,17 @@ def ms_deform_attn(
     ``torch.func`` and ``torch.onnx.export``; `validate` has no effect there, because it reads data.
     """
     if _is_plain(value, sampling_locations, attention_weights):
-        key = quick.key_of(
+        key = key_of(
             value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step, deterministic
         )
-        recipe = None if validate else quick.find(key)
+        recipe = recipes.get(key)
+        if validate:
+            recipe = None
         if torch.is_grad_enabled() and (
             value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad
         ):
             if recipe is not None or dtypes_agree(value, sampling_locations, attention_weights):
-                call = _Call(recipe, key, spatial_shapes, level_start_index, im2col_step, deterministic, validate)
+                call = (recipe, key, spatial_shapes, level_start_index, im2col_step, deterministic, validate)
                 return _apply(value, sampling_locations, attention_weights, call)
         else:
             if recipe is not None:
@@ -124,23 +127,14 @@ class MSDeformAttnFunction:
         )
 
 
-class _Call(NamedTuple):
-    """What a call has beside its three differentiable tensors."""
-
-    recipe: quick.Recipe | None
-    key: tuple[Any, ...] | None
-    shapes: Any
-    starts: Any
-    im2col_step: int
-    deterministic: bool | None
-    validate: bool
-
-
 class _Function(torch.autograd.Function):
-    """The plain way with gradients: what the operator's registered autograd does, without the dispatcher."""
+    """The plain way with gradients: what the operator's registered autograd does, without the dispatcher.
+
+    `call` is all the rest: (recipe or None, key, shapes, starts, im2col_step, deterministic, validate).
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, call: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(value, locations, weights)
         ctx.call = call
         recipe, key, shapes, starts, im2col_step, deterministic, validate = call
@@ -155,7 +149,7 @@ class _Function(torch.autograd.Function):
         value, locations, weights = ctx.saved_tensors
         recipe, _, shapes, starts, im2col_step, deterministic, _ = ctx.call
         of_value, of_locations, of_weights, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or not _is_plain(grad_output, locations, weights):
+        if torch.is_grad_enabled() or type(grad_output) is not Tensor or _dispatch_modes():
             mask = [of_value, of_locations, of_weights]
             metadata = [_metadata_tensor(part, value) for part in (shapes, starts)]
             grads = backward_operator(

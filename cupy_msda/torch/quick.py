@@ -9,13 +9,13 @@ takes 0.5 (on the host of an H100; benchmarks/NOTES.md). What has no key goes th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import api, cuda, interop, plan, problem
-from ..launch import PreparedLaunch
 from ..problem import SIXTEEN_BIT, Operands, Problem
 
 # What the vectors of the kernels want, and what torch's allocator gives.
@@ -29,15 +29,15 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 class _Backward(NamedTuple):
     """The launches of a backward; `total_dtype` is that of the sums of grad_value where it is not value's own."""
 
-    launch: PreparedLaunch
+    run: Callable[..., None]
     total_dtype: torch.dtype | None
-    rounding: PreparedLaunch | None
+    round: Callable[..., None] | None
 
 
 class Recipe:
     """How to repeat the calls of one layout."""
 
-    __slots__ = ("backwards", "device", "launch", "levels", "like_output", "problem", "runtime", "sizes")
+    __slots__ = ("backwards", "device", "levels", "like_output", "problem", "run", "runtime", "sizes")
 
     def __init__(self, found: Problem, value: Tensor) -> None:
         self.problem = found
@@ -50,7 +50,7 @@ class Recipe:
         self.like_output = value.detach().new_empty(()).expand(found.output_shape)
         self.backwards: dict[tuple[bool, bool], _Backward] = {}
         with cuda.on_device(self.device):
-            self.launch = cuda.prepare_forward(found, _ALIGNMENT, self._stream())
+            self.run = cuda.prepare_forward(found, _ALIGNMENT, self._stream()).run
 
     def forward(self, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor) -> Tensor | None:
         """The output, or None where an address is not aligned."""
@@ -63,7 +63,7 @@ class Recipe:
         # Also gives a thread that has never used CUDA its context, which a launch by the driver does not.
         before = runtime.getDevice()
         runtime.setDevice(device)
-        self.launch(
+        self.run(
             torch._C._cuda_getCurrentRawStream(device),
             at_value, *metadata, at_locations, at_weights, output.data_ptr(), *self.sizes,
         )  # fmt: skip
@@ -107,12 +107,12 @@ class Recipe:
         stream = torch._C._cuda_getCurrentRawStream(device)
         if total is not None:
             runtime.memsetAsync(sums, 0, total.nbytes, stream)
-        how.launch(
+        how.run(
             stream, at_value, *metadata, at_locations, at_weights, at_grad_output, sums, at_grad_locations,
             at_grad_weights, *self.sizes,
         )  # fmt: skip
-        if how.rounding is not None:
-            how.rounding(stream, sums, of_value.data_ptr(), total.numel())
+        if how.round is not None:
+            how.round(stream, sums, of_value.data_ptr(), total.numel())
         if before != device:
             runtime.setDevice(before)
         return of_value, of_locations, of_weights
@@ -123,15 +123,15 @@ class Recipe:
             stream = self._stream()
             launch = cuda.prepare_backward(self.problem, _ALIGNMENT, stream, grad_value, grad_samples)
             if grad_value and self.problem.value_dtype in SIXTEEN_BIT:
-                total_dtype, rounding = torch.float32, cuda.prepare_rounding(self.problem, stream)
-        how = self.backwards[grad_value, grad_samples] = _Backward(launch, total_dtype, rounding)
+                total_dtype, rounding = torch.float32, cuda.prepare_rounding(self.problem, stream).run
+        how = self.backwards[grad_value, grad_samples] = _Backward(launch.run, total_dtype, rounding)
         return how
 
     def _stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.device)
 
 
-_recipes: dict[tuple[Any, ...] | None, Recipe] = {}
+recipes: dict[tuple[Any, ...] | None, Recipe] = {}
 
 
 def key_of(
@@ -173,11 +173,6 @@ def _host_metadata(shapes: Any, starts: Any) -> tuple[Any, ...] | None:
     return (*rows, starts is None)
 
 
-def find(key: tuple[Any, ...] | None) -> Recipe | None:
-    """The recipe of `key`, if a call has left one."""
-    return _recipes.get(key)
-
-
 def forward(
     value: Tensor,
     shapes: Any,
@@ -190,7 +185,7 @@ def forward(
 ) -> Tensor:
     """The output, recording no gradient; arguments and errors of :func:`cupy_msda.ms_deform_attn`."""
     key = key_of(value, shapes, starts, locations, weights, im2col_step, deterministic)
-    recipe = None if validate else find(key)
+    recipe = None if validate else recipes.get(key)
     if recipe is not None:
         output = recipe.forward(value, shapes, starts, locations, weights)
         if output is not None:
@@ -214,10 +209,10 @@ def first_forward(
         value, shapes, starts, locations, weights, im2col_step, deterministic=deterministic, validate=validate
     )
     output = api.forward(found, operands)
-    if key is not None and not validate and key not in _recipes and _repeatable(found, operands):
-        if len(_recipes) >= _MOST_RECIPES:
-            _recipes.clear()
-        _recipes[key] = Recipe(found, value)
+    if key is not None and not validate and key not in recipes and _repeatable(found, operands):
+        if len(recipes) >= _MOST_RECIPES:
+            recipes.clear()
+        recipes[key] = Recipe(found, value)
     return output
 
 
@@ -234,7 +229,7 @@ def backward(
     grad_samples: bool,
 ) -> Gradients:
     """Gradients of value, locations and weights, those that are wanted: the last two come together."""
-    recipe = find(key_of(value, shapes, starts, locations, weights, im2col_step, deterministic))
+    recipe = recipes.get(key_of(value, shapes, starts, locations, weights, im2col_step, deterministic))
     if recipe is not None and not deterministic and grad_output.dtype is value.dtype:
         grads = recipe.backward(grad_output, value, shapes, starts, locations, weights, grad_value, grad_samples)
         if grads is not None:
