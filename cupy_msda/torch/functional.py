@@ -20,7 +20,6 @@ from .operators import (
     forward_operator,
     under_transform,
 )
-from .quick import key_of, recipes
 
 _decomposed = 0
 
@@ -59,29 +58,51 @@ def ms_deform_attn(
     are taken in float32; value and the output keep theirs. Works under ``torch.compile``, ``torch.export``,
     ``torch.func`` and ``torch.onnx.export``; `validate` has no effect there, because it reads data.
     """
-    if _is_plain(value, sampling_locations, attention_weights):
-        key = key_of(
-            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step, deterministic
-        )
-        recipe = recipes.get(key)
-        if validate:
-            recipe = None
-        if torch.is_grad_enabled() and (
-            value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad
-        ):
-            if recipe is not None or dtypes_agree(value, sampling_locations, attention_weights):
-                call = (recipe, key, spatial_shapes, level_start_index, im2col_step, deterministic, validate)
-                return _apply(value, sampling_locations, attention_weights, call)
-        else:
-            if recipe is not None:
+    if not (torch.compiler.is_compiling() or validate or _decomposed or _observed()):
+        for matches, recipe, step, fixed_order, differentiable in quick.recent:
+            if (
+                step is im2col_step
+                and fixed_order is deterministic
+                and matches(value, sampling_locations, attention_weights, spatial_shapes, level_start_index)
+            ):
+                if differentiable and torch.is_grad_enabled():
+                    call = (recipe, None, spatial_shapes, level_start_index, step, deterministic, False)
+                    return _apply(value, sampling_locations, attention_weights, call)
                 output = recipe.forward(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
                 if output is not None:
                     return output
-            if dtypes_agree(value, sampling_locations, attention_weights):
-                return quick.first_forward(
-                    key, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step,
-                    deterministic, validate,
-                )  # fmt: skip
+                break
+    return _dispatch(
+        value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step, deterministic,
+        validate,
+    )  # fmt: skip
+
+
+def _dispatch(
+    value: Tensor,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+    deterministic: bool | None,
+    validate: bool,
+) -> Tensor:
+    """A call that is not just like a recent one."""
+    if _is_plain(value, sampling_locations, attention_weights) and dtypes_agree(
+        value, sampling_locations, attention_weights
+    ):
+        call = (spatial_shapes, level_start_index, im2col_step, deterministic)
+        key = quick.key_of(value, sampling_locations, attention_weights, *call)
+        recipe = None if validate else quick.recall(key, value, sampling_locations, attention_weights, *call)
+        if torch.is_grad_enabled() and (
+            value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad
+        ):
+            return _apply(value, sampling_locations, attention_weights, (recipe, key, *call, validate))
+        return quick.forward(
+            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step,
+            deterministic, validate,
+        )  # fmt: skip
     for name, tensor in (
         ("value", value),
         ("sampling_locations", sampling_locations),
@@ -110,21 +131,13 @@ def ms_deform_attn(
 
 
 class MSDeformAttnFunction:
-    """Stands in for the autograd function of Deformable DETR: :meth:`apply` has its calling convention."""
+    """Stands in for the autograd function of Deformable DETR, by its calling convention.
 
-    @staticmethod
-    def apply(
-        value: Tensor,
-        spatial_shapes: Any,
-        level_start_index: Any,
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        im2col_step: int = 64,
-    ) -> Tensor:
-        """:func:`ms_deform_attn`, which it only calls."""
-        return ms_deform_attn(
-            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step
-        )
+    ``MSDeformAttnFunction.apply(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
+    im2col_step)`` is :func:`ms_deform_attn`.
+    """
+
+    apply = staticmethod(ms_deform_attn)
 
 
 class _Function(torch.autograd.Function):
@@ -190,21 +203,21 @@ def _is_plain(value: Tensor, locations: Tensor, weights: Tensor) -> bool:
         or type(value) not in _PLAIN
         or type(locations) not in _PLAIN
         or type(weights) not in _PLAIN
-        or _dispatch_modes()
-        or _function_mode()
-        or _transforms() is not None
-        or _tracing_state() is not None
-        or _profiling()
-        or forward_ad._current_level >= 0
         or _decomposed
+        or _dispatch_modes()
+        or under_transform()
+        or torch._C._get_tracing_state() is not None
+        or _observed()
     )
+
+
+def _observed() -> bool:
+    """Whether a profiler or a forward-mode gradient is active, which the keys of a dispatch do not show."""
+    return _profiling() or forward_ad._current_level >= 0
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_mode = torch._C._is_torch_function_mode_enabled
-_transforms = torch._C._functorch.peek_interpreter_stack
-_tracing_state = torch._C._get_tracing_state
 _profiling = torch._C._autograd._profiler_enabled
 
 

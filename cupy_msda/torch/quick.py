@@ -131,11 +131,42 @@ class Recipe:
         return torch._C._cuda_getCurrentRawStream(self.device)
 
 
+# All recipes by key, and what was called last, newest first: (matches, recipe, im2col_step, deterministic, whether an
+# input requires a gradient). `matches` is one C call of torch's compiler, which compares types, dispatch keys, dtypes,
+# devices, sizes and strides: a third of the time of a key, which decides wherever nothing here matches.
 recipes: dict[tuple[Any, ...] | None, Recipe] = {}
+recent: tuple[tuple[Any, ...], ...] = ()
+# The layers of a model come back to about as many layouts.
+_MOST_RECENT = 4
+
+
+def recall(
+    key: tuple[Any, ...] | None,
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    shapes: Any,
+    starts: Any,
+    im2col_step: int,
+    deterministic: bool | None,
+) -> Recipe | None:
+    """The recipe of `key` if a call has left one; it is among the recent ones from then on."""
+    global recent
+    recipe = recipes.get(key)
+    if recipe is not None and not recipe.levels and _TensorGuards is not None:
+        tensors = (value, locations, weights, shapes, starts)
+        guards = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        differentiable = any(tensor.requires_grad for tensor in tensors)
+        entry = (guards.check, recipe, im2col_step, deterministic, differentiable)
+        recent = (entry, *recent[: _MOST_RECENT - 1])
+    return recipe
+
+
+_TensorGuards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
 
 def key_of(
-    value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor, im2col_step: Any, deterministic: Any
+    value: Tensor, locations: Tensor, weights: Tensor, shapes: Any, starts: Any, im2col_step: Any, deterministic: Any
 ) -> tuple[Any, ...] | None:
     """What a recipe for this call depends on; None where there can be none."""
     if not (value.is_contiguous() and locations.is_contiguous() and weights.is_contiguous()):
@@ -184,7 +215,7 @@ def forward(
     validate: bool = False,
 ) -> Tensor:
     """The output, recording no gradient; arguments and errors of :func:`cupy_msda.ms_deform_attn`."""
-    key = key_of(value, shapes, starts, locations, weights, im2col_step, deterministic)
+    key = key_of(value, locations, weights, shapes, starts, im2col_step, deterministic)
     recipe = None if validate else recipes.get(key)
     if recipe is not None:
         output = recipe.forward(value, shapes, starts, locations, weights)
@@ -229,7 +260,7 @@ def backward(
     grad_samples: bool,
 ) -> Gradients:
     """Gradients of value, locations and weights, those that are wanted: the last two come together."""
-    recipe = recipes.get(key_of(value, shapes, starts, locations, weights, im2col_step, deterministic))
+    recipe = recipes.get(key_of(value, locations, weights, shapes, starts, im2col_step, deterministic))
     if recipe is not None and not deterministic and grad_output.dtype is value.dtype:
         grads = recipe.backward(grad_output, value, shapes, starts, locations, weights, grad_value, grad_samples)
         if grads is not None:
