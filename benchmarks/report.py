@@ -7,10 +7,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+from . import detector
+
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).parent.parent / "README.md"
 # Part of the README: the files that it is made from.
-PARTS = {"benchmark": "benchmark_*.json", "shapes": "shapes_*.json", "cpu": "cpu_*.json"}
+PARTS = {
+    "benchmark": "benchmark_*.json",
+    "shapes": "shapes_*.json",
+    "cpu": "cpu_*.json",
+    "overhead": "overhead_*.json",
+}
 OURS, BASELINE, CPU_BASELINE = "cupy_msda", "torch-ms-deform-attn", "grid_sample"
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -60,16 +67,39 @@ def table(path: Path, result: dict[str, Any]) -> str:
         lines.append(f"| {workload} | {' | '.join(cells)} |")
     means = [f"{math.exp(sum(map(math.log, r)) / len(r)):.2f}x" if r else "" for r in ratios.values()]
     lines.append(f"| geometric mean | {' | '.join(means)} |")
+    lines += [
+        "",
+        f"Microseconds a call, and in brackets how many times as fast as `{baseline}` in the same run. "
+        + recorded(path, where),
+    ]
+    return "\n".join(lines)
+
+
+def recorded(path: Path, where: dict[str, Any]) -> str:
+    """The sentence that says when, where and with what a result was measured."""
     versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
     machine = (
         f"{where['gpu']}, driver {where['driver']}, CUDA {where['cuda']}"
-        if on_gpu
+        if where["device"] == "cuda"
         else f"{where['cpu']}, {where['threads']} threads, one image"
     )
+    return f"Recorded {where['date'][:10]} in `benchmarks/results/{path.name}`: {machine}, {versions}."
+
+
+def overhead_table(path: Path, result: dict[str, Any]) -> str:
+    """Markdown: microseconds of the host a call, and what a forward is made of."""
+    records = result["records"]
+    usages = list(dict.fromkeys(record["usage"] for record in records))
+    lines = [f"| | {' | '.join(usages)} |", f"| --- |{' ---: |' * len(usages)}"]
+    for name in dict.fromkeys(record["implementation"] for record in records):
+        times = {r["usage"]: r["median_us"] for r in records if r["implementation"] == name}
+        lines.append(f"| {name} | {' | '.join(f'{times[usage]:.1f}' for usage in usages)} |")
+    whole, *steps = result["steps"]
+    parts = ", ".join(f"{step['step']} {step['median_us']:.1f}" for step in steps)
     lines += [
         "",
-        f"Microseconds a call, and in brackets how many times as fast as `{baseline}` in the same run. Recorded "
-        f"{where['date'][:10]} in `benchmarks/results/{path.name}`: {machine}, {versions}.",
+        "Microseconds of the host a call on tiny_call, all in one process, the GPU's queue never full. Of a forward's "
+        f"{whole['median_us']:.1f}: {parts}. " + recorded(path, result["provenance"]),
     ]
     return "\n".join(lines)
 
@@ -77,7 +107,8 @@ def table(path: Path, result: dict[str, Any]) -> str:
 def enclosed(part: str) -> str:
     """A part of the README with its markers."""
     begin, end = markers(part)
-    return f"{begin}\n{table(*latest(PARTS[part]))}\n{end}"
+    make = overhead_table if part == "overhead" else table
+    return f"{begin}\n{make(*latest(PARTS[part]))}\n{end}"
 
 
 def write_table(part: str) -> None:
@@ -123,10 +154,41 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
+def plot_overhead(result: dict[str, Any], path: Path) -> None:
+    """Host time of each way of calling, and the steps of a forward beside each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    records = result["records"]
+    usages = list(dict.fromkeys(record["usage"] for record in records))
+    names = list(dict.fromkeys(record["implementation"] for record in records))
+    height = 0.8 / len(names)
+    for i, name in enumerate(names):
+        times = [r["median_us"] for r in records if r["implementation"] == name]
+        bars = left.barh([y + i * height for y in range(len(usages))], times, height, label=name)
+        left.bar_label(bars, fmt="%.0f", padding=2)
+    left.set_yticks([y + 0.4 - height / 2 for y in range(len(usages))], usages)
+    left.invert_yaxis()
+    left.set_xlabel("microseconds of the host a call (tiny_call)")
+    left.legend(fontsize="small")
+    whole, *steps = result["steps"]
+    labels = [step["step"] for step in steps] + ["Python between them"]
+    times = [step["median_us"] for step in steps]
+    times.append(max(0.0, whole["median_us"] - sum(times)))
+    bars = right.barh(labels, times)
+    right.bar_label(bars, fmt="%.1f", padding=2)
+    right.invert_yaxis()
+    right.set_xlabel(f"microseconds, of {whole['median_us']:.1f} of a forward")
+    figure.savefig(path, dpi=80)
+
+
 def main() -> None:
     for part in PARTS:
         write_table(part)
     plot(latest(PARTS["benchmark"])[1], RESULTS / "benchmark.png")
+    plot_overhead(latest(PARTS["overhead"])[1], RESULTS / "overhead.png")
+    detector.plot(latest("detector_*.json")[1], RESULTS / "detector.png")
 
 
 if __name__ == "__main__":

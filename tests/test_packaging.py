@@ -56,6 +56,7 @@ def test_wheel_carries_sources_types_and_cases(wheel):
         "py.typed",
         "data/chelsea.jpg",
         "golden_cases/encoder.npz",
+        "torch/modules.py",
         *(f"cuda_src/{p.name}" for p in (ROOT / "cuda_src").iterdir()),
     }
     assert {f"cupy_msda/{name}" for name in wanted} <= names

@@ -11,7 +11,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_snippets_run():
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 5
     names = {}
     for snippet in SNIPPETS:
         if "import cupy\n" in snippet and not backends.GPU:
@@ -22,7 +22,16 @@ def test_snippets_run():
 
 
 @pytest.mark.parametrize(
-    "name", ["CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "docs/demo.jpg", "benchmarks/results/benchmark.png"]
+    "name",
+    [
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "docs/demo.jpg",
+        "benchmarks/results/benchmark.png",
+        "benchmarks/results/overhead.png",
+        "benchmarks/results/detector.png",
+    ],
 )
 def test_linked_files_exist(name):
     assert (README.parent / name).is_file()
