@@ -29,7 +29,7 @@ def decomposed() -> Iterator[None]:
     """While this lasts, :func:`ms_deform_attn` is made of ``torch.nn.functional.grid_sample`` and its like.
 
     For a runtime that does not know the operator: export inside this context. ``torch.onnx.export`` needs none, the
-    operator decomposes there by itself. Levels must be packed, and their sizes become constants of what is exported.
+    operator decomposes there by itself. Level sizes that are given as numbers become constants of what is exported.
     Holds for the whole process.
     """
     global _decomposed

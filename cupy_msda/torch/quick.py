@@ -63,26 +63,24 @@ class Recipe:
         # Also gives a thread that has never used CUDA its context, which a launch by the driver does not.
         before = runtime.getDevice()
         runtime.setDevice(device)
-        self.run(
-            torch._C._cuda_getCurrentRawStream(device),
-            at_value, *metadata, at_locations, at_weights, output.data_ptr(), *self.sizes,
-        )  # fmt: skip
-        if before != device:
-            runtime.setDevice(before)
+        try:
+            self.run(
+                torch._C._cuda_getCurrentRawStream(device),
+                at_value, *metadata, at_locations, at_weights, output.data_ptr(), *self.sizes,
+            )  # fmt: skip
+        finally:
+            if before != device:
+                runtime.setDevice(before)
         return output
 
     def backward(
         self, grad_output: Tensor, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor,
         grad_value: bool, grad_samples: bool,
     ) -> Gradients | None:  # fmt: skip
-        """The gradients that are wanted, or None where something is not contiguous or not aligned."""
-        if not (
-            grad_output.is_contiguous()
-            and value.is_contiguous()
-            and locations.is_contiguous()
-            and weights.is_contiguous()
-        ):
+        """The gradients that are wanted, or None where a saved tensor came back with strides, or is not aligned."""
+        if not (value.is_contiguous() and locations.is_contiguous() and weights.is_contiguous()):
             return None
+        grad_output = grad_output.contiguous()
         at_value, at_locations, at_weights = value.data_ptr(), locations.data_ptr(), weights.data_ptr()
         at_grad_output = grad_output.data_ptr()
         if (at_value | at_locations | at_weights | at_grad_output) % _ALIGNMENT:
@@ -104,17 +102,19 @@ class Recipe:
         runtime, device = self.runtime, self.device
         before = runtime.getDevice()
         runtime.setDevice(device)
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        if total is not None:
-            runtime.memsetAsync(sums, 0, total.nbytes, stream)
-        how.run(
-            stream, at_value, *metadata, at_locations, at_weights, at_grad_output, sums, at_grad_locations,
-            at_grad_weights, *self.sizes,
-        )  # fmt: skip
-        if how.round is not None:
-            how.round(stream, sums, of_value.data_ptr(), total.numel())
-        if before != device:
-            runtime.setDevice(before)
+        try:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            if total is not None:
+                runtime.memsetAsync(sums, 0, total.nbytes, stream)
+            how.run(
+                stream, at_value, *metadata, at_locations, at_weights, at_grad_output, sums, at_grad_locations,
+                at_grad_weights, *self.sizes,
+            )  # fmt: skip
+            if how.round is not None:
+                how.round(stream, sums, of_value.data_ptr(), total.numel())
+        finally:
+            if before != device:
+                runtime.setDevice(before)
         return of_value, of_locations, of_weights
 
     def _plan_backward(self, grad_value: bool, grad_samples: bool) -> _Backward:
