@@ -109,8 +109,8 @@ def test_compile(device, dynamic, mode):
     with torch.no_grad():
         for _ in range(3):
             assert_same([compiled(*arguments[:5]).clone()], want[:1])
-    # CUDA graphs hold all of it: nothing made the compiler give them up.
-    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    if device == "cuda":  # CUDA graphs hold all of it: nothing made the compiler give them up
+        assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
