@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import detector
+from . import detector, scaling
 
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).parent.parent / "README.md"
@@ -81,7 +81,7 @@ def recorded(path: Path, where: dict[str, Any]) -> str:
     machine = (
         f"{where['gpu']}, driver {where['driver']}, CUDA {where['cuda']}"
         if where["device"] == "cuda"
-        else f"{where['cpu']}, {where['threads']} threads, one image"
+        else f"{where['cpu']}, {where['threads']} threads, one image (rtdetr_640: two)"
     )
     return f"Recorded {where['date'][:10]} in `benchmarks/results/{path.name}`: {machine}, {versions}."
 
@@ -188,6 +188,7 @@ def main() -> None:
         write_table(part)
     plot(latest(PARTS["benchmark"])[1], RESULTS / "benchmark.png")
     plot_overhead(latest(PARTS["overhead"])[1], RESULTS / "overhead.png")
+    scaling.plot(latest("scaling_*.json")[1], RESULTS / "scaling.png")
     detector.plot(latest("detector_*.json")[1], RESULTS / "detector.png")
 
 

@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda":
         bandwidth = result["provenance"]["copy_bytes_per_second"] = copy_bandwidth()
     for name in names:
-        workload = cases.single_image(workloads[name]) if options.device == "cpu" else workloads[name]
+        workload = cases.on_cpu(workloads[name]) if options.device == "cpu" else workloads[name]
         for dtype in options.dtypes:
             if bandwidth:
                 bound = floors(workload, DTYPES[dtype].itemsize, bandwidth, result["provenance"])

@@ -98,10 +98,11 @@ def test_adapter_that_is_no_file():
 @pytest.mark.parametrize("name", cases.load())
 def test_workloads_are_what_their_file_says(name):
     workload = cases.load()[name]
-    inputs = cases.make_inputs(cases.single_image(workload), torch.float32, "cpu")
-    assert inputs.value.shape == (1, workload.S, workload.M, workload.D)
-    assert inputs.sampling_locations.shape == (1, workload.Q, workload.M, len(workload.levels), workload.P, 2)
-    torch.testing.assert_close(inputs.attention_weights.sum((-1, -2)), torch.ones(1, workload.Q, workload.M))
+    N = cases.on_cpu(workload).N
+    inputs = cases.make_inputs(cases.on_cpu(workload), torch.float32, "cpu")
+    assert inputs.value.shape == (N, workload.S, workload.M, workload.D)
+    assert inputs.sampling_locations.shape == (N, workload.Q, workload.M, len(workload.levels), workload.P, 2)
+    torch.testing.assert_close(inputs.attention_weights.sum((-1, -2)), torch.ones(N, workload.Q, workload.M))
     centre = inputs.sampling_locations.mean((0, 1, 2, 3, 4))
     torch.testing.assert_close(centre, torch.full((2,), 0.5), atol=0.3, rtol=0)
     if workload.sampling == "uniform":
