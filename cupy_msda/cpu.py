@@ -17,8 +17,8 @@ import numpy as np
 
 from .problem import Problem
 
-# Bytes of rows that are gathered at a time, and in the backward gathered and summed. Small enough for the caches and for
-# 32 MiB a thread in all; but two threads that run short calls wait for each other at the interpreter's lock:
+# Bytes of rows that are gathered at a time, and in the backward gathered and summed. Small enough for the caches and
+# for 32 MiB a thread in all; but two threads that run short calls wait for each other at the interpreter's lock:
 # encoder_800x1333 on 2 threads took 605 ms backward with 512 KB. Measurements are in benchmarks/NOTES.md.
 GATHERED_BYTES = 4 << 20
 SUMMED_BYTES = 6 << 20
@@ -277,9 +277,9 @@ def _items(array: np.ndarray) -> np.ndarray:
 
 
 class _Cells(NamedTuple):
-    """Samples grouped by cell: `samples` [pieces, T], `real` where not padding; of each piece the row of samples that it
-    is from, and the row and column of its cell's upper left pixel, which may lie one outside; of each cell its `first`
-    piece and how many `pieces` it has.
+    """Samples grouped by cell: `samples` [pieces, T], `real` where not padding; of each piece the row of samples that
+    it is from, and the row and column of its cell's upper left pixel, which may lie one outside; of each cell its
+    `first` piece and how many `pieces` it has.
     """
 
     samples: np.ndarray
