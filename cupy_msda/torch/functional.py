@@ -171,9 +171,8 @@ class _Function(torch.autograd.Function):
         else:
             grads = None
             if recipe is not None and not deterministic:
-                grads = recipe.backward(
-                    grad_output, value, shapes, starts, locations, weights, of_value, of_locations or of_weights
-                )
+                repeat = recipe.backward(of_value, of_locations or of_weights)
+                grads = repeat(grad_output, value, shapes, starts, locations, weights)
             if grads is None:
                 grads = quick.backward(
                     grad_output, value, shapes, starts, locations, weights, im2col_step, deterministic, of_value,

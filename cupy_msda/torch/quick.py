@@ -10,7 +10,7 @@ takes 0.5 (on the host of an H100; benchmarks/NOTES.md). What has no key goes th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,109 +26,116 @@ _MOST_RECIPES = 4096
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class _Backward(NamedTuple):
-    """The launches of a backward; `total_dtype` is that of the sums of grad_value where it is not value's own."""
-
-    run: Callable[..., None]
-    total_dtype: torch.dtype | None
-    round: Callable[..., None] | None
-
-
 class Recipe:
-    """How to repeat the calls of one layout."""
+    """How to repeat the calls of one layout. The repeating functions are closures: their variables are at hand faster
+    than attributes, and in the backward, which runs in a thread of the autograd engine, every look-up is a cold one.
 
-    __slots__ = ("backwards", "device", "levels", "like_output", "problem", "run", "runtime", "sizes")
+    Attributes
+    ----------
+    forward : callable
+        ``forward(value, shapes, starts, locations, weights)`` -> output, or None where an address is not aligned.
+    levels : tuple of int
+        The words of metadata that came from the host; empty where it is on the device.
+    """
+
+    __slots__ = ("backwards", "forward", "levels", "problem")
 
     def __init__(self, found: Problem, value: Tensor) -> None:
         self.problem = found
-        self.device = found.device[1]
-        self.runtime = interop.require_cupy("a CUDA tensor").cuda.runtime
-        self.sizes = (found.S, found.Q)
-        # The words of metadata that came from the host.
         self.levels = () if found.levels is None else cuda.levels_by_value(found.levels)
+        self.backwards: dict[tuple[bool, bool], Callable[..., Gradients | None]] = {}
         # One element, seen as an output: `empty_like` of it is 1 us cheaper than `new_empty`.
-        self.like_output = value.detach().new_empty(()).expand(found.output_shape)
-        self.backwards: dict[tuple[bool, bool], _Backward] = {}
-        with cuda.on_device(self.device):
-            self.run = cuda.prepare_forward(found, _ALIGNMENT, self._stream()).run
+        self.forward = self._forward(value.detach().new_empty(()).expand(found.output_shape))
 
-    def forward(self, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor) -> Tensor | None:
-        """The output, or None where an address is not aligned."""
-        at_value, at_locations, at_weights = value.data_ptr(), locations.data_ptr(), weights.data_ptr()
-        if (at_value | at_locations | at_weights) % _ALIGNMENT:
-            return None
-        output = torch.empty_like(self.like_output)
-        metadata = self.levels or (shapes.data_ptr(), starts.data_ptr())
-        runtime, device = self.runtime, self.device
-        # Also gives a thread that has never used CUDA its context, which a launch by the driver does not.
-        before = runtime.getDevice()
-        runtime.setDevice(device)
-        try:
-            self.run(
-                torch._C._cuda_getCurrentRawStream(device),
-                at_value, *metadata, at_locations, at_weights, output.data_ptr(), *self.sizes,
-            )  # fmt: skip
-        finally:
-            if before != device:
-                runtime.setDevice(before)
-        return output
+    def backward(self, grad_value: bool, grad_samples: bool) -> Callable[..., Gradients | None]:
+        """``backward(grad_output, value, shapes, starts, locations, weights)`` -> the gradients that are wanted, or None
+        where a saved tensor came back with strides, or an address is not aligned.
+        """
+        repeat = self.backwards.get((grad_value, grad_samples))
+        if repeat is None:
+            repeat = self.backwards[grad_value, grad_samples] = self._backward(grad_value, grad_samples)
+        return repeat
 
-    def backward(
-        self, grad_output: Tensor, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor,
-        grad_value: bool, grad_samples: bool,
-    ) -> Gradients | None:  # fmt: skip
-        """The gradients that are wanted, or None where a saved tensor came back with strides, or is not aligned."""
-        if not (value.is_contiguous() and locations.is_contiguous() and weights.is_contiguous()):
-            return None
-        grad_output = grad_output.contiguous()
-        at_value, at_locations, at_weights = value.data_ptr(), locations.data_ptr(), weights.data_ptr()
-        at_grad_output = grad_output.data_ptr()
-        if (at_value | at_locations | at_weights | at_grad_output) % _ALIGNMENT:
-            return None
-        how = self.backwards.get((grad_value, grad_samples))
-        if how is None:
-            how = self._plan_backward(grad_value, grad_samples)
-        of_value = total = of_locations = of_weights = None
-        sums = at_grad_locations = at_grad_weights = 0
-        if grad_value:
-            of_value = total = torch.empty_like(value)
-            if how.total_dtype is not None:
-                total = torch.empty_like(value, dtype=how.total_dtype)
-            sums = total.data_ptr()
-        if grad_samples:
-            of_locations, of_weights = torch.empty_like(locations), torch.empty_like(weights)
-            at_grad_locations, at_grad_weights = of_locations.data_ptr(), of_weights.data_ptr()
-        metadata = self.levels or (shapes.data_ptr(), starts.data_ptr())
-        runtime, device = self.runtime, self.device
-        before = runtime.getDevice()
-        runtime.setDevice(device)
-        try:
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            if total is not None:
-                runtime.memsetAsync(sums, 0, total.nbytes, stream)
-            how.run(
-                stream, at_value, *metadata, at_locations, at_weights, at_grad_output, sums, at_grad_locations,
-                at_grad_weights, *self.sizes,
-            )  # fmt: skip
-            if how.round is not None:
-                how.round(stream, sums, of_value.data_ptr(), total.numel())
-        finally:
-            if before != device:
-                runtime.setDevice(before)
-        return of_value, of_locations, of_weights
+    def _forward(self, like_output: Tensor) -> Callable[..., Tensor | None]:
+        levels, sizes, device = self.levels, (self.problem.S, self.problem.Q), self.problem.device[1]
+        get_device, set_device, _ = _device_functions()
+        empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
+        with cuda.on_device(device):
+            run = cuda.prepare_forward(self.problem, _ALIGNMENT, stream_of(device)).run
 
-    def _plan_backward(self, grad_value: bool, grad_samples: bool) -> _Backward:
-        total_dtype = rounding = None
-        with cuda.on_device(self.device):
-            stream = self._stream()
-            launch = cuda.prepare_backward(self.problem, _ALIGNMENT, stream, grad_value, grad_samples)
+        def forward(value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor) -> Tensor | None:
+            at_value, at_locations, at_weights = value.data_ptr(), locations.data_ptr(), weights.data_ptr()
+            if (at_value | at_locations | at_weights) % _ALIGNMENT:
+                return None
+            output = empty_like(like_output)
+            metadata = levels or (shapes.data_ptr(), starts.data_ptr())
+            # Also gives a thread that has never used CUDA its context, which a launch by the driver does not.
+            before = get_device()
+            set_device(device)
+            try:
+                run(stream_of(device), at_value, *metadata, at_locations, at_weights, output.data_ptr(), *sizes)
+            finally:
+                if before != device:
+                    set_device(before)
+            return output
+
+        return forward
+
+    def _backward(self, grad_value: bool, grad_samples: bool) -> Callable[..., Gradients | None]:
+        levels, sizes, device = self.levels, (self.problem.S, self.problem.Q), self.problem.device[1]
+        get_device, set_device, fill = _device_functions()
+        empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
+        rounding = None
+        with cuda.on_device(device):
+            stream = stream_of(device)
+            run = cuda.prepare_backward(self.problem, _ALIGNMENT, stream, grad_value, grad_samples).run
             if grad_value and self.problem.value_dtype in SIXTEEN_BIT:
-                total_dtype, rounding = torch.float32, cuda.prepare_rounding(self.problem, stream).run
-        how = self.backwards[grad_value, grad_samples] = _Backward(launch.run, total_dtype, rounding)
-        return how
+                rounding = cuda.prepare_rounding(self.problem, stream).run
 
-    def _stream(self) -> int:
-        return torch._C._cuda_getCurrentRawStream(self.device)
+        def backward(
+            grad_output: Tensor, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor
+        ) -> Gradients | None:
+            if not (value.is_contiguous() and locations.is_contiguous() and weights.is_contiguous()):
+                return None
+            grad_output = grad_output.contiguous()
+            at_value, at_locations, at_weights = value.data_ptr(), locations.data_ptr(), weights.data_ptr()
+            at_grad_output = grad_output.data_ptr()
+            if (at_value | at_locations | at_weights | at_grad_output) % _ALIGNMENT:
+                return None
+            of_value = of_locations = of_weights = None
+            at_sums = at_grad_locations = at_grad_weights = 0
+            if grad_value:
+                of_value = sums = empty_like(value)
+                if rounding is not None:
+                    sums = empty_like(value, dtype=torch.float32)
+                at_sums = sums.data_ptr()
+            if grad_samples:
+                of_locations, of_weights = empty_like(locations), empty_like(weights)
+                at_grad_locations, at_grad_weights = of_locations.data_ptr(), of_weights.data_ptr()
+            metadata = levels or (shapes.data_ptr(), starts.data_ptr())
+            before = get_device()
+            set_device(device)
+            try:
+                stream = stream_of(device)
+                if grad_value:
+                    fill(at_sums, 0, sums.nbytes, stream)
+                run(
+                    stream, at_value, *metadata, at_locations, at_weights, at_grad_output, at_sums, at_grad_locations,
+                    at_grad_weights, *sizes,
+                )  # fmt: skip
+                if rounding is not None:
+                    rounding(stream, at_sums, of_value.data_ptr(), sums.numel())
+            finally:
+                if before != device:
+                    set_device(before)
+            return of_value, of_locations, of_weights
+
+        return backward
+
+
+def _device_functions() -> tuple[Callable[[], int], Callable[[int], None], Callable[..., None]]:
+    runtime = interop.require_cupy("a CUDA tensor").cuda.runtime
+    return runtime.getDevice, runtime.setDevice, runtime.memsetAsync
 
 
 # All recipes by key, and what was called last, newest first: (matches, recipe, im2col_step, deterministic, whether an
@@ -262,7 +269,8 @@ def backward(
     """Gradients of value, locations and weights, those that are wanted: the last two come together."""
     recipe = recipes.get(key_of(value, locations, weights, shapes, starts, im2col_step, deterministic))
     if recipe is not None and not deterministic and grad_output.dtype is value.dtype:
-        grads = recipe.backward(grad_output, value, shapes, starts, locations, weights, grad_value, grad_samples)
+        repeat = recipe.backward(grad_value, grad_samples)
+        grads = repeat(grad_output, value, shapes, starts, locations, weights)
         if grads is not None:
             return grads
     found, operands = problem.read(
