@@ -31,6 +31,7 @@ def test_snippets_run():
         "benchmarks/results/benchmark.png",
         "benchmarks/results/overhead.png",
         "benchmarks/results/detector.png",
+        "benchmarks/results/scaling.png",
     ],
 )
 def test_linked_files_exist(name):

@@ -48,8 +48,8 @@ class Recipe:
         self.forward = self._forward(value.detach().new_empty(()).expand(found.output_shape))
 
     def backward(self, grad_value: bool, grad_samples: bool) -> Callable[..., Gradients | None]:
-        """``backward(grad_output, value, shapes, starts, locations, weights)`` -> the gradients that are wanted, or None
-        where a saved tensor came back with strides, or an address is not aligned.
+        """``backward(grad_output, value, shapes, starts, locations, weights)`` -> the gradients that are wanted, or
+        None where a saved tensor came back with strides, or an address is not aligned.
         """
         repeat = self.backwards.get((grad_value, grad_samples))
         if repeat is None:
