@@ -67,6 +67,7 @@ def measure(workload: cases.Workload, threads: int, repeats: int) -> list[dict[s
 def plot(result: dict[str, Any], path: Path) -> None:
     """Time against samples for each axis, and a line of cost in proportion to the work."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     records = result["records"]
     axes = [axis for axis in AXES if axis != "threads"]
@@ -81,6 +82,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                     ax.plot(x, [y[-1] * value / x[-1] for value in x], ":", color="grey", label="in proportion")
             ax.set_xscale("log")
             ax.set_yscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_title(f"{direction}, over {axis}")
             ax.set_xlabel("samples, N Q M L P")
         row[0].set_ylabel("milliseconds")
