@@ -106,6 +106,17 @@ def test_inside_another_thread_pool():
                 np.testing.assert_array_equal(have, right)
 
 
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_error_of_a_thread_reaches_the_caller(monkeypatch, threads):
+    def fail(problem, value, locations, weights, output, n, heads):
+        raise MemoryError(f"image {n}")
+
+    monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", threads)
+    monkeypatch.setattr(cpu, "_forward_unit", fail)
+    with pytest.raises(MemoryError, match="image"):
+        cupy_msda.ms_deform_attn(*inputs(N=3)[:5])
+
+
 @pytest.mark.parametrize("setting", ["0", "-1", "two", ""])
 def test_threads_that_are_no_positive_int(monkeypatch, setting):
     monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", setting)
