@@ -106,3 +106,15 @@ def test_only_a_few_are_recent(recent):
     for _ in range(10):
         quick.recall("key", arguments[0], *arguments[3:5], *arguments[1:3], 64, None)
     assert len(quick.recent) == quick._MOST_RECENT
+
+
+def test_a_known_layout_that_is_not_recent_is_looked_up_once(monkeypatch):
+    """Levels as numbers are never among the recent calls: each such call finds its recipe by its key."""
+    value, shapes, starts, locations, weights, _ = tensors("cpu", requires_grad=False, starts=True)
+    arguments = (value, shapes.tolist(), starts.tolist(), locations, weights)
+    key = quick.key_of(value, locations, weights, arguments[1], arguments[2], 64, None)
+    monkeypatch.setitem(quick.recipes, key, SimpleNamespace(levels=(1,), forward=lambda *a: "again"))
+    seen, real = [], quick.key_of
+    monkeypatch.setattr(quick, "key_of", lambda *a: seen.append(a) or real(*a))
+    assert ms_deform_attn(*arguments) == "again"
+    assert len(seen) == 1

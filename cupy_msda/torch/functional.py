@@ -99,8 +99,8 @@ def _dispatch(
             value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad
         ):
             return _apply(value, sampling_locations, attention_weights, (recipe, key, *call, validate))
-        return quick.forward(
-            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step,
+        return quick.follow(
+            recipe, key, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step,
             deterministic, validate,
         )  # fmt: skip
     for name, tensor in (
@@ -110,9 +110,7 @@ def _dispatch(
     ):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if _decomposed:
-        return _compose(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    if torch.onnx.is_in_onnx_export():
+    if _decomposed or torch.onnx.is_in_onnx_export():
         return _compose(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     operator = forward_operator
     if not torch.compiler.is_compiling():

@@ -224,11 +224,16 @@ def forward(
     """The output, recording no gradient; arguments and errors of :func:`cupy_msda.ms_deform_attn`."""
     key = key_of(value, locations, weights, shapes, starts, im2col_step, deterministic)
     recipe = None if validate else recipes.get(key)
+    return follow(recipe, key, value, shapes, starts, locations, weights, im2col_step, deterministic, validate)
+
+
+def follow(recipe: Recipe | None, key: tuple[Any, ...] | None, value: Tensor, *others: Any) -> Tensor:
+    """The output by `recipe` where there is one that applies, else as :func:`first_forward`, whose arguments follow."""
     if recipe is not None:
-        output = recipe.forward(value, shapes, starts, locations, weights)
+        output = recipe.forward(value, *others[:4])
         if output is not None:
             return output
-    return first_forward(key, value, shapes, starts, locations, weights, im2col_step, deterministic, validate)
+    return first_forward(key, value, *others)
 
 
 def first_forward(
