@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +88,7 @@ def make_inputs(workload: Workload, dtype: torch.dtype, device: str, seed: int =
     if workload.sampling == "uniform":
         locations = uniform(N, Q, M, L, P, 2)
     else:
-        reference = uniform(N, Q, 2) if workload.queries is not None else _pixel_centres(workload, device)
+        reference = uniform(N, Q, 2) if workload.queries is not None else pixel_centres(workload.levels, device)
         angle = torch.arange(M, device=device) * (2 * math.pi / M)
         direction = torch.stack((angle.cos(), angle.sin()), -1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -106,9 +107,10 @@ def make_inputs(workload: Workload, dtype: torch.dtype, device: str, seed: int =
     )
 
 
-def _pixel_centres(workload: Workload, device: str) -> Tensor:
-    levels = []
-    for h, w in workload.levels:
+def pixel_centres(levels: Iterable[Sequence[int]], device: str | torch.device) -> Tensor:
+    """Normalised (x, y) of the pixels [1, S, 2] of levels of (H, W), in their order."""
+    centres = []
+    for h, w in levels:
         y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
-        levels.append(torch.stack(((x + 0.5) / w, (y + 0.5) / h), -1).view(-1, 2))
-    return torch.cat(levels)[None]
+        centres.append(torch.stack(((x + 0.5) / w, (y + 0.5) / h), -1).view(-1, 2))
+    return torch.cat(centres)[None]

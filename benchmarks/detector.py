@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cupy_msda.torch import MSDeformAttn, decomposed
 
+from .cases import pixel_centres
 from .provenance import provenance
 
 IMAGE, OBJECTS, COLOURS = 64, 3, 3
@@ -68,7 +69,7 @@ class Detector(nn.Module):
         starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
         memory = torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2)
         N, L = len(image), len(maps)
-        centres = torch.cat([_pixel_centres(m) for m in maps]).expand(N, -1, 2)
+        centres = pixel_centres([m.shape[2:] for m in maps], image.device).expand(N, -1, 2)
         here = centres[:, :, None].expand(-1, -1, L, -1)
         memory = self.norms[0](memory + self.encoder(memory, here, memory, shapes, starts))
         state = self.queries.expand(N, -1, -1)
@@ -79,16 +80,6 @@ class Detector(nn.Module):
             state = norm(state + attention(state, at, memory, shapes, starts))
         offset = torch.cat((self.references, torch.zeros_like(self.references)), -1)
         return (self.box(state).float() + offset).sigmoid(), self.colour(state).float()
-
-
-def _pixel_centres(feature: Tensor) -> Tensor:
-    h, w = feature.shape[2:]
-    y, x = torch.meshgrid(
-        (torch.arange(h, device=feature.device) + 0.5) / h,
-        (torch.arange(w, device=feature.device) + 0.5) / w,
-        indexing="ij",
-    )
-    return torch.stack((x, y), -1).view(-1, 2)
 
 
 def detection_loss(boxes: Tensor, logits: Tensor, true_boxes: Tensor, colours: Tensor) -> Tensor:

@@ -26,15 +26,15 @@ from .timing import summary
 CALLS = 200
 
 
-def seconds(call: Callable[[], Any], calls: int = CALLS) -> float:
+def seconds(call: Callable[[], Any]) -> float:
     """Seconds of the host a call; what the GPU still has to do is waited for outside the clock."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    for _ in range(calls):
+    for _ in range(CALLS):
         call()
     elapsed = time.perf_counter() - begin
     torch.cuda.synchronize()
-    return elapsed / calls
+    return elapsed / CALLS
 
 
 def usages(function: Callable[..., torch.Tensor], inputs: Inputs) -> dict[str, Callable[[], Any]]:
@@ -86,11 +86,6 @@ def steps(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     }
 
 
-def record(timed: dict[Any, list[float]]) -> dict[Any, dict[str, float]]:
-    """Medians and quartiles of every list."""
-    return {name: summary(samples) for name, samples in timed.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -114,7 +109,7 @@ def main() -> None:
         for name, call in parts.items():
             with torch.no_grad():
                 timed[name].append(seconds(call))
-    found = record(timed)
+    found = {name: summary(samples) for name, samples in timed.items()}
     result = {
         "provenance": provenance("cuda"),
         "records": [{"implementation": name, "usage": usage, **found[name, usage]} for name, usage in calls],

@@ -31,6 +31,8 @@ AXES: dict[str, list[dict[str, int]]] = {
     "threads": [{"threads": threads} for threads in (1, 2)],
 }
 DIRECTIONS = ("forward", "backward")
+# What is compared, and how it is drawn.
+MARKERS = {"cupy_msda": "o-", "grid_sample": "s--"}
 
 
 def samples(workload: cases.Workload) -> int:
@@ -55,7 +57,9 @@ def measure(workload: cases.Workload, threads: int, repeats: int) -> list[dict[s
     torch.set_num_threads(threads)
     os.environ["CUPY_MSDA_NUM_THREADS"] = str(threads)
     records = []
-    for implementation in implementations.known()[:3:2]:  # ours, and grid_sample
+    for implementation in implementations.known():
+        if implementation.name not in MARKERS:
+            continue
         backward = implementation.prepare_backward(inputs)
         record = {"implementation": implementation.name, "samples": samples(workload), "threads": threads}
         record["forward_ms"] = milliseconds(lambda made=implementation: made.forward(inputs), repeats)
@@ -74,7 +78,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 6), layout="constrained")
     for row, direction in zip(figure.subplots(2, 3, sharey="row"), DIRECTIONS, strict=True):
         for ax, axis in zip(row, axes, strict=True):
-            for name, marker in (("cupy_msda", "o-"), ("grid_sample", "s--")):
+            for name, marker in MARKERS.items():
                 points = [r for r in records if r["axis"] == axis and r["implementation"] == name]
                 x, y = [p["samples"] for p in points], [p[f"{direction}_ms"] for p in points]
                 ax.plot(x, y, marker, label=name)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import ms_deform_attn
+from .operators import SIXTEEN_BIT
 
 
 class MSDeformAttn(nn.Module):
@@ -99,7 +100,7 @@ class MSDeformAttn(nn.Module):
         weights = F.softmax(self.attention_weights(query).view(N, Q, M, L * P), -1).view(N, Q, M, L, P)
         references = reference_points[:, :, None, :, None, :]
         # 16 bits cannot address the pixels of a wide level: locations are float32 at least.
-        if offsets.dtype in (torch.float16, torch.bfloat16):
+        if offsets.dtype in SIXTEEN_BIT:
             offsets, weights, references = offsets.float(), weights.float(), references.float()
         if reference_points.shape[-1] == 2:
             sizes = torch.as_tensor(input_spatial_shapes, device=query.device).flip(-1).to(offsets.dtype)

@@ -161,7 +161,7 @@ torch.library.register_autograd(BACKWARD, _differentiate_backward, setup_context
 def dtypes_agree(value: Tensor, locations: Tensor, weights: Tensor) -> bool:
     """Whether the contract allows these dtypes together."""
     return locations.dtype is weights.dtype and (
-        locations.dtype is value.dtype or (locations.dtype is torch.float32 and value.dtype in _SIXTEEN_BIT)
+        locations.dtype is value.dtype or (locations.dtype is torch.float32 and value.dtype in SIXTEEN_BIT)
     )
 
 
@@ -173,11 +173,11 @@ def agreed_dtypes(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Te
     """
     if dtypes_agree(value, locations, weights):
         return locations, weights
-    dtype = torch.float32 if value.dtype in _SIXTEEN_BIT else value.dtype
+    dtype = torch.float32 if value.dtype in SIXTEEN_BIT else value.dtype
     return locations.to(dtype), weights.to(dtype)
 
 
-_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCPU
 )
