@@ -10,10 +10,10 @@ import torch
 from tolerance import assert_close
 
 import cupy_msda
-from cupy_msda import cpu
+from cupy_msda import cpu, cpu_backward
 from cupy_msda.torch.compositions import gather_composition
 
-MANY = cpu.JOINED_SAMPLES + 1
+MANY = cpu_backward.JOINED_SAMPLES + 1
 
 
 def inputs(levels=((9, 11), (5, 4)), N=1, Q=7, M=4, D=8, P=2, starts=None, S=None, spread=0.6, seed=0):
@@ -45,7 +45,7 @@ CASES = {
     "heads joined": {},
     "levels joined, one head": {"M": 1},
     "heads apart": {"Q": MANY // 4, "M": 3},
-    "blocks of queries": {"Q": cpu.SORTED_SAMPLES // 2 + 100, "M": 1, "P": 2, "levels": ((9, 11),), "D": 4},
+    "blocks of queries": {"Q": cpu_backward.SORTED_SAMPLES // 2 + 100, "M": 1, "P": 2, "levels": ((9, 11),), "D": 4},
     "overlapping levels": {"starts": (0, 40), "S": 110},
     "gap between levels": {"starts": (3, 130), "S": 160},
     "more than 65536 cells": {"levels": ((300, 260), (5, 4)), "Q": 200},
@@ -112,7 +112,7 @@ def test_error_of_a_thread_reaches_the_caller(monkeypatch, threads):
         raise MemoryError(f"image {n}")
 
     monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", threads)
-    monkeypatch.setattr(cpu, "_forward_unit", fail)
+    monkeypatch.setattr(cpu, "forward_unit", fail)
     with pytest.raises(MemoryError, match="image"):
         cupy_msda.ms_deform_attn(*inputs(N=3)[:5])
 
