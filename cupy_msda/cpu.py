@@ -21,6 +21,8 @@ from .problem import Problem
 
 # Samples of a unit up to which heads are joined: NumPy's calls cost more than the work of fewer.
 UNIT_SAMPLES = 1 << 15
+# Bytes that the sums of grad_value of joined heads may take where they are kept apart (16-bit dtypes).
+UNIT_SUM_BYTES = 12 << 20
 
 
 def num_threads() -> int:
@@ -57,9 +59,11 @@ def backward(
 
 
 def _each_unit(problem: Problem, work: Callable[[int, slice], None]) -> None:
-    """Call `work` with every image and range of heads, at least two an image: threads share a small one too."""
+    """Call `work` with every image and range of heads; two units at least, so that threads share a single image too."""
     M = problem.M
-    together = min(-(-UNIT_SAMPLES // (problem.Q * problem.L * problem.P)), -(-M // 2))
+    few = -(-UNIT_SAMPLES // (problem.Q * problem.L * problem.P))
+    small = max(1, UNIT_SUM_BYTES // (problem.S * problem.D * np.dtype(problem.accumulator_dtype).itemsize))
+    together = min(few, small, -(-M * problem.N // 2), M)
     units = [(n, heads) for n in range(problem.N) for heads in chunks(M, together)]
     waiting: SimpleQueue[tuple[int, slice]] = SimpleQueue()
     for unit in units:

@@ -11,7 +11,7 @@ from .problem import Problem
 
 # Bytes of rows that are gathered at a time: small enough for the caches, and large enough that threads seldom wait for
 # each other at the interpreter's lock (benchmarks/NOTES.md).
-GATHERED_BYTES = 4 << 20
+GATHERED_BYTES = 2 << 20
 # Samples whose cells are worked out at once.
 LOCATED_SAMPLES = 1 << 15
 
@@ -75,6 +75,6 @@ class _Corner(NamedTuple):
 def _corner(axis: Axis, size: np.ndarray, after: int) -> _Corner:
     pixel = axis.before + after
     inside = (pixel >= 0) & (pixel < size)
-    weight = np.where(inside, axis.fraction if after else 1 - axis.fraction, 0)
+    weight = (axis.fraction if after else 1 - axis.fraction) * inside
     np.maximum(pixel, 0, out=pixel)
     return _Corner(np.minimum(pixel, size - 1, out=pixel), weight, inside)

@@ -51,6 +51,7 @@ def locate(location: np.ndarray, size: np.ndarray, dtype: np.dtype) -> Axis:
     pixel = location * size.astype(np.float64)
     pixel -= 0.5
     counts = (pixel > -1) & (pixel < size)
+    np.copyto(pixel, -2, where=~counts)  # Both pixels lie outside; no NaN reaches the weights.
     before = np.floor(pixel)
     pixel -= before
     return Axis(before, pixel.astype(dtype), counts)
