@@ -11,6 +11,7 @@ import torch
 # A replay should be long against the resolution of an event, and short against the patience of its user.
 REPLAY_SECONDS = 1e-3
 MAX_CALLS = 32
+SETTLE_SECONDS = 0.03
 
 
 class Timer:
@@ -46,8 +47,10 @@ class Timer:
     def sample(self) -> float:
         """Seconds a call, once."""
         if self.device == "cpu":
-            # Once untimed: the threads of what ran before still spin for a while, and its data fills the caches.
-            self._launch_all()
+            # Untimed first: the threads of what ran before still spin for 10 ms, and its data fills the caches.
+            begin = time.perf_counter()
+            while time.perf_counter() - begin < SETTLE_SECONDS:
+                self._launch_all()
             begin = time.perf_counter()
             self._launch_all()
             return (time.perf_counter() - begin) / len(self.calls)

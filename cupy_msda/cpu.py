@@ -7,6 +7,7 @@ float32. bfloat16 arrays come as their uint16 bits.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -58,8 +59,18 @@ def backward(
     return grads
 
 
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a call frees for the next call, instead of 8 MB of page faults each (decoder_300, forward: 3.5
+    ms of 7.1). It raises the size from which memory goes back at once to that of the largest block freed so far, 32 MiB
+    at most; this one is never touched.
+    """
+    np.empty(31 << 20, np.uint8)
+
+
 def _each_unit(problem: Problem, work: Callable[[int, slice], None]) -> None:
     """Call `work` with every image and range of heads; two units at least, so that threads share a single image too."""
+    _keep_freed_memory()
     M = problem.M
     few = -(-UNIT_SAMPLES // (problem.Q * problem.L * problem.P))
     small = max(1, UNIT_SUM_BYTES // (problem.S * problem.D * np.dtype(problem.accumulator_dtype).itemsize))

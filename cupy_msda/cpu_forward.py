@@ -39,28 +39,32 @@ def forward_unit(
         attention = to_accumulator(weights[n, block, heads], dtype, bits).reshape(-1, B * K)
         x, y = (locate(where[..., i].reshape(-1, B * K), size, dtype) for i, size in ((0, W), (1, H)))
         columns, lines = ([_corner(axis, size, after) for after in (0, 1)] for axis, size in ((x, W), (y, H)))
-        counts = x.counts & y.counts
-        attention = np.where(counts, attention, 0)
-        scale, rows = np.empty((4, *counts.shape), dtype), np.empty((4, *counts.shape), np.intp)
+        # [queries * heads, 4 corners, samples]: one matrix product a query and head.
+        count = attention.size // K
+        scale, rows = np.empty((count, 4, K), dtype), np.empty((count, 4, K), np.intp)
         for below, line in enumerate(lines):
             base, strength = line.pixel * (W * source.stride) + first, line.weight * attention
             for right, column in enumerate(columns):
-                np.multiply(strength, column.weight, out=scale[2 * below + right])
-                np.add(base, column.pixel * source.stride, out=rows[2 * below + right], casting="unsafe")
-        scale, rows = scale.reshape(4, -1, 1, K), rows.reshape(4, -1, K)
-        result = np.empty((rows.shape[1], 1, D), dtype)
-        for chunk in chunks(len(result), step):
-            np.add.reduce(np.matmul(scale[:, chunk], source.take(rows[:, chunk])), axis=0, out=result[chunk])
+                corner = 2 * below + right
+                np.multiply(strength.reshape(-1, K), column.weight.reshape(-1, K), out=scale[:, corner])
+                index = (base + column.pixel * source.stride).reshape(-1, K)
+                np.copyto(rows[:, corner], index, casting="unsafe")
+        scale, rows = scale.reshape(-1, 1, 4 * K), rows.reshape(-1, 4 * K)
+        result = np.empty((count, 1, D), dtype)
+        for chunk in chunks(count, step):
+            np.matmul(scale[chunk], source.take(rows[chunk]), out=result[chunk])
         if not np.isfinite(result.sum()):
             odd = np.flatnonzero(~np.isfinite(result).all((1, 2)))
-            # Absent corners stood for the pixel next to them, with weight 0: nothing, unless it is NaN or infinity.
-            inside = np.stack([line.inside & column.inside & counts for line in lines for column in columns])
-            inside = inside.reshape(4, -1, K)
+            # Absent corners stood for the pixel next to them, with weight 0: nothing, unless NaN or infinity is there.
+            counts = x.counts & y.counts
+            inside = [(line.inside & column.inside & counts).reshape(-1, K) for line in lines for column in columns]
+            absent = ~np.stack(inside, axis=1).reshape(-1, 4 * K)
             for chunk in chunks(len(odd), step):
                 pick = odd[chunk]
-                taken = source.take(rows[:, pick])
-                taken[~inside[:, pick]] = 0
-                result[pick] = np.matmul(scale[:, pick], taken).sum(0)
+                taken, strength = source.take(rows[pick]), scale[pick]
+                taken[absent[pick]] = 0
+                strength[absent[pick][:, None]] = 0
+                result[pick] = np.matmul(strength, taken)
         output[n, block, heads] = from_accumulator(result, output.dtype, problem.value_dtype).reshape(-1, B, D)
 
 

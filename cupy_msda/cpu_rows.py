@@ -51,7 +51,9 @@ def locate(location: np.ndarray, size: np.ndarray, dtype: np.dtype) -> Axis:
     pixel = location * size.astype(np.float64)
     pixel -= 0.5
     counts = (pixel > -1) & (pixel < size)
-    np.copyto(pixel, -2, where=~counts)  # Both pixels lie outside; no NaN reaches the weights.
+    # What does not count gets two pixels outside; fmax turns NaN into a number, so that weights are finite.
+    np.fmax(pixel, -2, out=pixel)
+    np.minimum(pixel, size, out=pixel)
     before = np.floor(pixel)
     pixel -= before
     return Axis(before, pixel.astype(dtype), counts)
