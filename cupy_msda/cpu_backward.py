@@ -83,13 +83,13 @@ class _Total:
 
     def __init__(self, grad: np.ndarray, n: int, heads: slice, like: Rows, problem: Problem) -> None:
         self.grad, self.n, self.heads, self.dtype = grad, n, heads, problem.value_dtype
-        in_place = like.stride != 1 and grad.dtype == like.dtype
-        self.stride, self.first = (like.stride, like.first) if in_place else (1, np.arange(like.heads) * problem.S)
-        if in_place:
-            self.flat = grad[n].reshape(-1, problem.D)
-        else:
+        self.apart = like.stride == 1 or grad.dtype != like.dtype
+        if self.apart:
+            self.stride, self.first = 1, np.arange(like.heads) * problem.S
             self.flat = np.zeros((like.heads * problem.S, problem.D), like.dtype)
-        self.apart = not in_place
+        else:
+            self.stride, self.first = like.stride, like.first
+            self.flat = grad[n].reshape(-1, problem.D)
         self.items = _items(self.flat)
         self.block, self.begun = 0, (0, 0)
 
@@ -121,6 +121,16 @@ class _Level(NamedTuple):
     start: np.ndarray
 
 
+def _corner_rows(pixel: np.ndarray, level: _Level, stride: int, first: np.ndarray) -> np.ndarray:
+    """Rows [pieces, 4] of the pixels around cells; column by column, because NumPy is slow along short dimensions."""
+    rows = np.empty((len(pixel), 4), np.intp)
+    rows[:, 0] = pixel * stride + first[level.head]
+    rows[:, 1] = rows[:, 0] + stride
+    rows[:, 2] = rows[:, 0] + level.W * stride
+    rows[:, 3] = rows[:, 2] + stride
+    return rows
+
+
 def _backward_pieces(
     some: Pieces,
     level: _Level,
@@ -140,12 +150,9 @@ def _backward_pieces(
     summed = np.zeros((len(inside), 1), bool)
     summed[some.first] = True  # a cell's sums are those of its first piece, once the others are added to it
     summed = summed & inside
-    pixel = (level.start + some.row * level.W + some.column)[:, None] + np.zeros(4, np.intp)
-    pixel[:, 1::2] += 1
-    pixel[:, 2:] += level.W[:, None]
-    rows_in, rows_out = np.take(incoming[1], some.samples), pixel * total.stride + total.first[level.head][:, None]
-    pixel *= values.stride
-    pixel += values.first[level.head][:, None]
+    pixel = level.start + some.row * level.W + some.column
+    rows_in, rows_value = np.take(incoming[1], some.samples), _corner_rows(pixel, level, values.stride, values.first)
+    rows_total = _corner_rows(pixel, level, total.stride, total.first) if total.apart else rows_value
 
     # Corner by corner, contiguous: strided by corner, each of these steps takes two to four times as long. Padding
     # repeats a sample, so that storing its gradient twice changes nothing, and gets no weight in the sums.
@@ -160,7 +167,7 @@ def _backward_pieces(
     for cells in whole_cells(some.count, max(1, SUMMED_BYTES // ((T + 16) * D * dots.itemsize))):
         first, count = some.first[cells], some.count[cells]
         part = slice(first[0], first[-1] + count[-1])
-        rows, pixels = incoming[0].take(rows_in[part]), values.take(pixel[part])
+        rows, pixels = incoming[0].take(rows_in[part]), values.take(rows_value[part])
         if not inside[part].all():
             pixels[~inside[part]] = 0
         dots[:, part] = np.matmul(rows, pixels.transpose(0, 2, 1)).transpose(2, 0, 1)
@@ -171,7 +178,7 @@ def _backward_pieces(
             later += 1
         for same in runs(some.colour[part]):
             pick = np.flatnonzero(summed[part][same])
-            here, colour = np.take(rows_out[part][same], pick), int(some.colour[part][same.start])
+            here, colour = np.take(rows_total[part][same], pick), int(some.colour[part][same.start])
             total.add(here, np.take(sums[same].reshape(-1, D), pick, axis=0), colour)
 
     upper, lower = left * dots[0] + ax * dots[1], left * dots[2] + ax * dots[3]
