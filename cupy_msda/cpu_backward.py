@@ -12,9 +12,9 @@ from .cpu_rows import Rows, chunks, locate, store, to_accumulator
 from .problem import Problem
 
 # Bytes of rows that are gathered and summed at a time. Small enough for the caches and for 32 MiB a thread in all; but
-# two threads that run short calls wait for each other at the interpreter's lock: rtdetr_640 (N = 2) took 13.8 ms with
-# half of this. Measurements are in benchmarks/NOTES.md.
-SUMMED_BYTES = 4 << 20
+# two threads that run short calls wait for each other at the interpreter's lock: rtdetr_640 (N = 2) took 12.1 ms with 4
+# MB and 13.8 with 2. Measurements are in benchmarks/NOTES.md.
+SUMMED_BYTES = 5 << 20
 # Samples that are sorted at once: half of this took 20 % longer.
 SORTED_SAMPLES = 1 << 17
 # Samples whose indices and weights are worked out at once: many short calls less (13.0 ms with half of this).
