@@ -63,7 +63,7 @@ __device__ __forceinline__ void msda_write_samples(
         const msda_index q = msda_query_of(shared, round, local);
         if (q < 0 || k >= MSDA_K) continue;
         const msda_index index = msda_in_image(q, k);
-        const msda_level level = shared.levels[k / MSDA_P];
+        const msda_level level = shared.levels[MSDA_LEVEL_OF(k)];
         msda_vector<msda_location, 2> xy = msda_stream<2>(locations, index);
         const msda_acc attention = msda_load(msda_stream<1>(weights, index).element[0]);
         const msda_cell cell = msda_locate(msda_load(xy.element[0]), msda_load(xy.element[1]), level);
@@ -74,9 +74,11 @@ __device__ __forceinline__ void msda_write_samples(
             const msda_acc upper = fma(cell.ax, dot[1] - dot[0], dot[0]);
             const msda_acc lower = fma(cell.ax, dot[3] - dot[2], dot[2]);
             grad_attention = fma(cell.ay, lower - upper, upper);
-            grad_y = attention * (msda_acc)level.h * (lower - upper);
-            const msda_acc slope = fma(cell.ay, (dot[3] - dot[2]) - (dot[1] - dot[0]), dot[1] - dot[0]);
-            grad_x = attention * (msda_acc)level.w * slope;
+            const msda_acc slope_y = msda_slope(msda_load(xy.element[1]), level.h);
+            if (!MSDA_CLAMPED || slope_y != 0) grad_y = attention * slope_y * (lower - upper);
+            const msda_acc across = fma(cell.ay, (dot[3] - dot[2]) - (dot[1] - dot[0]), dot[1] - dot[0]);
+            const msda_acc slope_x = msda_slope(msda_load(xy.element[0]), level.w);
+            if (!MSDA_CLAMPED || slope_x != 0) grad_x = attention * slope_x * across;
         }
         msda_store(grad_x, xy.element[0]);
         msda_store(grad_y, xy.element[1]);
@@ -130,7 +132,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
             for (int k = 0; k < MSDA_CHUNK; ++k) {
                 const msda_sample sample = samples[local * MSDA_PITCH + k];
                 const int inside = (int)sample.place;
-                const int level = min((k0 + k) / MSDA_P, MSDA_L - 1);
+                const int level = min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
                 const long long below = (long long)shared.levels[level].w * (MSDA_M * MSDA_D);
                 const long long corner = first + msda_offset(sample);
 #if MSDA_GRAD_VALUE
@@ -147,7 +149,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
                     msda_acc(&grad)[MSDA_VEC] = held[MSDA_HOLD ? turn : 0];
                     if (!MSDA_HOLD) msda_read_incoming(incoming, turn, lane, grad);
 #pragma unroll
-                    for (int c = 0; c < 4; ++c) {
+                    for (int c = 0; c < MSDA_CORNERS; ++c) {
                         const bool present = inside >> c & 1;
                         const long long at = corner + (c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below + channel;
 #if MSDA_GRAD_SAMPLES

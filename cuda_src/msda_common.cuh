@@ -65,6 +65,34 @@ __device__ __forceinline__ bool msda_read_levels(
     return false;
 }
 
+// ---- points of a level ---------------------------------------------------------------------------------------
+
+// MSDA_LEVEL_OF(k) is the level of sample k of a query. Not a function where it is a division: that made ptxas unroll
+// differently.
+#ifdef MSDA_POINTS
+struct msda_point_table { int of[MSDA_L + 1]; };
+
+__device__ constexpr msda_point_table msda_sum_points() {
+    const int count[MSDA_L] = {MSDA_POINTS};
+    msda_point_table first = {};
+    for (int l = 0; l < MSDA_L; ++l) first.of[l + 1] = first.of[l] + count[l];
+    return first;
+}
+
+// Number of the first sample of each level; the last entry is that of all samples.
+__device__ constexpr msda_point_table msda_first_point = msda_sum_points();
+
+__device__ __forceinline__ int msda_level_of(int k) {
+    int level = 0;
+#pragma unroll
+    for (int l = 1; l < MSDA_L; ++l) level += k >= msda_first_point.of[l];
+    return level;
+}
+#define MSDA_LEVEL_OF(k) msda_level_of(k)
+#else
+#define MSDA_LEVEL_OF(k) ((k) / MSDA_P)
+#endif
+
 // ---- order of queries --------------------------------------------------------------------------------------
 
 // Query at `position` of the order in which warps take them. Where queries are the pixels of all levels, neighbouring
@@ -92,20 +120,68 @@ __device__ __forceinline__ msda_index msda_query(msda_index position, const msda
 struct msda_cell {
     int x0, y0;
     msda_acc ax, ay;    // fractions: weight of the right column and of the bottom row
-    bool counts;        // -1 < px < W and -1 < py < H; false for NaN and for a level that does not fit
+    bool counts;        // -1 < px < W and -1 < py < H, or any number where it is clamped; false for NaN and for a
+                        // level that does not fit
 };
 
+// Pixels a unit of the location, and what is taken off.
+__device__ __forceinline__ msda_acc msda_scale(int size) {
+    return (msda_acc)(MSDA_ALIGN_CORNERS ? size - 1 : size);
+}
+__device__ __forceinline__ msda_acc msda_shift() { return MSDA_ALIGN_CORNERS ? (msda_acc)0 : (msda_acc)0.5; }
+
+#define MSDA_CLAMPED (MSDA_NEAREST || MSDA_BORDER)
+
+// Pixel coordinate of a location, not clamped.
+__device__ __forceinline__ msda_acc msda_pixel(msda_acc x, msda_acc scale) {
+#if MSDA_NEAREST
+    // Two roundings, as where a framework multiplies and then adds: the same pixel at every jump.
+    return floor(msda_multiply(x, scale) + (msda_acc)0.5);
+#else
+    return fma(x, scale, -msda_shift());
+#endif
+}
+
+__device__ __forceinline__ msda_acc msda_clamp(msda_acc p, int size) {
+    const msda_acc last = (msda_acc)(size - 1);
+    return p > 0 ? p < last ? p : last : (msda_acc)0;
+}
+
+// How far the pixel moves when the location does.
+__device__ __forceinline__ msda_acc msda_slope(msda_acc x, int size) {
+#if MSDA_CLAMPED
+    const msda_acc p = msda_pixel(x, msda_scale(size));
+    return !MSDA_NEAREST && p > 0 && p < (msda_acc)(size - 1) ? msda_scale(size) : (msda_acc)0;
+#else
+    return msda_scale(size);
+#endif
+}
+
 __device__ __forceinline__ msda_cell msda_locate(msda_acc x, msda_acc y, const msda_level& level) {
-    const msda_acc w = (msda_acc)level.w, h = (msda_acc)level.h, half = (msda_acc)0.5;
-    const msda_acc px = fma(x, w, -half), py = fma(y, h, -half);
+    const msda_acc w = msda_scale(level.w), h = msda_scale(level.h);
+    msda_acc px = msda_pixel(x, w), py = msda_pixel(y, h);
     msda_cell cell;
-    cell.counts = px > -1 && py > -1 && px < w && py < h && level.w > 0;
+#if MSDA_CLAMPED
+    cell.counts = px == px && py == py && level.w > 0;
+    px = msda_clamp(px, level.w);
+    py = msda_clamp(py, level.h);
+#else
+    cell.counts = px > -1 && py > -1 && px < (msda_acc)level.w && py < (msda_acc)level.h && level.w > 0;
+#endif
     const msda_acc fx = cell.counts ? floor(px) : 0, fy = cell.counts ? floor(py) : 0;
     cell.x0 = (int)fx;
     cell.y0 = (int)fy;
+#if MSDA_NEAREST
+    cell.ax = cell.ay = 0;
+#else
     // Not px - fx: that has lost log2(W) bits already, this is rounded once.
-    cell.ax = fma(x, w, -half - fx);
-    cell.ay = fma(y, h, -half - fy);
+    cell.ax = fma(x, w, -msda_shift() - fx);
+    cell.ay = fma(y, h, -msda_shift() - fy);
+#endif
+#if MSDA_BORDER
+    if (msda_slope(x, level.w) == 0) cell.ax = 0;
+    if (msda_slope(y, level.h) == 0) cell.ay = 0;
+#endif
     return cell;
 }
 
@@ -113,7 +189,7 @@ __device__ __forceinline__ msda_cell msda_locate(msda_acc x, msda_acc y, const m
 __device__ __forceinline__ int msda_inside(const msda_cell& cell, const msda_level& level) {
     const int columns = (cell.x0 >= 0 ? 5 : 0) | (cell.x0 + 1 < level.w ? 10 : 0);
     const int rows = (cell.y0 >= 0 ? 3 : 0) | (cell.y0 + 1 < level.h ? 12 : 0);
-    return cell.counts ? columns & rows : 0;
+    return cell.counts ? MSDA_NEAREST ? 1 : columns & rows : 0;
 }
 
 __device__ __forceinline__ msda_acc msda_nan() { return (msda_acc)__int_as_float(0x7fc00000); }
@@ -141,11 +217,15 @@ __device__ __forceinline__ msda_sample msda_prepare(
 
 // Bilinear weights times attention, of the four neighbours.
 __device__ __forceinline__ void msda_weights(const msda_sample& sample, msda_acc (&weight)[4]) {
+#if MSDA_NEAREST
+    weight[0] = sample.attention;
+#else
     const msda_acc bottom = sample.attention * sample.ay, top = sample.attention - bottom;
     weight[1] = top * sample.ax;
     weight[0] = top - weight[1];
     weight[3] = bottom * sample.ax;
     weight[2] = bottom - weight[3];
+#endif
 }
 
 // Offset of the neighbour (y0, x0) in the image, in elements.
@@ -254,7 +334,7 @@ __device__ __forceinline__ void msda_fill(
             msda_sample sample = {0, 0, 0, 0};
             if (q >= 0 && k < MSDA_K)
                 sample = msda_prepare(msda_load(raw.xy[fill].element[0]), msda_load(raw.xy[fill].element[1]),
-                                      msda_load(raw.attention[fill]), shared.levels[k / MSDA_P], work.m);
+                                      msda_load(raw.attention[fill]), shared.levels[MSDA_LEVEL_OF(k)], work.m);
             samples[local * MSDA_PITCH + i % MSDA_CHUNK] = sample;
         }
     }

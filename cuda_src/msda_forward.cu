@@ -20,10 +20,10 @@ __device__ __forceinline__ void msda_accumulate(
         const msda_address at = turn * MSDA_STEP * sizeof(msda_value);
         msda_values row[4];
 #pragma unroll
-        for (int c = 0; c < 4; ++c)
+        for (int c = 0; c < MSDA_CORNERS; ++c)
             row[c] = msda_read_if(inside >> c & 1, (c < 2 ? upper : lower) + (c % 2 ? right : 0) + at);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < MSDA_CORNERS; ++c) {
             msda_acc x[MSDA_VEC];
             msda_unpack(row[c], x);
 #pragma unroll
@@ -73,7 +73,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
             if (active) {
 #pragma unroll msda_unroll
                 for (int k = 0; k < MSDA_CHUNK; ++k) {
-                    const int level = MSDA_CHUNK >= MSDA_K ? k / MSDA_P : min((k0 + k) / MSDA_P, MSDA_L - 1);
+                    const int level = MSDA_CHUNK >= MSDA_K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
                     const msda_address below =
                         (msda_address)shared.levels[level].w * (MSDA_M * MSDA_D * sizeof(msda_value));
                     msda_accumulate(sum, samples[local * MSDA_PITCH + k], image, below, lane);

@@ -4,6 +4,9 @@
 //   MSDA_VALUE_*      dtype of value, output and grad_output (F16, BF16, F32 or F64), MSDA_LOCATION_* likewise
 //   MSDA_INDEX_64     offsets and counts inside one image need 64 bits
 //   MSDA_L, MSDA_P, MSDA_M, MSDA_D   levels, points, heads, channels a head
+//   MSDA_POINTS       points of each level, by commas, where they differ; MSDA_P is 0 then
+//   MSDA_NEAREST      one pixel a sample, its index clamped into the level, instead of four
+//   MSDA_BORDER, MSDA_ALIGN_CORNERS  as padding_mode and align_corners of grid_sample
 //   MSDA_VEC          channels a lane moves at once
 //   MSDA_LANES        lanes of a warp that share the channels of one (n, q, m)
 //   MSDA_CHUNK        samples of a query that are in shared memory at a time
@@ -64,7 +67,12 @@ typedef msda_acc msda_location;
 #endif
 #define MSDA_BOUNDS __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS < MSDA_RESIDENT ? MSDA_MIN_BLOCKS : MSDA_RESIDENT)
 #define MSDA_QUERIES (32 / MSDA_LANES)                         // queries that a warp works on at a time
+#ifdef MSDA_POINTS
+#define MSDA_K (msda_first_point.of[MSDA_L])
+#else
 #define MSDA_K (MSDA_L * MSDA_P)
+#endif
+#define MSDA_CORNERS (MSDA_NEAREST ? 1 : 4)
 #define MSDA_STEP (MSDA_LANES * MSDA_VEC)                      // channels between two turns of a lane
 #define MSDA_TURNS ((MSDA_D + MSDA_STEP - 1) / MSDA_STEP)
 enum { msda_unroll = MSDA_UNROLL };                            // a pragma's macros are not expanded everywhere
@@ -107,6 +115,10 @@ __device__ __forceinline__ void msda_store(float x, msda_bf16& y) {
     const unsigned bits = __float_as_uint(x);
     y.bits = x != x ? 0x7fc0 : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+
+// A product that is not contracted with an addition.
+__device__ __forceinline__ float msda_multiply(float x, float y) { return __fmul_rn(x, y); }
+__device__ __forceinline__ double msda_multiply(double x, double y) { return __dmul_rn(x, y); }
 
 // ---- vectors -----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 from . import cuda, interop, kernels, plan, problem
-from .problem import SIXTEEN_BIT, VALUE_DTYPES, Problem
+from .problem import SIXTEEN_BIT, VALUE_DTYPES, Problem, Variant
 
 # A bar for less would be gone before it is read.
 _MANY = 8
@@ -18,7 +18,10 @@ _MANY = 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a call in the notation of the contract: `levels` of (H, W); Q None stands for Q = S, an encoder."""
+    """The sizes of a call in the notation of the contract: `levels` of (H, W); Q None stands for Q = S, an encoder.
+
+    The last four are those of :func:`cupy_msda.ms_deform_attn`; with `num_points`, P says nothing.
+    """
 
     levels: Sequence[tuple[int, int]]
     N: int = 1
@@ -26,6 +29,10 @@ class Sizes:
     M: int = 8
     D: int = 32
     P: int = 4
+    num_points: Sequence[int] | None = None
+    interpolation: str = "bilinear"
+    padding_mode: str = "zeros"
+    align_corners: bool = False
 
     @property
     def S(self) -> int:
@@ -110,11 +117,13 @@ def launches(
         S = size.S
         starts = problem.packed_starts(size.levels)
         levels = tuple((h, w, start) for (h, w), start in zip(size.levels, starts, strict=True))
+        form = Variant(size.num_points, size.interpolation, size.padding_mode, size.align_corners)
+        variant, P = problem.same_points(problem.read_variant(form, len(levels)), size.P)
         for location_dtype in dict.fromkeys((dtype, "float32") if dtype in SIXTEEN_BIT else (dtype,)):
             call = Problem(
-                size.N, S, size.M, size.D, len(levels), size.P, S if size.Q is None else size.Q,
+                size.N, S, size.M, size.D, len(levels), P, S if size.Q is None else size.Q,
                 value_dtype=dtype, location_dtype=location_dtype, device=("cuda", device),
-                levels=levels if by_value else None,
+                levels=levels if by_value else None, variant=variant,
             )  # fmt: skip
             found.append(plan.forward(call, plan.VECTOR_BYTES, multiprocessors))
             if backward:

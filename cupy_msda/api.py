@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from . import cpu, cuda, interop, problem
-from .problem import Operands, Problem
+from .problem import Operands, Problem, Variant
 
 
 def ms_deform_attn(
@@ -16,6 +17,10 @@ def ms_deform_attn(
     attention_weights: Any,
     im2col_step: int = 64,
     *,
+    num_points: Sequence[int] | None = None,
+    interpolation: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
     deterministic: bool | None = None,
     validate: bool = False,
 ) -> Any:
@@ -34,13 +39,25 @@ def ms_deform_attn(
         (H, W) of each level, in pixels.
     level_start_index : integer array or sequence [L], or None
         First row of each level in S. None: levels follow each other. Levels may overlap.
-    sampling_locations : array [N, Q, M, L, P, 2]
+    sampling_locations : array [N, Q, M, L, P, 2], or [N, Q, M, sum(num_points), 2]
         (x, y) of the P points of each query, head and level; 0 is the left or top edge of the level, 1 the right
         or bottom one. value's dtype, or float32 beside a 16-bit value.
-    attention_weights : array [N, Q, M, L, P]
+    attention_weights : array [N, Q, M, L, P], or [N, Q, M, sum(num_points)]
         Used as they are, without softmax. The dtype of `sampling_locations`.
     im2col_step : int
         Accepted for compatibility: any positive int. The NumPy path never works on more images than this at once.
+    num_points : sequence of L ints, optional
+        Points of each level, where they differ (RT-DETRv2, D-FINE); the levels' points then follow each other in one
+        dimension.
+    interpolation : {'bilinear', 'nearest'}
+        'nearest' takes the one pixel with index int(x * W + 0.5), int(y * H + 0.5), clamped into the level: the
+        "discrete" method of RT-DETRv2. The location has no gradient then, and NaN gives 0. (The original repository
+        of RT-DETRv2 clamps both by H; that differs in levels that are not square, and is not provided.)
+    padding_mode : {'zeros', 'border'}
+        What lies outside a level. 'border' clamps px to [0, W - 1] and py to [0, H - 1], where the location's
+        gradient is 0, as :func:`torch.nn.functional.grid_sample` does; every location counts then, except for NaN.
+    align_corners : bool
+        px = x * (W - 1), py = y * (H - 1): 0 and 1 are the centres of the outermost pixels, not their edges.
     deterministic : bool, optional
         Has no effect on the forward, which is bitwise reproducible.
     validate : bool
@@ -79,6 +96,7 @@ def ms_deform_attn(
             im2col_step,
             deterministic=deterministic,
             validate=validate,
+            variant=Variant(num_points, interpolation, padding_mode, align_corners),
         )
     )
 
@@ -116,11 +134,16 @@ def ms_deform_attn_backward(
     attn_weight: Any,
     grad_output: Any,
     im2col_step: int,
+    *,
+    num_points: Sequence[int] | None = None,
+    interpolation: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
 ) -> tuple[Any, Any, Any]:
     """The backward with the name and argument order of the operator's C++ interface.
 
     `grad_output` [N, Q, M*D] is the gradient of the output, in value's dtype; the other parameters are those of
-    :func:`ms_deform_attn`.
+    :func:`ms_deform_attn`. With `interpolation` 'nearest' the gradient of the locations is 0.
 
     Returns
     -------
@@ -139,6 +162,7 @@ def ms_deform_attn_backward(
         im2col_step,
         grad_output,
         names=("sampling_loc", "attn_weight"),
+        variant=Variant(num_points, interpolation, padding_mode, align_corners),
     )
     return backward(found, operands)
 

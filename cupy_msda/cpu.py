@@ -73,7 +73,7 @@ def _each_unit(problem: Problem, work: Callable[[int, slice], None]) -> None:
     """Call `work` with every image and range of heads; two units at least, so that threads share a single image too."""
     _keep_freed_memory()
     M = problem.M
-    few = -(-UNIT_SAMPLES // (problem.Q * problem.L * problem.P))
+    few = -(-UNIT_SAMPLES // (problem.Q * problem.K))
     small = max(1, UNIT_SUM_BYTES // (problem.S * problem.D * np.dtype(problem.accumulator_dtype).itemsize))
     together = min(few, small, -(-M * problem.N // 2), M)
     units = [(n, heads) for n in range(problem.N) for heads in chunks(M, together)]

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .cpu_cells import Pieces, group, pieces, runs, whole_cells
-from .cpu_rows import Rows, chunks, locate, store, to_accumulator
+from .cpu_rows import Axis, Rows, chunks, locate, store, to_accumulator
 from .problem import Problem
 
 # Bytes of rows that are gathered and summed at a time. Small enough for the caches and for 32 MiB a thread in all; but
-# two threads that run short calls wait for each other at the interpreter's lock: rtdetr_640 (N = 2) took 12.1 ms with 4
-# MB and 13.8 with 2. Measurements are in benchmarks/NOTES.md.
-SUMMED_BYTES = 5 << 20
+# two threads that run short calls wait for each other at the interpreter's lock: rtdetr_640 (N = 2) took 13.8 ms with
+# half of this, 12.1 with this. Measurements are in benchmarks/NOTES.md.
+SUMMED_BYTES = 4 << 20
 # Samples that are sorted at once: half of this took 20 % longer.
 SORTED_SAMPLES = 1 << 17
 # Samples whose indices and weights are worked out at once: many short calls less (13.0 ms with half of this).
@@ -41,34 +41,39 @@ def backward_unit(
     is gathered once, each pixel a few times, and the scatter is left with distinct rows.
     """
     dtype, bits = np.dtype(problem.accumulator_dtype), problem.location_dtype == "bfloat16"
-    Q, P, B = problem.Q, problem.P, heads.stop - heads.start
-    values = Rows(value, n, heads, Q * problem.L * P * 4 // problem.S, problem)
+    Q, B = problem.Q, heads.stop - heads.start
+    values = Rows(value, n, heads, Q * problem.K * 4 // problem.S, problem)
     total = _Total(grads[0], n, heads, values, problem)
-    levels = np.array(problem.levels)
+    levels, ends = np.array(problem.levels), [0, *itertools.accumulate(problem.points)]
     # Few samples: all levels at once, because NumPy's calls cost more than their work. Many: one by one, because the
     # number of samples of a cell differs from level to level.
-    together = problem.L if Q * problem.L * P * B <= JOINED_SAMPLES and _disjoint(problem.levels) else 1
-    for part in chunks(problem.L, together):
+    few = Q * problem.K * B <= JOINED_SAMPLES and problem.variant.num_points is None and _disjoint(problem.levels)
+    for part in chunks(problem.L, problem.L if few else 1):
         H, W, start = (np.tile(column, B)[:, None] for column in levels[part].T)
+        together, P = part.stop - part.start, problem.points[part.start]
+        # Place of these levels' points: by level, or in the one dimension of all points.
+        points = part if weights.ndim == 5 else slice(ends[part.start], ends[part.stop])
         for block in chunks(Q, max(1, SORTED_SAMPLES // (B * together * P))):
+            here = (n, block, heads, points)
             # [heads * levels, queries * points]: each row is grouped by itself.
-            where = to_accumulator(locations[n, block, heads, part], dtype, bits).transpose(4, 1, 2, 0, 3)
-            x, y = (locate(where[i].reshape(len(W), -1), size, dtype) for i, size in ((0, W), (1, H)))
-            attention = to_accumulator(weights[n, block, heads, part], dtype, bits).transpose(1, 2, 0, 3).reshape(-1)
+            where = to_accumulator(locations[here], dtype, bits).reshape(-1, B, together, P, 2).transpose(4, 1, 2, 0, 3)
+            x, y = (locate(where[i].reshape(len(W), -1), size, dtype, problem.variant) for i, size in ((0, W), (1, H)))
+            attention = to_accumulator(weights[here], dtype, bits).reshape(-1, B, together, P)
+            attention = attention.transpose(1, 2, 0, 3).reshape(-1)
             found = np.zeros((len(attention), 4), dtype)
             incoming = Rows(grad_output[:, block], n, heads, P, problem)
             # Row of grad_output of each sample.
             query = np.repeat(np.arange(block.stop - block.start) * incoming.stride, P)
-            query = (np.repeat(incoming.first, len(levels[part]))[:, None] + query).reshape(-1)
+            query = (np.repeat(incoming.first, together)[:, None] + query).reshape(-1)
             total.block += 1
             for some in pieces(group(x, y, H, W), PLACED_SAMPLES):
                 at = some.group
-                level = _Level(at // len(levels[part]), H[at, 0], W[at, 0], start[at, 0])
-                of_samples = (x.fraction, y.fraction, attention)
-                _backward_pieces(some, level, of_samples, values, (incoming, query), total, found)
-            by_query = found.reshape(B, len(levels[part]), -1, P, 4).transpose(2, 0, 1, 3, 4)
-            store(grads[1], (n, block, heads, part), by_query[..., :2], problem.location_dtype)
-            store(grads[2], (n, block, heads, part), by_query[..., 2], problem.location_dtype)
+                level = _Level(at // together, H[at, 0], W[at, 0], start[at, 0])
+                _backward_pieces(some, level, (x, y, attention), values, (incoming, query), total, found, problem)
+            by_query = found.reshape(B, together, -1, P, 4).transpose(2, 0, 1, 3, 4)
+            shape = grads[2][here].shape
+            store(grads[1], here, by_query[..., :2].reshape(*shape, 2), problem.location_dtype)
+            store(grads[2], here, by_query[..., 2].reshape(shape), problem.location_dtype)
     total.finish()
 
 
@@ -131,21 +136,29 @@ def _corner_rows(pixel: np.ndarray, level: _Level, stride: int, first: np.ndarra
     return rows
 
 
+def _slope(axis: Axis, some: Pieces) -> np.ndarray:
+    """Pixels a unit of the location: of each piece, or of each sample where some are clamped."""
+    return axis.slope[some.group] if axis.slope.shape[1] == 1 else np.take(axis.slope.reshape(-1), some.samples)
+
+
 def _backward_pieces(
     some: Pieces,
     level: _Level,
-    of_samples: tuple[np.ndarray, np.ndarray, np.ndarray],
+    of_samples: tuple[Axis, Axis, np.ndarray],
     values: Rows,
     incoming: tuple[Rows, np.ndarray],
     total: _Total,
     found: np.ndarray,
+    problem: Problem,
 ) -> None:
     """The part of some cells in the sums of grad_value; in `found`, the gradients (x, y, weight) of samples.
 
     What is one number a sample or a corner is worked out for all pieces at once; rows of D, SUMMED_BYTES at a time.
     """
-    left, right = some.column >= 0, some.column < level.W - 1
-    top, bottom = some.row >= 0, some.row < level.H - 1
+    x, y, attention = of_samples
+    nearest = problem.variant.interpolation == "nearest"
+    left, right = some.column >= 0, (some.column < level.W - 1) & (not nearest)
+    top, bottom = some.row >= 0, (some.row < level.H - 1) & (not nearest)
     inside = np.stack((top & left, top & right, bottom & left, bottom & right), axis=1)
     summed = np.zeros((len(inside), 1), bool)
     summed[some.first] = True  # a cell's sums are those of its first piece, once the others are added to it
@@ -156,7 +169,7 @@ def _backward_pieces(
 
     # Corner by corner, contiguous: strided by corner, each of these steps takes two to four times as long. Padding
     # repeats a sample, so that storing its gradient twice changes nothing, and gets no weight in the sums.
-    ax, ay, strength = (np.take(a.reshape(-1), some.samples) for a in of_samples)
+    ax, ay, strength = (np.take(a.reshape(-1), some.samples) for a in (x.fraction, y.fraction, attention))
     left, top = 1 - ax, 1 - ay
     scale, real = np.empty((4, *ax.shape), ax.dtype), strength * some.real
     for c, (vertical, horizontal) in enumerate(itertools.product((top, ay), (left, ax))):
@@ -184,7 +197,11 @@ def _backward_pieces(
     upper, lower = left * dots[0] + ax * dots[1], left * dots[2] + ax * dots[3]
     gradient = np.empty((*ax.shape, 4), dots.dtype)
     slope = top * (dots[1] - dots[0]) + ay * (dots[3] - dots[2])
-    np.multiply(slope, strength * level.W[:, None], out=gradient[..., 0])
-    np.multiply(lower - upper, strength * level.H[:, None], out=gradient[..., 1])
+    np.multiply(slope, strength * _slope(x, some), out=gradient[..., 0])
+    np.multiply(lower - upper, strength * _slope(y, some), out=gradient[..., 1])
+    if problem.variant.padding_mode == "border" or nearest:
+        # Clamped: nothing, whatever the pixels are.
+        gradient[..., 0][_slope(x, some) == 0] = 0
+        gradient[..., 1][_slope(y, some) == 0] = 0
     np.add(top * upper, ay * lower, out=gradient[..., 2])
     _items(found)[some.samples] = _items(gradient)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cpu_rows import Axis, Rows, chunks, from_accumulator, locate, to_accumulator
+from .cpu_rows import Axis, Rows, chunks, corners, from_accumulator, locate, to_accumulator
 from .problem import Problem
 
 # Bytes of rows that are gathered at a time: small enough for the caches, and large enough that threads seldom wait for
@@ -27,29 +27,31 @@ def forward_unit(
 ) -> None:
     """Fill the part of `output` [N, Q, M, D] that belongs to image `n` and `heads`."""
     dtype, bits = np.dtype(problem.accumulator_dtype), problem.location_dtype == "bfloat16"
-    K, D, B = problem.L * problem.P, problem.D, heads.stop - heads.start
+    K, D, B = problem.K, problem.D, heads.stop - heads.start
     source = Rows(value, n, heads, problem.Q * K * 4 // problem.S, problem)
     # Of each sample of a query, so that arrays are [queries, samples]: NumPy is slow along short dimensions.
-    H, W, start = (np.tile(np.repeat(column, problem.P), B) for column in zip(*problem.levels, strict=True))
+    H, W, start = (np.tile(np.repeat(column, problem.points), B) for column in zip(*problem.levels, strict=True))
     first = start * source.stride + np.repeat(source.first, K)
-    step = max(1, GATHERED_BYTES // (K * 4 * D * dtype.itemsize))
+    near = corners(problem.variant.interpolation)
+    C = len(near) ** 2
+    step = max(1, GATHERED_BYTES // (K * C * D * dtype.itemsize))
     # Cells are located for many chunks at once: at one chunk the calls cost more than the arithmetic.
     for block in chunks(problem.Q, max(1, LOCATED_SAMPLES // (B * K))):
         where = to_accumulator(locations[n, block, heads], dtype, bits)
         attention = to_accumulator(weights[n, block, heads], dtype, bits).reshape(-1, B * K)
-        x, y = (locate(where[..., i].reshape(-1, B * K), size, dtype) for i, size in ((0, W), (1, H)))
-        columns, lines = ([_corner(axis, size, after) for after in (0, 1)] for axis, size in ((x, W), (y, H)))
-        # [queries * heads, 4 corners, samples]: one matrix product a query and head.
+        x, y = (locate(where[..., i].reshape(-1, B * K), size, dtype, problem.variant) for i, size in ((0, W), (1, H)))
+        columns, lines = ([_corner(axis, size, after) for after in near] for axis, size in ((x, W), (y, H)))
+        # [queries * heads, C corners, samples]: one matrix product a query and head.
         count = attention.size // K
-        scale, rows = np.empty((count, 4, K), dtype), np.empty((count, 4, K), np.intp)
+        scale, rows = np.empty((count, C, K), dtype), np.empty((count, C, K), np.intp)
         for below, line in enumerate(lines):
             base, strength = line.pixel * (W * source.stride) + first, line.weight * attention
             for right, column in enumerate(columns):
-                corner = 2 * below + right
+                corner = len(near) * below + right
                 np.multiply(strength.reshape(-1, K), column.weight.reshape(-1, K), out=scale[:, corner])
                 index = (base + column.pixel * source.stride).reshape(-1, K)
                 np.copyto(rows[:, corner], index, casting="unsafe")
-        scale, rows = scale.reshape(-1, 1, 4 * K), rows.reshape(-1, 4 * K)
+        scale, rows = scale.reshape(-1, 1, C * K), rows.reshape(-1, C * K)
         result = np.empty((count, 1, D), dtype)
         for chunk in chunks(count, step):
             np.matmul(scale[chunk], source.take(rows[chunk]), out=result[chunk])
@@ -58,7 +60,7 @@ def forward_unit(
             # Absent corners stood for the pixel next to them, with weight 0: nothing, unless NaN or infinity is there.
             counts = x.counts & y.counts
             inside = [(line.inside & column.inside & counts).reshape(-1, K) for line in lines for column in columns]
-            absent = ~np.stack(inside, axis=1).reshape(-1, 4 * K)
+            absent = ~np.stack(inside, axis=1).reshape(-1, C * K)
             for chunk in chunks(len(odd), step):
                 pick = odd[chunk]
                 taken, strength = source.take(rows[pick]), scale[pick]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .problem import Problem
+from .problem import Problem, Variant
 
 
 class Rows:
@@ -39,24 +39,47 @@ class Rows:
 
 
 class Axis(NamedTuple):
-    """One coordinate of some samples: the pixel before it (as a float), the fraction beyond, whether it counts."""
+    """One coordinate of some samples: the pixel before it (as a float), the fraction beyond, whether it counts.
+
+    `slope` is how far the pixel moves when the location does; it varies from sample to sample where some are clamped.
+    """
 
     before: np.ndarray
     fraction: np.ndarray
     counts: np.ndarray
+    slope: np.ndarray
 
 
-def locate(location: np.ndarray, size: np.ndarray, dtype: np.dtype) -> Axis:
+def locate(location: np.ndarray, size: np.ndarray, dtype: np.dtype, variant: Variant) -> Axis:
     """Where normalised coordinates lie in levels of `size` pixels; pixel coordinates are float64 meanwhile."""
-    pixel = location * size.astype(np.float64)
-    pixel -= 0.5
-    counts = (pixel > -1) & (pixel < size)
-    # What does not count gets two pixels outside; fmax turns NaN into a number, so that weights are finite.
-    np.fmax(pixel, -2, out=pixel)
-    np.minimum(pixel, size, out=pixel)
+    if variant.interpolation == "nearest":
+        # In the dtype of the arithmetic: the pixel is then the one that the same numbers give in a framework.
+        pixel = np.floor(location * size.astype(dtype) + dtype.type(0.5)).astype(np.float64)
+        slope = np.zeros(size.shape)
+    else:
+        slope = (size - 1 if variant.align_corners else size).astype(np.float64)
+        pixel = location * slope
+        if not variant.align_corners:
+            pixel -= 0.5
+    if variant.interpolation == "nearest" or variant.padding_mode == "border":
+        counts = ~np.isnan(pixel)
+        slope = slope * ((pixel > 0) & (pixel < size - 1))
+        np.maximum(pixel, 0, out=pixel)
+        np.minimum(pixel, size - 1, out=pixel)
+        np.copyto(pixel, -2, where=~counts)
+    else:
+        counts = (pixel > -1) & (pixel < size)
+        # What does not count gets two pixels outside; fmax turns NaN into a number, so that weights are finite.
+        np.fmax(pixel, -2, out=pixel)
+        np.minimum(pixel, size, out=pixel)
     before = np.floor(pixel)
     pixel -= before
-    return Axis(before, pixel.astype(dtype), counts)
+    return Axis(before, pixel.astype(dtype), counts, slope.astype(dtype))
+
+
+def corners(interpolation: str) -> tuple[int, ...]:
+    """Pixels of a coordinate that count, from the one before it on."""
+    return (0,) if interpolation == "nearest" else (0, 1)
 
 
 def chunks(count: int, step: int) -> Iterator[slice]:

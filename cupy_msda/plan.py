@@ -27,7 +27,10 @@ _MANY_TURNS = {"min_blocks": 1, "unroll": 1}
 
 @dataclass(frozen=True)
 class KernelKey:
-    """Every axis along which the kernels are specialised. `kind` is the name of the .cu file and the kernel."""
+    """Every axis along which the kernels are specialised. `kind` is the name of the .cu file and the kernel.
+
+    `points` is empty where every level has P points; otherwise P is 0.
+    """
 
     kind: str
     value_dtype: str
@@ -48,17 +51,29 @@ class KernelKey:
     levels_on_device: bool
     grad_value: bool = False
     grad_samples: bool = False
+    points: tuple[int, ...] = ()
+    nearest: bool = False
+    border: bool = False
+    align_corners: bool = False
+
+    @property
+    def K(self) -> int:
+        """Samples of a query and head."""
+        return sum(self.points) or self.L * self.P
 
     @property
     def queries(self) -> int:
         """Queries that a warp works on at a time."""
         return 32 // self.lanes
 
-    def macros(self) -> dict[str, int]:
+    def macros(self) -> dict[str, int | str]:
         """Preprocessor definitions, without dtypes, that the sources document."""
-        skip = ("kind", "value_dtype", "location_dtype")
+        skip = ("kind", "value_dtype", "location_dtype", "points")
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
-        return {f"MSDA_{name.upper()}": int(number) for name, number in named.items()}
+        macros: dict[str, int | str] = {f"MSDA_{name.upper()}": int(number) for name, number in named.items()}
+        if self.points:
+            macros["MSDA_POINTS"] = ",".join(map(str, self.points))
+        return macros
 
     def __str__(self) -> str:
         axes = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name != "kind"]
@@ -148,7 +163,7 @@ def _lanes(pieces: int) -> tuple[int, int]:
 
 
 def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, rounds: int, **choices: int) -> Launch:
-    K = problem.L * problem.P
+    K, variant = problem.K, problem.variant
     # A sample's place is 16 times an offset in vectors, and may lie a row and a pixel outside the image.
     widest = max(problem.S * problem.M * problem.D // vec * 32, problem.Q * problem.M * K * 2)
     index_64 = widest >= 2**31
@@ -172,6 +187,10 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
         rounds,
         band=BAND if problem.Q == problem.S and problem.Q < 2**31 and problem.L <= 32 else 0,
         levels_on_device=not by_value,
+        points=variant.num_points or (),
+        nearest=variant.interpolation == "nearest",
+        border=variant.padding_mode == "border",
+        align_corners=variant.align_corners,
         **choices,
     )
     grid = problem.N * problem.M * -(-problem.Q // (warps * rounds * key.queries))

@@ -10,7 +10,7 @@ import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,12 +26,27 @@ def accumulator_of(value_dtype: str) -> str:
     return "float64" if value_dtype == "float64" else "float32"
 
 
+class Variant(NamedTuple):
+    """Which form of the operator: :func:`cupy_msda.ms_deform_attn` says what each parameter means.
+
+    In a :class:`Problem`, `num_points` is None where all levels have P points.
+    """
+
+    num_points: tuple[int, ...] | None = None
+    interpolation: str = "bilinear"
+    padding_mode: str = "zeros"
+    align_corners: bool = False
+
+
+PLAIN = Variant()
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call: its sizes in the contract's notation, dtypes, device and flags.
 
     `levels` holds (H, W, start) of each level, or is None where the metadata stays on the GPU and the
-    kernels check it.
+    kernels check it. P is 0 where the number of points differs from level to level.
     """
 
     N: int
@@ -47,11 +62,22 @@ class Problem:
     levels: tuple[tuple[int, int, int], ...] | None
     im2col_step: int = 64
     deterministic: bool = False
+    variant: Variant = PLAIN
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Points of each level."""
+        return self.variant.num_points or (self.P,) * self.L
+
+    @property
+    def K(self) -> int:
+        """Samples of a query and head: the points of all levels."""
+        return sum(self.points)
 
     @property
     def empty(self) -> bool:
         """True where no sample is taken: the output and the gradient of value are zeros or empty."""
-        return 0 in (self.N, self.S, self.M, self.D, self.L, self.P, self.Q)
+        return 0 in (self.N, self.S, self.M, self.D, self.K, self.Q)
 
     @property
     def accumulator_dtype(self) -> str:
@@ -87,6 +113,7 @@ def read(
     names: tuple[str, str] = ("sampling_locations", "attention_weights"),
     deterministic: Any = None,
     validate: bool = False,
+    variant: Variant = PLAIN,
 ) -> tuple[Problem, Operands]:
     """Check everything that the contract promises to check; `names` are those of the caller's parameters."""
     arrays = {"value": value, names[0]: sampling_locations, names[1]: attention_weights}
@@ -102,9 +129,17 @@ def read(
     if len(shapes.shape) != 2 or shapes.shape[1] != 2:
         raise ValueError(f"spatial_shapes: expected shape [L, 2], got {list(shapes.shape)}")
     L = shapes.shape[0]
-    _, Q, _, _, P, _ = _dimensions(names[0], locations, "[N, Q, M, L, P, 2]")
-    _check_shape(names[0], locations, "[N, Q, M, L, P, 2]", (N, Q, M, L, P, 2))
-    _check_shape(names[1], weights, "[N, Q, M, L, P]", (N, Q, M, L, P))
+    if variant != PLAIN:
+        variant = read_variant(variant, L)
+    if variant.num_points is None:
+        _, Q, _, _, P, _ = _dimensions(names[0], locations, "[N, Q, M, L, P, 2]")
+        samples, symbols = (L, P), "L, P"
+    else:
+        _, Q, _, _, _ = _dimensions(names[0], locations, "[N, Q, M, sum(num_points), 2]")
+        samples, symbols = (sum(variant.num_points),), "sum(num_points)"
+        variant, P = same_points(variant)
+    _check_shape(names[0], locations, f"[N, Q, M, {symbols}, 2]", (N, Q, M, *samples, 2))
+    _check_shape(names[1], weights, f"[N, Q, M, {symbols}]", (N, Q, M, *samples))
     if grad_output is not None:
         _check_shape("grad_output", views["grad_output"], "[N, Q, M*D]", (N, Q, M * D))
 
@@ -128,6 +163,7 @@ def read(
         levels=levels,
         im2col_step=_positive_int("im2col_step", im2col_step),
         deterministic=bool(deterministic),
+        variant=variant,
     )  # fmt: skip
     operands = Operands(
         value_view,
@@ -138,6 +174,42 @@ def read(
         views.get("grad_output"),
     )
     return problem, operands
+
+
+def read_variant(variant: Variant, L: int) -> Variant:
+    """`variant` checked and with `num_points` as a tuple."""
+    num_points, interpolation, padding_mode, align_corners = variant
+    for name, given, known in (
+        ("interpolation", interpolation, ("bilinear", "nearest")),
+        ("padding_mode", padding_mode, ("zeros", "border")),
+    ):
+        if given not in known:
+            raise ValueError(f"{name}: expected {known[0]!r} or {known[1]!r}, got {given!r}")
+    if not isinstance(align_corners, bool):
+        raise TypeError(f"align_corners: expected True or False, got {type(align_corners).__name__}")
+    if interpolation == "nearest":
+        for name, given, only in (("padding_mode", padding_mode, "zeros"), ("align_corners", align_corners, False)):
+            if given != only:
+                raise ValueError(
+                    f"{name}: expected {only!r} beside interpolation='nearest', which always clamps the index "
+                    f"int(location * size + 0.5) into the level, got {given!r}"
+                )
+    if num_points is not None:
+        if not isinstance(num_points, (list, tuple)):
+            raise TypeError(f"num_points: expected a list or tuple of ints, got {type(num_points).__name__}")
+        num_points = tuple(_positive_int("num_points", count) for count in num_points)
+        if len(num_points) != L:
+            raise ValueError(f"num_points: expected one number a level, L = {L}, got {list(num_points)}")
+    return Variant(num_points, interpolation, padding_mode, align_corners)
+
+
+def same_points(variant: Variant, P: int = 0) -> tuple[Variant, int]:
+    """`variant` as in a :class:`Problem`, and P: the same number of points in every level lies in memory as L, P do."""
+    if variant.num_points is None:
+        return variant, P
+    if len(set(variant.num_points)) > 1:
+        return variant, 0
+    return variant._replace(num_points=None), variant.num_points[0] if variant.num_points else 0
 
 
 def _check_dtypes(views: dict[str, View], names: tuple[str, str]) -> None:

@@ -1,6 +1,6 @@
 """Inputs for the tests: sizes chosen so that each code path runs, numbers drawn fresh from a seed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import ml_dtypes
@@ -43,6 +43,7 @@ class Case:
     queries: int | None = 5
     starts: tuple[int, ...] | None = None
     S: int | None = None
+    variant: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -58,24 +59,37 @@ class Case:
         # Some samples lie outside their level, on each side. Fractions of a pixel stay away from 0 and 1, where the
         # gradient of the location jumps; 16-bit locations move by less than that on levels of this size.
         size = shapes[:, ::-1].reshape(L, 1, 2)
-        cell = rng.integers(-3, size + 2, (self.N, Q, self.M, L, self.P, 2))
+        samples = (L, self.P)
+        if "num_points" in self.variant:
+            size = np.repeat(size[:, 0], self.variant["num_points"], axis=0)
+            samples = size.shape[:1]
+        cell = rng.integers(-3, size + 2, (self.N, Q, self.M, *samples, 2))
         pixel = cell + rng.uniform(0.1, 0.9, cell.shape)
-        locations = ((pixel + 0.5) / size).astype(dtype_of(location_dtype))
+        if self.variant.get("align_corners"):
+            locations = pixel / np.maximum(size - 1, 1)
+        elif self.variant.get("interpolation") == "nearest":
+            locations = (pixel - 0.5) / size
+        else:
+            locations = (pixel + 0.5) / size
+        locations = locations.astype(dtype_of(location_dtype))
         weights = rng.uniform(0.1, 1.0, cell.shape[:-1]).astype(dtype_of(location_dtype))
         grad_output = rng.standard_normal((self.N, Q, self.M * self.D)).astype(dtype_of(value_dtype))
         starts = None if self.starts is None else np.array(self.starts, np.int64)
         return Inputs(value, shapes, starts, locations, weights, grad_output)
 
 
-def pixel_units(grad_locations: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+def pixel_units(
+    grad_locations: np.ndarray, shapes: np.ndarray, num_points: tuple[int, ...] | None = None
+) -> np.ndarray:
     """Gradient of locations as d/d(pixel): comparable between levels."""
-    return grad_locations.astype(np.float64) / shapes[:, None, ::-1]
+    size = shapes[:, None, ::-1] if num_points is None else np.repeat(shapes[:, ::-1], num_points, axis=0)
+    return grad_locations.astype(np.float64) / size
 
 
-def expected(inputs: Inputs) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def expected(inputs: Inputs, **variant) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Output and gradients of the float64 reference."""
-    output = reference.forward(*inputs[:5])
-    return output, reference.backward(*inputs)
+    output = reference.forward(*inputs[:5], **variant)
+    return output, reference.backward(*inputs, **variant)
 
 
 CASES = (
@@ -94,3 +108,28 @@ CASES = (
     ),
 )
 SMALL_CASES = CASES[:9]
+VARIANTS = (
+    Case("points", levels=((6, 7), (3, 4), (2, 5)), variant={"num_points": (3, 6, 2)}),
+    Case("equal_points", levels=((6, 7), (3, 4)), variant={"num_points": (3, 3)}),
+    Case("points_in_chunks", levels=((6, 7), (3, 4)), M=1, D=4, variant={"num_points": (1, 35)}),
+    Case("nearest", levels=((6, 7), (1, 4)), variant={"interpolation": "nearest"}),
+    Case("border", levels=((6, 7), (1, 4)), variant={"padding_mode": "border"}),
+    Case("align_corners", levels=((6, 7), (1, 4)), variant={"align_corners": True}),
+    Case("border_align_corners", variant={"padding_mode": "border", "align_corners": True}),
+    Case(
+        "encoder_order_nearest_points",
+        levels=((9, 11), (4, 5)),
+        N=1,
+        D=16,
+        queries=None,
+        variant={"num_points": (2, 4), "interpolation": "nearest"},
+    ),
+    Case(
+        "border_points",
+        levels=((6, 7), (3, 4)),
+        starts=(3, 10),
+        S=60,
+        D=33,
+        variant={"num_points": (4, 1), "padding_mode": "border"},
+    ),
+)

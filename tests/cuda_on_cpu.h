@@ -234,6 +234,8 @@ inline const char* launch(void (*entry)(void*), void* arguments, int grid, int b
 template <typename T> inline T __ldg(const T* p) { return *p; }
 template <typename T> inline T __ldcs(const T* p) { return *p; }
 template <typename T> inline T atomicAdd(T* p, T x) { const T old = *p; *p = old + x; return old; }
+inline float __fmul_rn(float x, float y) { volatile float product = x * y; return product; }
+inline double __dmul_rn(double x, double y) { volatile double product = x * y; return product; }
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }

@@ -79,8 +79,9 @@ def _run_executable(target, numbers, arrays):
             offset += array.nbytes
 
 
-def _prepare(inputs, levels_on_device):
-    found, _ = problem.read(*inputs[:5], 64, inputs.grad_output)
+def _prepare(inputs, levels_on_device, variant):
+    variant = problem.PLAIN._replace(**(variant or {}))
+    found, _ = problem.read(*inputs[:5], 64, inputs.grad_output, variant=variant)
     levels = None if levels_on_device else found.levels
     return dataclasses.replace(found, device=("cuda", 0), levels=levels)
 
@@ -101,9 +102,9 @@ def _poisoned(shape, dtype):
     return array
 
 
-def forward(inputs, *, levels_on_device=False, shapes=None, starts=None, multiprocessors=132, **options):
+def forward(inputs, *, levels_on_device=False, shapes=None, starts=None, multiprocessors=132, variant=None, **options):
     """The forward kernel on NumPy inputs; `shapes` and `starts` replace the device metadata without any check."""
-    found = _prepare(inputs, levels_on_device)
+    found = _prepare(inputs, levels_on_device, variant)
     described = plan.forward(found, 16, multiprocessors)
     metadata, device = _metadata(found, described, inputs, shapes, starts)
     output = _poisoned(found.output_shape, inputs.value.dtype)
@@ -119,12 +120,13 @@ def backward(
     shapes=None,
     starts=None,
     multiprocessors=132,
+    variant=None,
     grad_value=True,
     grad_samples=True,
     **options,
 ):
     """The backward kernels on NumPy inputs: gradients of value, locations and weights, as in cuda.py."""
-    found = _prepare(inputs, levels_on_device)
+    found = _prepare(inputs, levels_on_device, variant)
     described = plan.backward(found, 16, multiprocessors, grad_value=grad_value, grad_samples=grad_samples)
     metadata, device = _metadata(found, described, inputs, shapes, starts)
     total = np.zeros(inputs.value.shape, found.accumulator_dtype) if grad_value else None

@@ -8,10 +8,16 @@ import math
 import numpy as np
 
 
-def _corners(x, y, H, W):
-    """The four neighbours of (x, y) in normalised units: (row, weight, d weight/dx, d weight/dy) each."""
-    px, py = x * W - 0.5, y * H - 0.5
-    if not (-1 < px < W and -1 < py < H):
+def _bilinear(x, y, H, W, padding_mode, align_corners):
+    """Neighbours of (x, y) in normalised units: (row, weight, d weight/dx, d weight/dy) each."""
+    if math.isnan(x) or math.isnan(y):
+        return []
+    per_x, per_y = (W - 1, H - 1) if align_corners else (W, H)
+    px, py = (x * per_x, y * per_y) if align_corners else (x * W - 0.5, y * H - 0.5)
+    if padding_mode == "border":
+        per_x, per_y = (per if 0 < p < n - 1 else 0 for per, p, n in ((per_x, px, W), (per_y, py, H)))
+        px, py = min(max(px, 0), W - 1), min(max(py, 0), H - 1)
+    elif not (-1 < px < W and -1 < py < H):
         return []
     x0, y0 = math.floor(px), math.floor(py)
     ax, ay = px - x0, py - y0
@@ -19,21 +25,48 @@ def _corners(x, y, H, W):
     for yi, wy, dy in ((y0, 1 - ay, -1.0), (y0 + 1, ay, 1.0)):
         for xi, wx, dx in ((x0, 1 - ax, -1.0), (x0 + 1, ax, 1.0)):
             if 0 <= yi < H and 0 <= xi < W:
-                found.append((yi * W + xi, wx * wy, dx * W * wy, wx * dy * H))
+                found.append((yi * W + xi, wx * wy, dx * per_x * wy, wx * dy * per_y))
     return found
 
 
-def _samples(value, shapes, starts, locations):
-    N, Q, M, L, P, _ = locations.shape
+def _nearest(x, y, H, W):
+    if math.isnan(x) or math.isnan(y):
+        return []
+    column, row = (int(min(max(c * n + 0.5, 0), n - 1)) for c, n in ((x, W), (y, H)))
+    return [(row * W + column, 1.0, 0.0, 0.0)]
+
+
+def _samples(
+    shapes, starts, locations, num_points, interpolation="bilinear", padding_mode="zeros", align_corners=False
+):
+    """Every sample: its index in the weights with all points in one dimension, and its neighbours."""
+    N, Q, M, K, _ = locations.shape
+    level_of = [level for level, count in enumerate(num_points) for _ in range(count)]
     for n in range(N):
         for q in range(Q):
             for m in range(M):
-                for level in range(L):
-                    H, W = int(shapes[level][0]), int(shapes[level][1])
-                    for p in range(P):
-                        x, y = (float(c) for c in locations[n, q, m, level, p])
-                        corners = [(int(starts[level]) + pixel, w, dx, dy) for pixel, w, dx, dy in _corners(x, y, H, W)]
-                        yield (n, q, m, level, p), corners
+                for k in range(K):
+                    H, W = (int(size) for size in shapes[level_of[k]])
+                    x, y = (float(c) for c in locations[n, q, m, k])
+                    if interpolation == "nearest":
+                        corners = _nearest(x, y, H, W)
+                    else:
+                        corners = _bilinear(x, y, H, W, padding_mode, align_corners)
+                    start = int(starts[level_of[k]])
+                    yield (n, q, m, k), [(start + pixel, w, dx, dy) for pixel, w, dx, dy in corners]
+
+
+def _in_one_dimension(shapes, locations, weights, num_points):
+    """Locations [N, Q, M, K, 2] and weights [N, Q, M, K] in float64, and the points of each level."""
+    if num_points is None:
+        num_points = [locations.shape[4]] * len(shapes)
+    N, Q, M = locations.shape[:3]
+    K = sum(num_points)
+    return (
+        locations.astype(np.float64).reshape(N, Q, M, K, 2),
+        weights.astype(np.float64).reshape(N, Q, M, K),
+        num_points,
+    )
 
 
 def packed_starts(shapes):
@@ -41,25 +74,28 @@ def packed_starts(shapes):
     return [sum(sizes[:level]) for level in range(len(sizes))]
 
 
-def forward(value, shapes, starts, locations, weights):
+def forward(value, shapes, starts, locations, weights, num_points=None, **variant):
     starts = packed_starts(shapes) if starts is None else starts
-    value, weights = value.astype(np.float64), weights.astype(np.float64)
+    value = value.astype(np.float64)
+    locations, weights, num_points = _in_one_dimension(shapes, locations, weights, num_points)
     N, _, M, D = value.shape
     output = np.zeros((N, locations.shape[1], M, D))
-    for (n, q, m, level, p), corners in _samples(value, shapes, starts, locations.astype(np.float64)):
+    for (n, q, m, k), corners in _samples(shapes, starts, locations, num_points, **variant):
         for row, w, _, _ in corners:
-            output[n, q, m] += weights[n, q, m, level, p] * w * value[n, row, m]
+            output[n, q, m] += weights[n, q, m, k] * w * value[n, row, m]
     return output.reshape(N, -1, M * D)
 
 
-def backward(value, shapes, starts, locations, weights, grad_output):
+def backward(value, shapes, starts, locations, weights, grad_output, num_points=None, **variant):
     starts = packed_starts(shapes) if starts is None else starts
-    value, weights = value.astype(np.float64), weights.astype(np.float64)
+    of_locations, of_weights = locations.shape, weights.shape
+    value = value.astype(np.float64)
+    locations, weights, num_points = _in_one_dimension(shapes, locations, weights, num_points)
     N, _, M, D = value.shape
     grad = grad_output.astype(np.float64).reshape(N, -1, M, D)
     grad_value, grad_locations = np.zeros_like(value), np.zeros(locations.shape)
     grad_weights = np.zeros(weights.shape)
-    for index, corners in _samples(value, shapes, starts, locations.astype(np.float64)):
+    for index, corners in _samples(shapes, starts, locations, num_points, **variant):
         n, q, m = index[:3]
         a = weights[index]
         for row, w, dx, dy in corners:
@@ -67,4 +103,4 @@ def backward(value, shapes, starts, locations, weights, grad_output):
             grad_value[n, row, m] += a * w * grad[n, q, m]
             grad_weights[index] += w * dot
             grad_locations[index] += (a * dx * dot, a * dy * dot)
-    return grad_value, grad_locations, grad_weights
+    return grad_value, grad_locations.reshape(of_locations), grad_weights.reshape(of_weights)

@@ -16,7 +16,7 @@ from pathlib import Path
 from cases import DTYPE_PAIRS
 
 from cupy_msda import kernels, plan
-from cupy_msda.problem import Problem
+from cupy_msda.problem import Problem, Variant
 
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
 BUDGET = Path(__file__).with_name("kernel_budget.json")
@@ -33,23 +33,43 @@ AXES = {
     "levels": ("by value", "on the device"),
     "size": ("32 bits", "64 bits"),
     "wanted": ("output", "value and samples", "value", "samples"),
+    "variant": ("plain", "points", "nearest", "border", "align corners", "border, align corners", "nearest, points"),
 }
 
 
-def launch_of(pair, D, alignment, points, queries, levels, size, wanted):
+def variant_of(described, L, P):
+    num_points = (*range(P - 1, P + L - 2), P + 1) if "points" in described and L > 1 else None
+    return Variant(
+        num_points,
+        "nearest" if "nearest" in described else "bilinear",
+        "border" if "border" in described else "zeros",
+        "align corners" in described,
+    )
+
+
+def launch_of(pair, D, alignment, points, queries, levels, size, wanted, variant):
     """The planner's answer to a problem with these properties."""
     L, P = points
+    form = variant_of(variant, L, P)
     S = 22223 if size == "32 bits" else 2**28
     Q = {"few": 50, "many": 20000, "pixels": S}[queries]
-    found = Problem(2, S, 8, D, L, P, Q, *pair, ("cuda", 0), LEVELS[:L] if levels == "by value" else None)
+    found = Problem(
+        2, S, 8, D, L, 0 if form.num_points else P, Q, *pair, ("cuda", 0), LEVELS[:L] if levels == "by value" else None,
+        variant=form,
+    )  # fmt: skip
     if wanted == "output":
         return plan.forward(found, alignment)
     return plan.backward(found, alignment, grad_value="value" in wanted, grad_samples="samples" in wanted)
 
 
 def every():
-    """All keys."""
-    keys = {launch_of(*combination).key for combination in itertools.product(*AXES.values())}
+    """All keys; variants only with the alignment and the sizes that they usually come with."""
+    names = list(AXES)
+    keys = set()
+    for combination in itertools.product(*AXES.values()):
+        of = dict(zip(names, combination, strict=True))
+        if of["variant"] == "plain" or (of["alignment"], of["size"]) == (16, "32 bits"):
+            keys.add(launch_of(*combination).key)
     return sorted(keys | rounding(), key=str)
 
 

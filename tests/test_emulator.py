@@ -5,7 +5,7 @@ import emulator
 import numpy as np
 import pytest
 import reference
-from cases import CASES, DTYPE_PAIRS, Case
+from cases import CASES, DTYPE_PAIRS, VARIANTS, Case
 from tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
@@ -25,11 +25,12 @@ PATHS = [
 
 def check(case, pair, seed=0, **options):
     inputs = case.inputs(*pair, seed=seed)
-    want_output, want_grads = cases.expected(inputs)
-    assert_close(emulator.forward(inputs, **options), want_output, pair[0])
-    grads = emulator.backward(inputs, **options)
+    want_output, want_grads = cases.expected(inputs, **case.variant)
+    assert_close(emulator.forward(inputs, variant=case.variant, **options), want_output, pair[0])
+    grads = emulator.backward(inputs, variant=case.variant, **options)
     assert_close(grads[0], want_grads[0], pair[0], "grad_value")
-    got, want = (cases.pixel_units(grad, inputs.shapes) for grad in (grads[1], want_grads[1]))
+    points = case.variant.get("num_points")
+    got, want = (cases.pixel_units(grad, inputs.shapes, points) for grad in (grads[1], want_grads[1]))
     assert_close(got, want, pair[1], "grad_sampling_loc")
     assert_close(grads[2], want_grads[2], pair[1], "grad_attn_weight")
 
@@ -43,6 +44,34 @@ def test_paths(case):
 @pytest.mark.parametrize("case", [PATHS[1], PATHS[3]], ids=str)
 def test_dtypes(case, pair):
     check(case, pair, seed=1)
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_variants(case):
+    check(case, ("float32", "float32"), seed=2)
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
+@pytest.mark.parametrize("case", [VARIANTS[-1], VARIANTS[-2]], ids=str)
+def test_variants_in_every_dtype(case, pair):
+    check(case, pair, seed=3)
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_variants_under_the_sanitizers(case):
+    check(case, ("float32", "float32"), sanitize=True, levels_on_device=True)
+
+
+@pytest.mark.parametrize("variant", [{"interpolation": "nearest"}, {"padding_mode": "border"}], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38], ids=str)
+def test_hostile_locations_in_variants_under_the_sanitizers(variant, bad):
+    inputs = CASES[0].inputs(seed=4)
+    inputs.locations[:, :, :, 0] = bad
+    near = inputs._replace(locations=np.clip(inputs.locations, -9, 9))
+    want_output, want_grads = cases.expected(near, **variant)
+    assert_close(emulator.forward(inputs, variant=variant, sanitize=True), want_output, "float32")
+    for grad, want in zip(emulator.backward(inputs, variant=variant, sanitize=True), want_grads, strict=True):
+        assert_close(grad, want, "float32")
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 132], ids=["throughput", "latency"])

@@ -152,3 +152,38 @@ def test_arguments_are_left_as_they_were(main_backend):
     for before, after in zip(CASE.inputs(), put, strict=True):
         if before is not None:
             np.testing.assert_array_equal(main_backend.get(after), before)
+
+
+WRONG_VARIANTS = {
+    "other interpolation": ({"interpolation": "bicubic"}, ValueError, r"interpolation: .*bilinear.*nearest.*bicubic"),
+    "other padding": ({"padding_mode": "reflection"}, ValueError, r"padding_mode: .*zeros.*border.*reflection"),
+    "padding of None": ({"padding_mode": None}, ValueError, r"padding_mode: .*None"),
+    "align_corners of 1": ({"align_corners": 1}, TypeError, r"align_corners: expected True or False, got int"),
+    "border beside nearest": (
+        {"interpolation": "nearest", "padding_mode": "border"}, ValueError, r"padding_mode: expected 'zeros' beside"
+    ),
+    "align_corners beside nearest": (
+        {"interpolation": "nearest", "align_corners": True}, ValueError, r"align_corners: expected False beside"
+    ),
+    "points of another L": ({"num_points": [1, 2, 1]}, ValueError, r"num_points: .*L = 2, got \[1, 2, 1\]"),
+    "points of 0": ({"num_points": [4, 0]}, ValueError, r"num_points: expected a positive int, got 0"),
+    "points of a float": ({"num_points": [2.0, 2.0]}, TypeError, r"num_points: expected a positive int, got 2.0"),
+    "points that are a number": ({"num_points": 4}, TypeError, r"num_points: expected a list or tuple.*int"),
+    "points and locations with levels": ({"num_points": [2, 2]}, ValueError, r"sampling_loc.*sum\(num_points\), 2\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_VARIANTS)
+def test_wrong_variant(main_backend, name):
+    variant, error, message = WRONG_VARIANTS[name]
+    put = [main_backend.put(a) if isinstance(a, np.ndarray) else a for a in CASE.inputs()]
+    for function, count in ((cupy_msda.ms_deform_attn, 5), (cupy_msda.ms_deform_attn_backward, 6)):
+        with pytest.raises(error, match=message):
+            function(*put[:count], 64, **variant)
+
+
+def test_points_that_do_not_add_up(main_backend):
+    inputs = Case("points", variant={"num_points": (1, 3)}).inputs()
+    put = [main_backend.put(a) if isinstance(a, np.ndarray) else a for a in inputs]
+    with pytest.raises(ValueError, match=r"sum\(num_points\), 2\] = \[2, 5, 2, 5, 2\], got \[2, 5, 2, 4, 2\]"):
+        cupy_msda.ms_deform_attn(*put[:5], num_points=(1, 4))

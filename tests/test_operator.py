@@ -4,26 +4,27 @@ import cases
 import numpy as np
 import pytest
 import reference
-from cases import CASES, DTYPE_PAIRS, SMALL_CASES, Case
+from cases import CASES, DTYPE_PAIRS, SMALL_CASES, VARIANTS, Case
 from tolerance import assert_close
 
 import cupy_msda
 
 
-def run(backend, inputs, im2col_step=64):
+def run(backend, inputs, im2col_step=64, **variant):
     put = [backend.put(array) for array in inputs]
-    output = cupy_msda.ms_deform_attn_forward(*put[:5], im2col_step)
-    grads = cupy_msda.ms_deform_attn_backward(*put, im2col_step)
+    output = cupy_msda.ms_deform_attn(*put[:5], im2col_step, **variant)
+    grads = cupy_msda.ms_deform_attn_backward(*put, im2col_step, **variant)
     return backend.get(output), [backend.get(grad) for grad in grads]
 
 
-def check(backend, inputs, value_dtype, location_dtype, **options):
-    output, grads = run(backend, inputs, **options)
-    want_output, want_grads = cases.expected(inputs)
+def check(backend, inputs, value_dtype, location_dtype, im2col_step=64, **variant):
+    output, grads = run(backend, inputs, im2col_step, **variant)
+    want_output, want_grads = cases.expected(inputs, **variant)
     assert output.dtype == inputs.value.dtype
     assert_close(output, want_output, value_dtype)
     assert_close(grads[0], want_grads[0], value_dtype, "grad_value")
-    got, want = (cases.pixel_units(grad, inputs.shapes) for grad in (grads[1], want_grads[1]))
+    points = variant.get("num_points")
+    got, want = (cases.pixel_units(grad, inputs.shapes, points) for grad in (grads[1], want_grads[1]))
     assert_close(got, want, location_dtype, "grad_sampling_loc")
     assert_close(grads[2], want_grads[2], location_dtype, "grad_attn_weight")
     assert [g.dtype for g in grads] == [inputs.value.dtype, inputs.locations.dtype, inputs.weights.dtype]
@@ -38,6 +39,36 @@ def test_sizes(main_backend, case):
 @pytest.mark.parametrize("case", [*SMALL_CASES[:4], Case("D33", D=33), Case("D30", D=30)], ids=str)
 def test_dtypes(main_backend, case, pair):
     check(main_backend, case.inputs(*pair, seed=1), *pair)
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_variants(main_backend, case, pair):
+    check(main_backend, case.inputs(*pair, seed=2), *pair, **case.variant)
+
+
+@pytest.mark.parametrize("variant", [{"interpolation": "nearest"}, {"padding_mode": "border"}], ids=str)
+def test_far_locations_are_clamped_and_nan_gives_zero(main_backend, variant):
+    inputs = CASES[0].inputs(seed=3)
+    inputs.locations[:, :, :, 0, 0] = 3e38
+    inputs.locations[:, :, :, 1, 1] = -np.inf
+    inputs.locations[:, 0, 0, 0, 1] = np.nan
+    output, grads = run(main_backend, inputs, **variant)
+    near = inputs._replace(locations=np.clip(inputs.locations, -9, 9))
+    want_output, want_grads = cases.expected(near, **variant)
+    assert_close(output, want_output, "float32")
+    for grad, want in zip(grads, want_grads, strict=True):
+        assert_close(grad, want, "float32")
+
+
+def test_nearest_touches_one_pixel(main_backend):
+    inputs = Case("square", levels=((4, 4),), M=1, N=1).inputs(seed=4)
+    inputs.locations[...] = 0.3  # pixel (1, 1) of 4 x 4
+    inputs.value[0, np.arange(16) != 5] = np.nan
+    output, grads = run(main_backend, inputs, interpolation="nearest")
+    assert_close(output, cases.expected(inputs, interpolation="nearest")[0], "float32")
+    assert np.isfinite(grads[2]).all()
+    assert not grads[1].any()
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)

@@ -84,20 +84,49 @@ FAULTS = {
         "msda_store(grad_x, xy.element[0]);",
         "msda_store(grad_y, xy.element[0]);",
     ),
-    "lost factor of the level's width": ("backward", "attention * (msda_acc)level.w * slope", "attention * slope"),
+    "lost factor of the level's width": ("backward", "attention * slope_x * across", "attention * across"),
     "sum that loses a lane": (
         "backward",
         "for (int mask = 4; mask < MSDA_LANES; mask *= 2)",
         "for (int mask = 4; mask < MSDA_LANES / 2; mask *= 2)",
     ),
 }
+# In a variant: (kernel, variant, text of the source, what it becomes).
+VARIANT_FAULTS = {
+    "points of a level counted twice": (
+        "forward", {"num_points": (2, 5)}, "first.of[l] + count[l]", "first.of[l] + count[0]",
+    ),
+    "first point of the next level": ("backward", {"num_points": (2, 5)}, "k >= msda_first", "k > msda_first"),
+    "nearest from pixel centres": (
+        "forward", {"interpolation": "nearest"}, "scale) + (msda_acc)0.5)", "scale))",
+    ),
+    "nearest with a gradient of locations": (
+        "backward", {"interpolation": "nearest"}, "!MSDA_NEAREST && p > 0", "p > 0",
+    ),
+    "border that is not clamped": ("forward", {"padding_mode": "border"}, "px = msda_clamp(px, level.w);", ""),
+    "clamped to the size": (
+        "forward", {"padding_mode": "border"}, "last = (msda_acc)(size - 1)", "last = (msda_acc)size",
+    ),
+    "fraction beyond the border": (
+        "forward", {"padding_mode": "border"}, "if (msda_slope(y, level.h) == 0) cell.ay = 0;", "",
+    ),
+    "gradient beyond the border": (
+        "backward", {"padding_mode": "border"}, "p > 0 && p < (msda_acc)(size - 1) ?", "true ?",
+    ),
+    "edges for centres": ("forward", {"align_corners": True}, "MSDA_ALIGN_CORNERS ? size - 1 : size", "size"),
+    "half a pixel": ("backward", {"align_corners": True}, "MSDA_ALIGN_CORNERS ? (msda_acc)0 :", ""),
+}  # fmt: skip
 ODD = Case("odd", levels=((4, 5),), N=1, M=2, D=1058, queries=24)
 
 
 def run(kind, text, case, **options):
     inputs = case.inputs(seed=21)
-    want_output, want_grads = cases.expected(inputs)
-    options |= {"text": text, "sanitize": True}  # in a process of its own: a fault may crash it
+    want_output, want_grads = cases.expected(inputs, **case.variant)
+    options |= {
+        "text": text,
+        "sanitize": True,
+        "variant": case.variant,
+    }  # in a process of its own: a fault may crash it
     if kind == "forward":
         assert_close(emulator.forward(inputs, **options), want_output, "float32")
         return
@@ -137,6 +166,20 @@ def test_planted_fault_is_caught(name):
     source = kernels.source(kind)
     assert source.count(old) == 1, "the fault no longer fits the source"
     assert caught(kind, source.replace(old, new)) is not None
+
+
+def in_variant(variant):
+    return Case("variant", levels=((5, 6), (2, 3)), N=1, P=3, queries=9, variant=variant)
+
+
+@pytest.mark.parametrize("name", VARIANT_FAULTS)
+def test_fault_planted_into_a_variant_is_caught(name):
+    kind, variant, old, new = VARIANT_FAULTS[name]
+    source = kernels.source(kind)
+    assert source.count(old) == 1, "the fault no longer fits the source"
+    run(kind, source, in_variant(variant))
+    with pytest.raises(AssertionError):
+        run(kind, source.replace(old, new), in_variant(variant))
 
 
 def far_level(key_index_64, text=None):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_torch_operator import layer, tensors
 
+from cupy_msda.problem import PLAIN
 from cupy_msda.torch import decomposed, functional, ms_deform_attn, quick
 
 
@@ -18,7 +19,7 @@ def recent(monkeypatch):
         recipe = SimpleNamespace(levels=(), forward=lambda *a: "again")
         monkeypatch.setattr(quick, "recent", ())
         monkeypatch.setitem(quick.recipes, "key", recipe)
-        call = (value, locations, weights, shapes, starts, im2col_step, deterministic)
+        call = (value, locations, weights, shapes, starts, im2col_step, deterministic, PLAIN)
         assert quick.recall("key", *call) is recipe
         assert len(quick.recent) == 1
 
@@ -48,6 +49,13 @@ OTHERS = {
     "gradient wanted": lambda a: (a[0].clone().requires_grad_(), *a[1:5]),
     "parameter": lambda a: (torch.nn.Parameter(a[0], requires_grad=False), *a[1:5]),
 }
+
+
+@pytest.mark.parametrize("variant", [{"padding_mode": "border"}, {"align_corners": True}], ids=str)
+def test_a_variant_is_another_call(recent, variant):
+    arguments = tensors("cpu", requires_grad=False, starts=True)
+    recent(arguments)
+    assert torch.is_tensor(call(arguments, **variant))
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -104,7 +112,7 @@ def test_only_a_few_are_recent(recent):
     arguments = tensors("cpu", requires_grad=False, starts=True)
     recent(arguments)
     for _ in range(10):
-        quick.recall("key", arguments[0], *arguments[3:5], *arguments[1:3], 64, None)
+        quick.recall("key", arguments[0], *arguments[3:5], *arguments[1:3], 64, None, PLAIN)
     assert len(quick.recent) == quick._MOST_RECENT
 
 
@@ -112,7 +120,7 @@ def test_a_known_layout_that_is_not_recent_is_looked_up_once(monkeypatch):
     """Levels as numbers are never among the recent calls: each such call finds its recipe by its key."""
     value, shapes, starts, locations, weights, _ = tensors("cpu", requires_grad=False, starts=True)
     arguments = (value, shapes.tolist(), starts.tolist(), locations, weights)
-    key = quick.key_of(value, locations, weights, arguments[1], arguments[2], 64, None)
+    key = quick.key_of(value, locations, weights, arguments[1], arguments[2], 64, None, PLAIN)
     monkeypatch.setitem(quick.recipes, key, SimpleNamespace(levels=(1,), forward=lambda *a: "again"))
     seen, real = [], quick.key_of
     monkeypatch.setattr(quick, "key_of", lambda *a: seen.append(a) or real(*a))

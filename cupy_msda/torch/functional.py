@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..problem import PLAIN, Variant, read_variant
 from . import quick
 from .compositions import grid_sample_composition
 from .operators import (
@@ -48,6 +49,10 @@ def ms_deform_attn(
     attention_weights: Tensor,
     im2col_step: int = 64,
     *,
+    num_points: Sequence[int] | None = None,
+    interpolation: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
     deterministic: bool | None = None,
     validate: bool = False,
 ) -> Tensor:
@@ -56,9 +61,18 @@ def ms_deform_attn(
     Parameters, result and errors are those of :func:`cupy_msda.ms_deform_attn`; the metadata may be tensors on any
     device, NumPy arrays or Python sequences. Under autocast, locations and weights whose dtype does not go with value's
     are taken in float32; value and the output keep theirs. Works under ``torch.compile``, ``torch.export``,
-    ``torch.func`` and ``torch.onnx.export``; `validate` has no effect there, because it reads data.
+    ``torch.func`` and ``torch.onnx.export``; `validate` has no effect there, because it reads data. With
+    ``interpolation="nearest"`` locations that require a gradient are refused with a ValueError: there is none.
     """
-    if not (torch.compiler.is_compiling() or validate or _decomposed or _observed()):
+    variant = PLAIN
+    if num_points is not None or interpolation != "bilinear" or padding_mode != "zeros" or align_corners is not False:
+        variant = read_variant(Variant(num_points, interpolation, padding_mode, align_corners), len(spatial_shapes))
+        if interpolation == "nearest" and torch.is_grad_enabled() and sampling_locations.requires_grad:
+            raise ValueError(
+                "sampling_locations: expected a tensor that requires no gradient beside interpolation='nearest', which "
+                "has none for it: detach() it"
+            )
+    elif not (torch.compiler.is_compiling() or validate or _decomposed or _observed()):
         for matches, recipe, step, fixed_order, differentiable in quick.recent:
             if (
                 step is im2col_step
@@ -66,7 +80,7 @@ def ms_deform_attn(
                 and matches(value, sampling_locations, attention_weights, spatial_shapes, level_start_index)
             ):
                 if differentiable and torch.is_grad_enabled():
-                    call = (recipe, None, spatial_shapes, level_start_index, step, deterministic, False)
+                    call = (recipe, None, spatial_shapes, level_start_index, step, deterministic, False, PLAIN)
                     return _apply(value, sampling_locations, attention_weights, call)
                 output = recipe.forward(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
                 if output is not None:
@@ -74,7 +88,7 @@ def ms_deform_attn(
                 break
     return _dispatch(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step, deterministic,
-        validate,
+        validate, variant,
     )  # fmt: skip
 
 
@@ -87,21 +101,23 @@ def _dispatch(
     im2col_step: int,
     deterministic: bool | None,
     validate: bool,
+    variant: Variant,
 ) -> Tensor:
     """A call that is not just like a recent one."""
     if _is_plain(value, sampling_locations, attention_weights) and dtypes_agree(
         value, sampling_locations, attention_weights
     ):
-        call = (spatial_shapes, level_start_index, im2col_step, deterministic)
+        call = (spatial_shapes, level_start_index, im2col_step, deterministic, variant)
         key = quick.key_of(value, sampling_locations, attention_weights, *call)
         recipe = None if validate else quick.recall(key, value, sampling_locations, attention_weights, *call)
         if torch.is_grad_enabled() and (
             value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad
         ):
-            return _apply(value, sampling_locations, attention_weights, (recipe, key, *call, validate))
+            call = (recipe, key, *call[:-1], validate, variant)
+            return _apply(value, sampling_locations, attention_weights, call)
         return quick.follow(
             recipe, key, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step,
-            deterministic, validate,
+            deterministic, validate, variant,
         )  # fmt: skip
     for name, tensor in (
         ("value", value),
@@ -111,7 +127,7 @@ def _dispatch(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if _decomposed or torch.onnx.is_in_onnx_export():
-        return _compose(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+        return _compose(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, variant)
     operator = forward_operator
     if not torch.compiler.is_compiling():
         _refuse_tangents(value, sampling_locations, attention_weights)
@@ -125,6 +141,7 @@ def _dispatch(
         attention_weights,
         im2col_step,
         deterministic,
+        *variant,
     )
 
 
@@ -141,30 +158,30 @@ class MSDeformAttnFunction:
 class _Function(torch.autograd.Function):
     """The plain way with gradients: what the operator's registered autograd does, without the dispatcher.
 
-    `call` is all the rest: (recipe or None, key, shapes, starts, im2col_step, deterministic, validate).
+    `call` is all the rest: (recipe or None, key, shapes, starts, im2col_step, deterministic, validate, variant).
     """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, call: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(value, locations, weights)
         ctx.call = call
-        recipe, key, shapes, starts, im2col_step, deterministic, validate = call
+        recipe, key, shapes, starts, *others = call
         if recipe is not None:
             output = recipe.forward(value, shapes, starts, locations, weights)
             if output is not None:
                 return output
-        return quick.first_forward(key, value, shapes, starts, locations, weights, im2col_step, deterministic, validate)
+        return quick.first_forward(key, value, shapes, starts, locations, weights, *others)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         value, locations, weights = ctx.saved_tensors
-        recipe, _, shapes, starts, im2col_step, deterministic, _ = ctx.call
+        recipe, _, shapes, starts, im2col_step, deterministic, _, variant = ctx.call
         of_value, of_locations, of_weights, _ = ctx.needs_input_grad
         if torch.is_grad_enabled() or type(grad_output) is not Tensor or _dispatch_modes():
             mask = [of_value, of_locations, of_weights]
             metadata = [_metadata_tensor(part, value) for part in (shapes, starts)]
             grads = backward_operator(
-                grad_output, value, *metadata, locations, weights, im2col_step, deterministic, mask
+                grad_output, value, *metadata, locations, weights, im2col_step, deterministic, mask, *variant
             )
         else:
             grads = None
@@ -173,8 +190,8 @@ class _Function(torch.autograd.Function):
                 grads = repeat(grad_output, value, shapes, starts, locations, weights)
             if grads is None:
                 grads = quick.backward(
-                    grad_output, value, shapes, starts, locations, weights, im2col_step, deterministic, of_value,
-                    of_locations or of_weights,
+                    grad_output, value, shapes, starts, locations, weights, im2col_step, deterministic, variant,
+                    of_value, of_locations or of_weights,
                 )  # fmt: skip
         return (
             grads[0] if of_value else None,
@@ -233,13 +250,15 @@ def _refuse_tangents(*tensors: Tensor) -> None:
         )
 
 
-def _compose(value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor) -> Tensor:
+def _compose(value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor, variant: Variant) -> Tensor:
     levels = [tuple(row) for row in (shapes.tolist() if hasattr(shapes, "tolist") else shapes)]
     firsts = starts.tolist() if hasattr(starts, "tolist") else starts
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     locations, weights = agreed_dtypes(value, locations, weights)
-    # grid_sample promises nothing for NaN; any location this far outside gives 0, as NaN and infinity do here.
-    locations = torch.where(locations.isnan(), -1, locations).clamp(-1, 2)
-    return grid_sample_composition(value.to(dtype), levels, locations.to(dtype), weights.to(dtype), firsts).to(
+    # grid_sample promises nothing for NaN; what lies this far outside is the same as at infinity.
+    nothing = locations.isnan().any(-1)
+    locations = torch.where(nothing[..., None], -1, locations).clamp(-1, 2)
+    weights = torch.where(nothing, 0, weights)
+    return grid_sample_composition(value.to(dtype), levels, locations.to(dtype), weights.to(dtype), firsts, variant).to(
         value.dtype
     )

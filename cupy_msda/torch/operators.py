@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..problem import PLAIN, Variant, read_variant
 from . import quick
 from .compositions import gather_composition
 
@@ -20,16 +21,31 @@ _INPUTS = (
     "Tensor value, Tensor spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, "
     "Tensor attention_weights, int im2col_step"
 )
-torch.library.define(FORWARD, f"({_INPUTS}=64, bool? deterministic=None) -> Tensor")
+_VARIANT = 'int[]? num_points=None, str interpolation="bilinear", str padding_mode="zeros", bool align_corners=False'
+torch.library.define(FORWARD, f"({_INPUTS}=64, bool? deterministic=None, {_VARIANT}) -> Tensor")
 # Entries of the result that output_mask leaves out are empty tensors.
 torch.library.define(
     BACKWARD,
-    f"(Tensor grad_output, {_INPUTS}, bool? deterministic, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad_output, {_INPUTS}, bool? deterministic, bool[3] output_mask, {_VARIANT}) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 forward_operator = torch.ops.cupy_msda.ms_deform_attn.default
 backward_operator = torch.ops.cupy_msda.ms_deform_attn_backward.default
 
-torch.library.impl(FORWARD, ("cpu", "cuda"), quick.forward)
+
+@torch.library.impl(FORWARD, ("cpu", "cuda"))
+def _forward(
+    value: Tensor,
+    shapes: Tensor,
+    starts: Tensor | None,
+    locations: Tensor,
+    weights: Tensor,
+    im2col_step: int = 64,
+    deterministic: bool | None = None,
+    *variant: Any,
+) -> Tensor:
+    form = read_variant(Variant(*variant), shapes.shape[0]) if variant else PLAIN
+    return quick.forward(value, shapes, starts, locations, weights, im2col_step, deterministic, form)
 
 
 @torch.library.impl(BACKWARD, ("cpu", "cuda"))
@@ -43,7 +59,9 @@ def _backward(
     im2col_step: int,
     deterministic: bool | None,
     output_mask: list[bool],
+    *variant: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    form = read_variant(Variant(*variant), shapes.shape[0]) if variant else PLAIN
     grads = quick.backward(
         grad_output,
         value,
@@ -53,6 +71,7 @@ def _backward(
         weights,
         im2col_step,
         deterministic,
+        form,
         output_mask[0],
         output_mask[1] or output_mask[2],
     )
@@ -68,22 +87,26 @@ def _forward_fake(
     weights: Tensor,
     im2col_step: int = 64,
     deterministic: bool | None = None,
+    num_points: list[int] | None = None,
+    *_: Any,
 ) -> Tensor:
+    points = "L, P" if num_points is None else "sum(num_points)"
     for name, tensor, symbols in (
         ("value", value, "[N, S, M, D]"),
         ("spatial_shapes", shapes, "[L, 2]"),
-        ("sampling_locations", locations, "[N, Q, M, L, P, 2]"),
-        ("attention_weights", weights, "[N, Q, M, L, P]"),
+        ("sampling_locations", locations, f"[N, Q, M, {points}, 2]"),
+        ("attention_weights", weights, f"[N, Q, M, {points}]"),
     ):
         ndim = symbols.count(",") + 1
         torch._check(
             tensor.ndim == ndim, lambda n=name, s=symbols, t=tensor: f"{n}: expected shape {s}, got {list(t.shape)}"
         )
     N, _, M, D = value.shape
-    _, Q, _, _, P, _ = locations.shape
+    Q = locations.shape[1]
+    samples = (shapes.shape[0], locations.shape[4]) if num_points is None else (sum(num_points),)
     for name, tensor, symbols, expected in (
-        ("sampling_locations", locations, "[N, Q, M, L, P, 2]", (N, Q, M, shapes.shape[0], P, 2)),
-        ("attention_weights", weights, "[N, Q, M, L, P]", (N, Q, M, shapes.shape[0], P)),
+        ("sampling_locations", locations, f"[N, Q, M, {points}, 2]", (N, Q, M, *samples, 2)),
+        ("attention_weights", weights, f"[N, Q, M, {points}]", (N, Q, M, *samples)),
     ):
         for have, want in zip(tensor.shape, expected, strict=True):
             torch._check(
@@ -104,6 +127,7 @@ def _backward_fake(
     im2col_step: int,
     deterministic: bool | None,
     output_mask: list[bool],
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(
         tensor.new_empty(tensor.shape) if wanted else value.new_empty(0)
@@ -112,7 +136,7 @@ def _backward_fake(
 
 
 def save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, shapes, starts, locations, weights, ctx.im2col_step, ctx.deterministic = inputs
+    value, shapes, starts, locations, weights, ctx.im2col_step, ctx.deterministic, *ctx.variant = inputs
     ctx.save_for_backward(value, shapes, starts, locations, weights)
 
 
@@ -120,13 +144,13 @@ def differentiate_forward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None,
     needs = ctx.needs_input_grad
     mask = [needs[0], needs[3], needs[4]]
     operator = _TransformedBackward.apply if under_transform() else backward_operator
-    grads = operator(grad_output, *ctx.saved_tensors, ctx.im2col_step, ctx.deterministic, mask)
+    grads = operator(grad_output, *ctx.saved_tensors, ctx.im2col_step, ctx.deterministic, mask, *ctx.variant)
     of_value, of_locations, of_weights = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
-    return of_value, None, None, of_locations, of_weights, None, None
+    return of_value, None, None, of_locations, of_weights, None, None, *(None for _ in ctx.variant)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_output, value, shapes, starts, locations, weights, _, _, ctx.mask = inputs
+    grad_output, value, shapes, starts, locations, weights, _, _, ctx.mask, *ctx.variant = inputs
     ctx.save_for_backward(grad_output, value, shapes, starts, locations, weights)
 
 
@@ -139,7 +163,9 @@ def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
 
     def gradients(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        _, pull_back = torch.func.vjp(lambda v, *samples: gather_composition(v, shapes, starts, *samples), *inputs)
+        _, pull_back = torch.func.vjp(
+            lambda v, *samples: gather_composition(v, shapes, starts, *samples, Variant(*ctx.variant)), *inputs
+        )
         return pull_back(grad_output)
 
     sources = (grad_output, value, locations, weights)
@@ -151,7 +177,8 @@ def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     of_output, of_value, of_locations, of_weights = (
         grad.to(source.dtype) for grad, source in zip(pull_back(tuple(incoming)), sources, strict=True)
     )
-    return of_output, of_value, None, None, of_locations, of_weights, None, None, None
+    none = (None for _ in ctx.variant)
+    return of_output, of_value, None, None, of_locations, of_weights, None, None, None, *none
 
 
 torch.library.register_autograd(FORWARD, differentiate_forward, setup_context=save_forward)

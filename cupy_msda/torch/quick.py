@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import api, cuda, interop, plan, problem
-from ..problem import SIXTEEN_BIT, Operands, Problem
+from ..problem import PLAIN, SIXTEEN_BIT, Operands, Problem, Variant
 
 # What the vectors of the kernels want, and what torch's allocator gives.
 _ALIGNMENT = 16
@@ -156,11 +156,12 @@ def recall(
     starts: Any,
     im2col_step: int,
     deterministic: bool | None,
+    variant: Variant,
 ) -> Recipe | None:
     """The recipe of `key` if a call has left one; it is among the recent ones from then on."""
     global recent
     recipe = recipes.get(key)
-    if recipe is not None and not recipe.levels and _TensorGuards is not None:
+    if recipe is not None and not recipe.levels and _TensorGuards is not None and variant == PLAIN:
         tensors = (value, locations, weights, shapes, starts)
         guards = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         differentiable = any(tensor.requires_grad for tensor in tensors)
@@ -173,7 +174,14 @@ _TensorGuards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards
 
 
 def key_of(
-    value: Tensor, locations: Tensor, weights: Tensor, shapes: Any, starts: Any, im2col_step: Any, deterministic: Any
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    shapes: Any,
+    starts: Any,
+    im2col_step: Any,
+    deterministic: Any,
+    variant: Variant,
 ) -> tuple[Any, ...] | None:
     """What a recipe for this call depends on; None where there can be none."""
     if not (value.is_contiguous() and locations.is_contiguous() and weights.is_contiguous()):
@@ -194,7 +202,7 @@ def key_of(
         value.shape, value.dtype, value.get_device(),
         locations.shape, locations.dtype, locations.get_device(),
         weights.shape, weights.dtype, weights.get_device(),
-        metadata, im2col_step, deterministic,
+        metadata, im2col_step, deterministic, variant,
     )  # fmt: skip
 
 
@@ -219,12 +227,12 @@ def forward(
     weights: Tensor,
     im2col_step: int = 64,
     deterministic: bool | None = None,
-    validate: bool = False,
+    variant: Variant = PLAIN,
 ) -> Tensor:
     """The output, recording no gradient; arguments and errors of :func:`cupy_msda.ms_deform_attn`."""
-    key = key_of(value, locations, weights, shapes, starts, im2col_step, deterministic)
-    recipe = None if validate else recipes.get(key)
-    return follow(recipe, key, value, shapes, starts, locations, weights, im2col_step, deterministic, validate)
+    key = key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant)
+    call = (shapes, starts, locations, weights, im2col_step, deterministic, False, variant)
+    return follow(recipes.get(key), key, value, *call)
 
 
 def follow(recipe: Recipe | None, key: tuple[Any, ...] | None, value: Tensor, *others: Any) -> Tensor:
@@ -246,11 +254,13 @@ def first_forward(
     im2col_step: int,
     deterministic: bool | None,
     validate: bool,
+    variant: Variant,
 ) -> Tensor:
     """The general way, which leaves a recipe for `key` where one is possible."""
     found, operands = problem.read(
-        value, shapes, starts, locations, weights, im2col_step, deterministic=deterministic, validate=validate
-    )
+        value, shapes, starts, locations, weights, im2col_step, deterministic=deterministic, validate=validate,
+        variant=variant,
+    )  # fmt: skip
     output = api.forward(found, operands)
     if key is not None and not validate and key not in recipes and _repeatable(found, operands):
         if len(recipes) >= _MOST_RECIPES:
@@ -268,19 +278,21 @@ def backward(
     weights: Tensor,
     im2col_step: int,
     deterministic: bool | None,
+    variant: Variant,
     grad_value: bool,
     grad_samples: bool,
 ) -> Gradients:
     """Gradients of value, locations and weights, those that are wanted: the last two come together."""
-    recipe = recipes.get(key_of(value, locations, weights, shapes, starts, im2col_step, deterministic))
+    recipe = recipes.get(key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant))
     if recipe is not None and not deterministic and grad_output.dtype is value.dtype:
         repeat = recipe.backward(grad_value, grad_samples)
         grads = repeat(grad_output, value, shapes, starts, locations, weights)
         if grads is not None:
             return grads
     found, operands = problem.read(
-        value, shapes, starts, locations, weights, im2col_step, grad_output, deterministic=deterministic
-    )
+        value, shapes, starts, locations, weights, im2col_step, grad_output, deterministic=deterministic,
+        variant=variant,
+    )  # fmt: skip
     return api.backward(found, operands, grad_value=grad_value, grad_samples=grad_samples)
 
 
