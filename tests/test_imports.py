@@ -14,7 +14,10 @@ ROOMS = (
     "__main__", "demo", "environment", "golden", "torch", "__init__", "ahead", "api", "cuda", "launch", "cpu",
     "cpu_forward", "cpu_backward", "cpu_cells", "cpu_rows", "kernels", "plan", "problem", "interop", "dlpack",
 )  # fmt: skip
-TORCH_ROOMS = ("__init__", "modules", "functional", "operators", "quick", "compositions")
+TORCH_ROOMS = (
+    "extension", "transformers", "mmcv", "patches", "__init__", "modules", "functional", "operators", "quick",
+    "compositions",
+)  # fmt: skip
 FILES = sorted(PACKAGE.glob("*.py"))
 TORCH_FILES = sorted((PACKAGE / "torch").glob("*.py"))
 
