@@ -135,6 +135,7 @@ def test_mmcv_undo(real_mmcv):
 
 
 def test_mmcv_patch_without_mmcv(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mmcv", None)
+    for part in ("mmcv", "mmcv.ops", "mmcv.ops.multi_scale_deform_attn"):
+        monkeypatch.setitem(sys.modules, part, None)
     with pytest.raises(ModuleNotFoundError, match="mmcv"):
         mmcv.patch()

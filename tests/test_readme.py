@@ -11,7 +11,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_snippets_run():
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 7
     names = {}
     for snippet in SNIPPETS:
         if "import cupy\n" in snippet and not backends.GPU:
@@ -19,6 +19,7 @@ def test_snippets_run():
         exec(compile(snippet, str(README), "exec"), names)
     assert names["output"].shape == (2, 100, 256)
     assert names["value"].grad is not None
+    names["extension"].uninstall()
 
 
 @pytest.mark.parametrize(

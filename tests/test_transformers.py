@@ -51,12 +51,15 @@ def assert_same(have, want):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name, monkeypatch):
+    family = name.removesuffix("_discrete")
+    if importlib.util.find_spec(f"transformers.models.{family}") is None:
+        pytest.skip("this transformers has no such family")
     model, inputs = build(name)
     want = run(model, inputs)
     calls = []
     for module in (serve, modules):
         monkeypatch.setattr(module, "ms_deform_attn", lambda *a, **k: calls.append(1) or ms_deform_attn(*a, **k))
-    with serve.patch(name.removesuffix("_discrete")):
+    with serve.patch(family):
         assert_same(run(model, inputs), want)
     assert calls, "the patched model did not use the operator"
     calls.clear()
