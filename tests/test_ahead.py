@@ -59,3 +59,16 @@ def test_without_a_gpu_it_says_why(monkeypatch):
 def test_progress_bar(progress, count, shown, capsys):
     assert list(ahead._with_bar(range(count), count, progress)) == list(range(count))
     assert ("compiling kernels" in capsys.readouterr().err) == shown
+
+
+def test_variants_are_compiled_ahead():
+    sizes = [
+        Sizes(ENCODER.levels, num_points=[3, 6], interpolation="nearest"),
+        Sizes(ENCODER.levels, num_points=[2, 2], padding_mode="border"),
+    ]
+    assert {(key.points, key.P, key.nearest, key.border) for key in keys(sizes, ["float32"])} == {
+        ((3, 6), 0, True, False),
+        ((), 2, False, True),
+    }
+    with pytest.raises(ValueError, match=r"num_points: .*L = 2"):
+        keys([Sizes(ENCODER.levels, num_points=[1])], ["float32"])

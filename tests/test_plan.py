@@ -1,11 +1,13 @@
 """The planner: a pure function, and what it promises the kernels."""
 
+from dataclasses import replace
+
 import pytest
 from cases import CASES, DTYPE_PAIRS
 
 from cupy_msda import plan
 from cupy_msda.interop import item_size
-from cupy_msda.problem import Problem
+from cupy_msda.problem import Problem, Variant
 
 LEVELS = ((100, 167, 0), (50, 84, 16700), (25, 42, 20900), (13, 21, 21950))
 
@@ -94,3 +96,26 @@ def test_few_queries_keep_more_rows_in_flight():
 def test_planning_is_pure():
     assert both(problem()) == both(problem())
     assert len({str(plan.forward(problem(D=case.D), 16).key) for case in CASES}) > 5
+
+
+def test_variants_are_axes_of_the_key():
+    form = Variant((3, 6, 3, 1), "nearest")
+    found = replace(problem(P=0), variant=form)
+    for launch in both(found):
+        key = launch.key
+        assert (key.points, key.P, key.K, key.nearest, key.border) == ((3, 6, 3, 1), 0, 13, True, False)
+        assert key.macros()["MSDA_POINTS"] == "3,6,3,1"
+        assert key.chunk <= 13
+    clamped = replace(problem(), variant=Variant(None, "bilinear", "border", True))
+    for launch in both(clamped):
+        key = launch.key
+        assert (key.points, key.P, key.K, key.border, key.align_corners) == ((), 4, 16, True, True)
+        assert "MSDA_POINTS" not in key.macros()
+
+
+def test_samples_of_all_levels_decide_between_32_and_64_bits():
+    # 2 * Q * M * K offsets into the locations: 16 samples fit into 31 bits here, 17 do not.
+    fits = problem(Q=8388607, M=8, S=50, levels=((1, 1, 0),) * 4)
+    over = replace(fits, P=0, variant=Variant((5, 4, 4, 4)))
+    assert not plan.forward(fits, 16).key.index_64
+    assert plan.forward(over, 16).key.index_64
