@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("cupy-msda", "cupy-cuda13x", "cupy-cuda12x", "numpy", "torch", "triton", "torch-ms-deform-attn")
+PACKAGES = (
+    "cupy-msda",
+    "cupy-cuda13x",
+    "cupy-cuda12x",
+    "numpy",
+    "torch",
+    "triton",
+    "torch-ms-deform-attn",
+    "transformers",
+)
 
 
 def provenance(device: str) -> dict[str, Any]:

@@ -109,6 +109,21 @@ def test_workloads_are_what_their_file_says(name):
         assert 0 <= inputs.sampling_locations.min() <= inputs.sampling_locations.max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_models_end_to_end(tmp_path):
+    models = pytest.importorskip("benchmarks.models", reason="needs transformers", exc_type=ImportError)
+    out = tmp_path / "models.json"
+    small = ["--size", "64", "64", "--batch", "1", "--rounds", "2", "--device", "cpu"]
+    chosen = ["--models", "D-FINE", "--modes", "eager", "--dtypes", "float32"]
+    assert models.main([*chosen, *small, "--out", str(out)]) == 0
+    plain, served = json.loads(out.read_text())["records"]
+    assert (plain["served"], served["served"]) == (False, True)
+    assert served["largest_difference"] < 1e-5
+    for record in (plain, served):
+        assert 0 < record["share_of_operator"] < 1
+        assert record["images_per_second"] > 0
+
+
 @pytest.mark.parametrize("part", report.PARTS)
 def test_readme_repeats_the_latest_result(part):
     assert report.enclosed(part) in report.README.read_text()
