@@ -1,7 +1,7 @@
 """python -m benchmarks.models: detectors of transformers from end to end, as they are and served by this operator.
 
 Random weights, images of the size that each model is used at, float32 (TF32 where the GPU has it) and bfloat16
-autocast, eager and compiled. Writes images a second, peak memory and the share of the time that is spent in the operator.
+autocast, eager and compiled. Writes images a second, peak memory and the share of the time spent in the operator.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def test_workloads_are_what_their_file_says(name):
 def test_models_end_to_end(tmp_path):
     models = pytest.importorskip("benchmarks.models", reason="needs transformers", exc_type=ImportError)
     out = tmp_path / "models.json"
-    small = ["--size", "64", "64", "--batch", "1", "--rounds", "2", "--device", "cpu"]
+    small = ["--size", "160", "160", "--batch", "1", "--rounds", "2", "--device", "cpu"]
     chosen = ["--models", "D-FINE", "--modes", "eager", "--dtypes", "float32"]
     assert models.main([*chosen, *small, "--out", str(out)]) == 0
     plain, served = json.loads(out.read_text())["records"]
