@@ -176,12 +176,13 @@ def forward(found: Problem, operands: Operands) -> Any:
 
 
 def backward(found: Problem, operands: Operands, *, grad_value: bool = True, grad_samples: bool = True) -> Any:
-    """Gradients of a problem that has been read; those that are not wanted may come as None."""
+    """Gradients of a problem that has been read; those that are not wanted come as None."""
     if found.device[0] == "cuda":
         return tuple(cuda.backward(found, operands, grad_value=grad_value, grad_samples=grad_samples))
     views = (operands.value, operands.locations, operands.weights)
     arrays = [interop.to_numpy(view) for view in (*views, operands.grad_output)]
-    return tuple(_from_numpy(grad, view) for grad, view in zip(cpu.backward(found, *arrays), views, strict=True))
+    grads = cpu.backward(found, *arrays, grad_value=grad_value, grad_samples=grad_samples)
+    return tuple(None if g is None else _from_numpy(g, view) for g, view in zip(grads, views, strict=True))
 
 
 def _from_numpy(array: Any, like: interop.View) -> Any:

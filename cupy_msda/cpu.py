@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 
 import numpy as np
 
-from .cpu_backward import backward_unit
+from .cpu_backward import Gradients, backward_unit
 from .cpu_forward import forward_unit
 from .cpu_rows import chunks
 from .problem import Problem
@@ -45,15 +45,19 @@ def forward(problem: Problem, value: np.ndarray, locations: np.ndarray, weights:
 
 
 def backward(
-    problem: Problem, value: np.ndarray, locations: np.ndarray, weights: np.ndarray, grad_output: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of value, locations and weights, each in its input's storage dtype."""
-    grads = (
-        np.zeros(value.shape, value.dtype),
-        np.zeros(locations.shape, locations.dtype),
-        np.zeros(weights.shape, weights.dtype),
-    )
-    if not problem.empty:
+    problem: Problem,
+    value: np.ndarray,
+    locations: np.ndarray,
+    weights: np.ndarray,
+    grad_output: np.ndarray,
+    *,
+    grad_value: bool = True,
+    grad_samples: bool = True,
+) -> Gradients:
+    """Gradients of value, locations and weights, each in its input's storage dtype; None for what is not wanted."""
+    inputs = ((value, grad_value), (locations, grad_samples), (weights, grad_samples))
+    grads = tuple(np.zeros(array.shape, array.dtype) if wanted else None for array, wanted in inputs)
+    if not problem.empty and (grad_value or grad_samples):
         arrays = (value, locations, weights, grad_output.reshape(problem.N, problem.Q, problem.M, problem.D))
         _each_unit(problem, lambda n, heads: backward_unit(problem, *arrays, grads, n, heads))
     return grads

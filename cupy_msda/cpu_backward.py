@@ -24,17 +24,21 @@ PLACED_SAMPLES = 1 << 16
 JOINED_SAMPLES = 1 << 16
 
 
+# Of value, locations and weights; None for what is not wanted, the last two together.
+Gradients = tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
+
+
 def backward_unit(
     problem: Problem,
     value: np.ndarray,
     locations: np.ndarray,
     weights: np.ndarray,
     grad_output: np.ndarray,
-    grads: tuple[np.ndarray, np.ndarray, np.ndarray],
+    grads: Gradients,
     n: int,
     heads: slice,
 ) -> None:
-    """Gradients of some heads, level by level, with the samples grouped by cell.
+    """Gradients of some heads, level by level, with the samples grouped by cell; those of `grads` that are not None.
 
     All samples of a cell share its four pixels, so a cell's part of grad_value is one product
     [4, samples] @ [samples, D] and its dot products with value are another: each sample's row of grad_output
@@ -43,7 +47,7 @@ def backward_unit(
     dtype, bits = np.dtype(problem.accumulator_dtype), problem.location_dtype == "bfloat16"
     Q, B = problem.Q, heads.stop - heads.start
     values = Rows(value, n, heads, Q * problem.K * 4 // problem.S, problem)
-    total = _Total(grads[0], n, heads, values, problem)
+    total = None if grads[0] is None else _Total(grads[0], n, heads, values, problem)
     levels, ends = np.array(problem.levels), [0, *itertools.accumulate(problem.points)]
     # Few samples: all levels at once, because NumPy's calls cost more than their work. Many: one by one, because the
     # number of samples of a cell differs from level to level.
@@ -60,21 +64,24 @@ def backward_unit(
             x, y = (locate(where[i].reshape(len(W), -1), size, dtype, problem.variant) for i, size in ((0, W), (1, H)))
             attention = to_accumulator(weights[here], dtype, bits).reshape(-1, B, together, P)
             attention = attention.transpose(1, 2, 0, 3).reshape(-1)
-            found = np.zeros((len(attention), 4), dtype)
+            found = None if grads[1] is None else np.zeros((len(attention), 4), dtype)
             incoming = Rows(grad_output[:, block], n, heads, P, problem)
             # Row of grad_output of each sample.
             query = np.repeat(np.arange(block.stop - block.start) * incoming.stride, P)
             query = (np.repeat(incoming.first, together)[:, None] + query).reshape(-1)
-            total.block += 1
+            if total:
+                total.block += 1
             for some in pieces(group(x, y, H, W), PLACED_SAMPLES):
                 at = some.group
                 level = _Level(at // together, H[at, 0], W[at, 0], start[at, 0])
                 _backward_pieces(some, level, (x, y, attention), values, (incoming, query), total, found, problem)
-            by_query = found.reshape(B, together, -1, P, 4).transpose(2, 0, 1, 3, 4)
-            shape = grads[2][here].shape
-            store(grads[1], here, by_query[..., :2].reshape(*shape, 2), problem.location_dtype)
-            store(grads[2], here, by_query[..., 2].reshape(shape), problem.location_dtype)
-    total.finish()
+            if found is not None:
+                by_query = found.reshape(B, together, -1, P, 4).transpose(2, 0, 1, 3, 4)
+                shape = grads[2][here].shape
+                store(grads[1], here, by_query[..., :2].reshape(*shape, 2), problem.location_dtype)
+                store(grads[2], here, by_query[..., 2].reshape(shape), problem.location_dtype)
+    if total:
+        total.finish()
 
 
 def _disjoint(levels: tuple[tuple[int, int, int], ...]) -> bool:
@@ -147,11 +154,12 @@ def _backward_pieces(
     of_samples: tuple[Axis, Axis, np.ndarray],
     values: Rows,
     incoming: tuple[Rows, np.ndarray],
-    total: _Total,
-    found: np.ndarray,
+    total: _Total | None,
+    found: np.ndarray | None,
     problem: Problem,
 ) -> None:
-    """The part of some cells in the sums of grad_value; in `found`, the gradients (x, y, weight) of samples.
+    """The part of some cells in the sums of grad_value; in `found`, the gradients (x, y, weight) of samples; each
+    where it is wanted.
 
     What is one number a sample or a corner is worked out for all pieces at once; rows of D, SUMMED_BYTES at a time.
     """
@@ -160,48 +168,53 @@ def _backward_pieces(
     left, right = some.column >= 0, (some.column < level.W - 1) & (not nearest)
     top, bottom = some.row >= 0, (some.row < level.H - 1) & (not nearest)
     inside = np.stack((top & left, top & right, bottom & left, bottom & right), axis=1)
-    summed = np.zeros((len(inside), 1), bool)
-    summed[some.first] = True  # a cell's sums are those of its first piece, once the others are added to it
-    summed = summed & inside
     pixel = level.start + some.row * level.W + some.column
     rows_in, rows_value = np.take(incoming[1], some.samples), _corner_rows(pixel, level, values.stride, values.first)
-    rows_total = _corner_rows(pixel, level, total.stride, total.first) if total.apart else rows_value
 
     # Corner by corner, contiguous: strided by corner, each of these steps takes two to four times as long. Padding
     # repeats a sample, so that storing its gradient twice changes nothing, and gets no weight in the sums.
     ax, ay, strength = (np.take(a.reshape(-1), some.samples) for a in (x.fraction, y.fraction, attention))
     left, top = 1 - ax, 1 - ay
-    scale, real = np.empty((4, *ax.shape), ax.dtype), strength * some.real
-    for c, (vertical, horizontal) in enumerate(itertools.product((top, ay), (left, ax))):
-        np.multiply(vertical, horizontal, out=scale[c])
-        scale[c] *= real
-    dots = np.empty_like(scale)
-    D, T = total.flat.shape[1], ax.shape[1]
-    for cells in whole_cells(some.count, max(1, SUMMED_BYTES // ((T + 16) * D * dots.itemsize))):
+    D, T, dtype = incoming[0].flat.shape[1], ax.shape[1], ax.dtype
+    if total is not None:
+        summed = np.zeros((len(inside), 1), bool)
+        summed[some.first] = True  # a cell's sums are those of its first piece, once the others are added to it
+        summed = summed & inside
+        rows_total = _corner_rows(pixel, level, total.stride, total.first) if total.apart else rows_value
+        scale, real = np.empty((4, *ax.shape), dtype), strength * some.real
+        for c, (vertical, horizontal) in enumerate(itertools.product((top, ay), (left, ax))):
+            np.multiply(vertical, horizontal, out=scale[c])
+            scale[c] *= real
+    dots = np.empty((4, *ax.shape), dtype)
+    for cells in whole_cells(some.count, max(1, SUMMED_BYTES // ((T + 16) * D * dtype.itemsize))):
         first, count = some.first[cells], some.count[cells]
         part = slice(first[0], first[-1] + count[-1])
-        rows, pixels = incoming[0].take(rows_in[part]), values.take(rows_value[part])
-        if not inside[part].all():
-            pixels[~inside[part]] = 0
-        dots[:, part] = np.matmul(rows, pixels.transpose(0, 2, 1)).transpose(2, 0, 1)
-        sums = np.matmul(scale[:, part].transpose(1, 0, 2), rows)
-        first, later = first - first[0], 1
-        while len(more := np.flatnonzero(count > later)):
-            sums[first[more]] += sums[first[more] + later]
-            later += 1
-        for same in runs(some.colour[part]):
-            pick = np.flatnonzero(summed[part][same])
-            here, colour = np.take(rows_total[part][same], pick), int(some.colour[part][same.start])
-            total.add(here, np.take(sums[same].reshape(-1, D), pick, axis=0), colour)
+        rows = incoming[0].take(rows_in[part])
+        if found is not None:
+            pixels = values.take(rows_value[part])
+            if not inside[part].all():
+                pixels[~inside[part]] = 0
+            dots[:, part] = np.matmul(rows, pixels.transpose(0, 2, 1)).transpose(2, 0, 1)
+        if total is not None:
+            sums = np.matmul(scale[:, part].transpose(1, 0, 2), rows)
+            first, later = first - first[0], 1
+            while len(more := np.flatnonzero(count > later)):
+                sums[first[more]] += sums[first[more] + later]
+                later += 1
+            for same in runs(some.colour[part]):
+                pick = np.flatnonzero(summed[part][same])
+                here, colour = np.take(rows_total[part][same], pick), int(some.colour[part][same.start])
+                total.add(here, np.take(sums[same].reshape(-1, D), pick, axis=0), colour)
 
-    upper, lower = left * dots[0] + ax * dots[1], left * dots[2] + ax * dots[3]
-    gradient = np.empty((*ax.shape, 4), dots.dtype)
-    slope = top * (dots[1] - dots[0]) + ay * (dots[3] - dots[2])
-    np.multiply(slope, strength * _slope(x, some), out=gradient[..., 0])
-    np.multiply(lower - upper, strength * _slope(y, some), out=gradient[..., 1])
-    if problem.variant.padding_mode == "border" or nearest:
-        # Clamped: nothing, whatever the pixels are.
-        gradient[..., 0][_slope(x, some) == 0] = 0
-        gradient[..., 1][_slope(y, some) == 0] = 0
-    np.add(top * upper, ay * lower, out=gradient[..., 2])
-    _items(found)[some.samples] = _items(gradient)
+    if found is not None:
+        upper, lower = left * dots[0] + ax * dots[1], left * dots[2] + ax * dots[3]
+        gradient = np.empty((*ax.shape, 4), dtype)
+        slope = top * (dots[1] - dots[0]) + ay * (dots[3] - dots[2])
+        np.multiply(slope, strength * _slope(x, some), out=gradient[..., 0])
+        np.multiply(lower - upper, strength * _slope(y, some), out=gradient[..., 1])
+        if problem.variant.padding_mode == "border" or nearest:
+            # Clamped: nothing, whatever the pixels are.
+            gradient[..., 0][_slope(x, some) == 0] = 0
+            gradient[..., 1][_slope(y, some) == 0] = 0
+        np.add(top * upper, ay * lower, out=gradient[..., 2])
+        _items(found)[some.samples] = _items(gradient)
