@@ -17,7 +17,8 @@ from .problem import Problem
 SUMMED_BYTES = 4 << 20
 # Samples that are sorted at once: half of this took 20 % longer.
 SORTED_SAMPLES = 1 << 17
-# Samples whose indices and weights are worked out at once: many short calls less (13.0 ms with half of this).
+# Samples whose indices and weights are worked out at once: many short calls less (13.0 ms with half of it).
+# Twice as many where all levels are: there is memory left then, and a unit is one block.
 PLACED_SAMPLES = 1 << 16
 # Samples of a unit up to which all levels are worked on at once, because NumPy's calls cost more than their work (3,000
 # queries took 55 ms with this, 66 with half).
@@ -71,7 +72,7 @@ def backward_unit(
             query = (np.repeat(incoming.first, together)[:, None] + query).reshape(-1)
             if total:
                 total.block += 1
-            for some in pieces(group(x, y, H, W), PLACED_SAMPLES):
+            for some in pieces(group(x, y, H, W), PLACED_SAMPLES * (2 if few else 1)):
                 at = some.group
                 level = _Level(at // together, H[at, 0], W[at, 0], start[at, 0])
                 _backward_pieces(some, level, (x, y, attention), values, (incoming, query), total, found, problem)
@@ -185,7 +186,7 @@ def _backward_pieces(
         for c, (vertical, horizontal) in enumerate(itertools.product((top, ay), (left, ax))):
             np.multiply(vertical, horizontal, out=scale[c])
             scale[c] *= real
-    dots = np.empty((4, *ax.shape), dtype)
+    dots = np.empty((len(ax), 4, T), dtype)
     for cells in whole_cells(some.count, max(1, SUMMED_BYTES // ((T + 16) * D * dtype.itemsize))):
         first, count = some.first[cells], some.count[cells]
         part = slice(first[0], first[-1] + count[-1])
@@ -194,7 +195,7 @@ def _backward_pieces(
             pixels = values.take(rows_value[part])
             if not inside[part].all():
                 pixels[~inside[part]] = 0
-            dots[:, part] = np.matmul(rows, pixels.transpose(0, 2, 1)).transpose(2, 0, 1)
+            np.matmul(pixels, rows.transpose(0, 2, 1), out=dots[part])
         if total is not None:
             sums = np.matmul(scale[:, part].transpose(1, 0, 2), rows)
             first, later = first - first[0], 1
@@ -207,6 +208,7 @@ def _backward_pieces(
                 total.add(here, np.take(sums[same].reshape(-1, D), pick, axis=0), colour)
 
     if found is not None:
+        dots = np.ascontiguousarray(dots.transpose(1, 0, 2))
         upper, lower = left * dots[0] + ax * dots[1], left * dots[2] + ax * dots[3]
         gradient = np.empty((*ax.shape, 4), dtype)
         slope = top * (dots[1] - dots[0]) + ay * (dots[3] - dots[2])

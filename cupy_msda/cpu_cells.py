@@ -10,8 +10,8 @@ import numpy as np
 
 from .cpu_rows import Axis
 
-# Samples of a piece, least and most: rtdetr_640 (1.5 samples a cell) took 14.0 ms with pieces of 2, 12.8 with 4.
-SHORTEST_PIECE, LONGEST_PIECE = 4, 256
+# Most samples of a piece.
+LONGEST_PIECE = 256
 
 
 class Cells(NamedTuple):
@@ -68,13 +68,12 @@ def group(x: Axis, y: Axis, H: np.ndarray, W: np.ndarray) -> Cells:
 def pieces(cells: Cells, most: int) -> Iterator[Pieces]:
     """The cells in pieces of T, about `most` samples at a time.
 
-    A cell's samples fill as many pieces as they need: T near the mean keeps padding and pieces few at once, but below
-    SHORTEST_PIECE padding costs less than more pieces.
+    A cell's samples fill as many pieces as they need: T near the mean keeps padding and pieces few at once.
     """
     counts = cells.end - cells.begin
     if not len(counts):
         return
-    T = min(LONGEST_PIECE, max(SHORTEST_PIECE, 1 << int(counts.mean()).bit_length()))
+    T = min(LONGEST_PIECE, 1 << int(counts.mean()).bit_length())
     parts = -(-counts // T)
     for some in whole_cells(parts, max(1, most // T)):
         yield _pieces(Cells(*(a[some] for a in cells[:-1]), cells.order), parts[some], T)
