@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cpu_cells import Pieces, group, pieces, runs, whole_cells
+from .cpu_cells import EDGE, Pieces, group, pieces, runs
 from .cpu_rows import Axis, Rows, chunks, locate, store, to_accumulator
 from .problem import Problem
 
@@ -106,10 +106,10 @@ class _Total:
         self.items = _items(self.flat)
         self.block, self.begun = 0, (0, 0)
 
-    def add(self, rows: np.ndarray, sums: np.ndarray, colour: int) -> None:
-        """Add `sums` [rows, D], which it changes, to rows; all of one block and colour differ."""
-        self.begun = self.begun if self.begun[0] else (self.block, colour)
-        if (self.block, colour) != self.begun:  # those of the first colour of all meet zeros only
+    def add(self, rows: np.ndarray, sums: np.ndarray, turn: int) -> None:
+        """Add `sums` [rows, D], which it changes, to rows; all of one block and turn differ."""
+        self.begun = self.begun if self.begun[0] else (self.block, turn)
+        if (self.block, turn) != self.begun:  # those of the first turn of all meet zeros only
             sums += np.take(self.flat, rows, axis=0, mode="clip")
         self.items[rows] = _items(sums)
 
@@ -178,18 +178,13 @@ def _backward_pieces(
     left, top = 1 - ax, 1 - ay
     D, T, dtype = incoming[0].flat.shape[1], ax.shape[1], ax.dtype
     if total is not None:
-        summed = np.zeros((len(inside), 1), bool)
-        summed[some.first] = True  # a cell's sums are those of its first piece, once the others are added to it
-        summed = summed & inside
         rows_total = _corner_rows(pixel, level, total.stride, total.first) if total.apart else rows_value
         scale, real = np.empty((4, *ax.shape), dtype), strength * some.real
         for c, (vertical, horizontal) in enumerate(itertools.product((top, ay), (left, ax))):
             np.multiply(vertical, horizontal, out=scale[c])
             scale[c] *= real
     dots = np.empty((len(ax), 4, T), dtype)
-    for cells in whole_cells(some.count, max(1, SUMMED_BYTES // ((T + 16) * D * dtype.itemsize))):
-        first, count = some.first[cells], some.count[cells]
-        part = slice(first[0], first[-1] + count[-1])
+    for part in chunks(len(ax), max(1, SUMMED_BYTES // ((T + 16) * D * dtype.itemsize))):
         rows = incoming[0].take(rows_in[part])
         if found is not None:
             pixels = values.take(rows_value[part])
@@ -198,14 +193,13 @@ def _backward_pieces(
             np.matmul(pixels, rows.transpose(0, 2, 1), out=dots[part])
         if total is not None:
             sums = np.matmul(scale[:, part].transpose(1, 0, 2), rows)
-            first, later = first - first[0], 1
-            while len(more := np.flatnonzero(count > later)):
-                sums[first[more]] += sums[first[more] + later]
-                later += 1
-            for same in runs(some.colour[part]):
-                pick = np.flatnonzero(summed[part][same])
-                here, colour = np.take(rows_total[part][same], pick), int(some.colour[part][same.start])
-                total.add(here, np.take(sums[same].reshape(-1, D), pick, axis=0), colour)
+            for same in runs(some.turn[part]):
+                at = slice(part.start + same.start, part.start + same.stop)
+                turn, here, these = int(some.turn[at.start]), rows_total[at].reshape(-1), sums[same].reshape(-1, D)
+                if turn & EDGE or nearest:
+                    pick = np.flatnonzero(inside[at])
+                    here, these = np.take(here, pick), np.take(these, pick, axis=0)
+                total.add(here, these, turn)
 
     if found is not None:
         dots = np.ascontiguousarray(dots.transpose(1, 0, 2))

@@ -12,6 +12,10 @@ from .cpu_rows import Axis
 
 # Most samples of a piece.
 LONGEST_PIECE = 256
+# Cells that would need more pieces than this get longer ones: each piece of a cell is a turn of its own.
+MOST_TURNS = 16
+# Bit of a turn: cells on the edge of a level, not all of whose pixels exist.
+EDGE = 4
 
 
 class Cells(NamedTuple):
@@ -29,8 +33,8 @@ class Cells(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """Pieces of T samples: `samples` [pieces, T], `real` where not padding, and what their cells are. Of each cell its
-    `first` piece and how many there are.
+    """Pieces of T samples: `samples` [pieces, T], `real` where not padding, and what their cells are. Pieces of one
+    `turn` come together and share no pixel.
     """
 
     samples: np.ndarray
@@ -38,15 +42,14 @@ class Pieces(NamedTuple):
     group: np.ndarray
     row: np.ndarray
     column: np.ndarray
-    colour: np.ndarray
-    first: np.ndarray
-    count: np.ndarray
+    turn: np.ndarray
 
 
 def group(x: Axis, y: Axis, H: np.ndarray, W: np.ndarray) -> Cells:
     """The cells of the samples [groups, samples] that count, each group in levels of H x W [groups, 1].
 
-    Cells of one colour (there are four, by the parity of row and column) share no pixel, and come together.
+    Cells of one colour share no pixel (there are four, by the parity of row and column, and four more for cells on the
+    edge), and come together.
     """
     none = (H + 1) * (W + 1)  # the cells around the level included; one more for samples that do not count
     cell = np.where(x.counts & y.counts, (y.before + 1) * (W + 1) + (x.before + 1), none).astype(np.intp)
@@ -57,9 +60,10 @@ def group(x: Axis, y: Axis, H: np.ndarray, W: np.ndarray) -> Cells:
     begin = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
     end = np.append(begin[1:], len(keys))
     of = begin // cell.shape[1]
-    place = keys[begin] - base[of]
-    row, column = np.divmod(place, W[of, 0] + 1)
-    colour = ((row & 1) * 2 + (column & 1)).astype(np.uint8)
+    place, width = keys[begin] - base[of], W[of, 0]
+    row, column = np.divmod(place, width + 1)
+    edge = (row == 0) | (row == H[of, 0]) | (column == 0) | (column == width)
+    colour = ((row & 1) * 2 + (column & 1) + edge * EDGE).astype(np.uint8)
     chosen = np.argsort(colour, kind="stable")
     chosen = chosen[(place < none[of, 0])[chosen]]
     return Cells(of[chosen], row[chosen] - 1, column[chosen] - 1, colour[chosen], begin[chosen], end[chosen], order)
@@ -74,28 +78,32 @@ def pieces(cells: Cells, most: int) -> Iterator[Pieces]:
     if not len(counts):
         return
     T = min(LONGEST_PIECE, 1 << int(counts.mean()).bit_length())
-    parts = -(-counts // T)
-    for some in whole_cells(parts, max(1, most // T)):
-        yield _pieces(Cells(*(a[some] for a in cells[:-1]), cells.order), parts[some], T)
+    long = counts > MOST_TURNS * T
+    for length, chosen in ((T, np.flatnonzero(~long)), (LONGEST_PIECE, np.flatnonzero(long))):
+        parts = -(-counts[chosen] // length)
+        for some in runs((np.cumsum(parts) - 1) // max(1, most // length)):
+            these = Cells(*(a[chosen[some]] for a in cells[:-1]), cells.order)
+            yield _pieces(these, parts[some], length)
 
 
 def _pieces(cells: Cells, count: np.ndarray, T: int) -> Pieces:
-    first = np.cumsum(count) - count
     owner = np.repeat(np.arange(len(count)), count)
-    position = (cells.begin[owner] + (np.arange(len(owner)) - first[owner]) * T)[:, None] + np.arange(T)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+    turn = cells.colour[owner] + 2 * EDGE * nth
+    if len(owner) > len(count):
+        by_turn = np.argsort(turn.astype(np.uint16) if turn.max() < 1 << 16 else turn, kind="stable")
+        owner, nth, turn = owner[by_turn], nth[by_turn], turn[by_turn]
+    position = (cells.begin[owner] + nth * T)[:, None] + np.arange(T)
     end = cells.end[owner][:, None]
     real = position < end
     samples = cells.order[np.minimum(position, end - 1)]
-    return Pieces(samples, real, *(a[owner] for a in cells[:4]), first, count)
-
-
-def whole_cells(count: np.ndarray, most: int) -> Iterator[slice]:
-    """Ranges of cells with about `most` pieces together; a cell is never split."""
-    return runs((np.cumsum(count) - 1) // most)
+    return Pieces(samples, real, cells.group[owner], cells.row[owner], cells.column[owner], turn)
 
 
 def runs(array: np.ndarray) -> Iterator[slice]:
     """Ranges of equal neighbours."""
+    if not len(array):
+        return
     edges = np.flatnonzero(np.concatenate(([True], array[1:] != array[:-1], [True]))).tolist()
     for begin, end in itertools.pairwise(edges):
         yield slice(begin, end)

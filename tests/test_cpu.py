@@ -10,7 +10,7 @@ import torch
 from tolerance import assert_close
 
 import cupy_msda
-from cupy_msda import api, cpu, cpu_backward, problem
+from cupy_msda import api, cpu, cpu_backward, cpu_cells, problem
 from cupy_msda.torch.compositions import gather_composition
 
 MANY = cpu_backward.JOINED_SAMPLES + 1
@@ -182,3 +182,14 @@ def test_only_the_gradients_that_are_wanted(dtype, Q, wanted):
             np.testing.assert_array_equal(grad, want)
         else:
             assert grad is None
+
+
+def test_half_of_the_samples_on_one_pixel():
+    """Short pieces for the others, long ones for the cell that has most."""
+    arguments = inputs(levels=((40, 40),), M=2, D=4, Q=2000, spread=0.5)
+    arguments[3][:, ::2] = 0.511
+    per_cell = 2000 * 2 / 40**2
+    assert 2000 > cpu_cells.MOST_TURNS * 4 * per_cell
+    assert 2000 > 3 * cpu_cells.LONGEST_PIECE
+    for have, want in zip(results(*arguments), exact(*arguments), strict=True):
+        assert_close(have, want, "float64")
