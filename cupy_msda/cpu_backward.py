@@ -104,12 +104,15 @@ class _Total:
             self.stride, self.first = like.stride, like.first
             self.flat = grad[n].reshape(-1, problem.D)
         self.items = _items(self.flat)
-        self.block, self.begun = 0, (0, 0)
+        self.block = 0
+        self.fresh: tuple[int, int] | None = None
 
     def add(self, rows: np.ndarray, sums: np.ndarray, turn: int) -> None:
         """Add `sums` [rows, D], which it changes, to rows; all of one block and turn differ."""
-        self.begun = self.begun if self.begun[0] else (self.block, turn)
-        if (self.block, turn) != self.begun:  # those of the first turn of all meet zeros only
+        # The first turn of all meets zeros only; it is over once another one came.
+        if (self.block, turn) != self.fresh:
+            self.fresh = (self.block, turn) if self.fresh is None else (0, 0)
+        if self.fresh == (0, 0):
             sums += np.take(self.flat, rows, axis=0, mode="clip")
         self.items[rows] = _items(sums)
 
