@@ -168,7 +168,7 @@ def _backward_pieces(
     What is one number a sample or a corner is worked out for all pieces at once; rows of D, SUMMED_BYTES at a time.
     """
     x, y, attention = of_samples
-    nearest = problem.variant.interpolation == "nearest"
+    nearest = problem.variant.nearest
     left, right = some.column >= 0, (some.column < level.W - 1) & (not nearest)
     top, bottom = some.row >= 0, (some.row < level.H - 1) & (not nearest)
     inside = np.stack((top & left, top & right, bottom & left, bottom & right), axis=1)
@@ -208,12 +208,11 @@ def _backward_pieces(
         dots = np.ascontiguousarray(dots.transpose(1, 0, 2))
         upper, lower = left * dots[0] + ax * dots[1], left * dots[2] + ax * dots[3]
         gradient = np.empty((*ax.shape, 4), dtype)
-        slope = top * (dots[1] - dots[0]) + ay * (dots[3] - dots[2])
-        np.multiply(slope, strength * _slope(x, some), out=gradient[..., 0])
-        np.multiply(lower - upper, strength * _slope(y, some), out=gradient[..., 1])
-        if problem.variant.padding_mode == "border" or nearest:
-            # Clamped: nothing, whatever the pixels are.
-            gradient[..., 0][_slope(x, some) == 0] = 0
-            gradient[..., 1][_slope(y, some) == 0] = 0
+        across, down = top * (dots[1] - dots[0]) + ay * (dots[3] - dots[2]), lower - upper
+        for i, (axis, step) in enumerate(((x, across), (y, down))):
+            slope = _slope(axis, some)
+            np.multiply(step, strength * slope, out=gradient[..., i])
+            if problem.variant.clamped:
+                gradient[..., i][slope == 0] = 0  # whatever the pixels are
         np.add(top * upper, ay * lower, out=gradient[..., 2])
         _items(found)[some.samples] = _items(gradient)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cpu_rows import Axis, Rows, chunks, corners, from_accumulator, locate, to_accumulator
+from .cpu_rows import Axis, Rows, chunks, from_accumulator, locate, to_accumulator
 from .problem import Problem
 
 # Bytes of rows that are gathered at a time: small enough for the caches, and large enough that threads seldom wait for
@@ -32,7 +32,7 @@ def forward_unit(
     # Of each sample of a query, so that arrays are [queries, samples]: NumPy is slow along short dimensions.
     H, W, start = (np.tile(np.repeat(column, problem.points), B) for column in zip(*problem.levels, strict=True))
     first = start * source.stride + np.repeat(source.first, K)
-    near = corners(problem.variant.interpolation)
+    near = problem.variant.near
     C = len(near) ** 2
     step = max(1, GATHERED_BYTES // (K * C * D * dtype.itemsize))
     # Cells are located for many chunks at once: at one chunk the calls cost more than the arithmetic.

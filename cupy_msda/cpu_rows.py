@@ -52,7 +52,7 @@ class Axis(NamedTuple):
 
 def locate(location: np.ndarray, size: np.ndarray, dtype: np.dtype, variant: Variant) -> Axis:
     """Where normalised coordinates lie in levels of `size` pixels; pixel coordinates are float64 meanwhile."""
-    if variant.interpolation == "nearest":
+    if variant.nearest:
         # In the dtype of the arithmetic: the pixel is then the one that the same numbers give in a framework.
         pixel = np.floor(location * size.astype(dtype) + dtype.type(0.5)).astype(np.float64)
         slope = np.zeros(size.shape)
@@ -61,7 +61,7 @@ def locate(location: np.ndarray, size: np.ndarray, dtype: np.dtype, variant: Var
         pixel = location * slope
         if not variant.align_corners:
             pixel -= 0.5
-    if variant.interpolation == "nearest" or variant.padding_mode == "border":
+    if variant.clamped:
         counts = ~np.isnan(pixel)
         slope = slope * ((pixel > 0) & (pixel < size - 1))
         np.maximum(pixel, 0, out=pixel)
@@ -75,11 +75,6 @@ def locate(location: np.ndarray, size: np.ndarray, dtype: np.dtype, variant: Var
     before = np.floor(pixel)
     pixel -= before
     return Axis(before, pixel.astype(dtype), counts, slope.astype(dtype))
-
-
-def corners(interpolation: str) -> tuple[int, ...]:
-    """Pixels of a coordinate that count, from the one before it on."""
-    return (0,) if interpolation == "nearest" else (0, 1)
 
 
 def chunks(count: int, step: int) -> Iterator[slice]:

@@ -188,7 +188,7 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
         band=BAND if problem.Q == problem.S and problem.Q < 2**31 and problem.L <= 32 else 0,
         levels_on_device=not by_value,
         points=variant.num_points or (),
-        nearest=variant.interpolation == "nearest",
+        nearest=variant.nearest,
         border=variant.padding_mode == "border",
         align_corners=variant.align_corners,
         **choices,

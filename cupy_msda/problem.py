@@ -37,6 +37,20 @@ class Variant(NamedTuple):
     padding_mode: str = "zeros"
     align_corners: bool = False
 
+    @property
+    def nearest(self) -> bool:
+        return self.interpolation == "nearest"
+
+    @property
+    def clamped(self) -> bool:
+        """Whether locations outside a level stand for a pixel on its edge."""
+        return self.nearest or self.padding_mode == "border"
+
+    @property
+    def near(self) -> tuple[int, ...]:
+        """Pixels of a coordinate that count, from the one before it on."""
+        return (0,) if self.nearest else (0, 1)
+
 
 PLAIN = Variant()
 

@@ -8,7 +8,8 @@ import cases
 import pytest
 import torch
 from cases import Case
-from test_torch_variants import assert_same, results, tensors
+from test_torch_operator import assert_same
+from test_torch_variants import results, tensors
 from tolerance import assert_close
 
 from cupy_msda.torch import extension, mmcv, ms_deform_attn

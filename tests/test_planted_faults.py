@@ -122,11 +122,8 @@ ODD = Case("odd", levels=((4, 5),), N=1, M=2, D=1058, queries=24)
 def run(kind, text, case, **options):
     inputs = case.inputs(seed=21)
     want_output, want_grads = cases.expected(inputs, **case.variant)
-    options |= {
-        "text": text,
-        "sanitize": True,
-        "variant": case.variant,
-    }  # in a process of its own: a fault may crash it
+    # In a process of its own: a fault may crash it.
+    options |= {"text": text, "sanitize": True, "variant": case.variant}
     if kind == "forward":
         assert_close(emulator.forward(inputs, **options), want_output, "float32")
         return

@@ -7,13 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import VARIANTS, Case
+from test_torch_operator import DEVICES, assert_same, backward_operator, operator
 from tolerance import TOLERANCE, assert_close
 
 from cupy_msda.torch import decomposed, ms_deform_attn
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-operator = torch.ops.cupy_msda.ms_deform_attn.default
-backward_operator = torch.ops.cupy_msda.ms_deform_attn_backward.default
 FORMS = VARIANTS[:7]
 
 
@@ -41,11 +39,6 @@ def results(function, arguments):
     output = function(*inputs)
     leaves = [tensor for tensor in (inputs[0], inputs[3], inputs[4]) if tensor.requires_grad]
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
-
-
-def assert_same(have, want, tolerance=1e-5):
-    for a, b in zip(have, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)

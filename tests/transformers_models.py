@@ -19,6 +19,16 @@ HYBRID = {
     "num_denoising": 0,
     **HEADS,
 }
+# Of Mask2Former and OneFormer.
+SEGMENTER = {
+    "hidden_dim": 32,
+    "encoder_feedforward_dim": 32,
+    "dim_feedforward": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_attention_heads": 4,
+    "num_queries": 7,
+}
 MODELS = {}
 
 
@@ -84,10 +94,7 @@ def deimv2():
 
 @model
 def mask2former():
-    config = hf.Mask2FormerConfig(
-        backbone_config=swin(), feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
-        dim_feedforward=32, encoder_layers=2, decoder_layers=2, num_attention_heads=4, num_queries=7,
-    )  # fmt: skip
+    config = hf.Mask2FormerConfig(backbone_config=swin(), feature_size=32, mask_feature_size=32, **SEGMENTER)
     return hf.Mask2FormerForUniversalSegmentation(config), {"pixel_values": image(128, 160)}
 
 
@@ -150,9 +157,8 @@ def rf_detr():
 @model
 def oneformer():
     config = hf.OneFormerConfig(
-        backbone_config=swin(), conv_dim=32, mask_dim=32, hidden_dim=32, encoder_feedforward_dim=32,
-        dim_feedforward=32, encoder_layers=2, decoder_layers=2, num_attention_heads=4, num_queries=7,
-        query_dec_layers=1, text_encoder_width=32, text_encoder_num_layers=1, task_seq_len=8,
+        backbone_config=swin(), conv_dim=32, mask_dim=32, query_dec_layers=1, text_encoder_width=32,
+        text_encoder_num_layers=1, task_seq_len=8, **SEGMENTER,
     )  # fmt: skip
     inputs = {"pixel_values": image(128, 160), "task_inputs": torch.ones(2, 8, dtype=torch.float64)}
     return hf.OneFormerForUniversalSegmentation(config), inputs

@@ -31,11 +31,10 @@ def grid_sample_composition(
     Q = locations.shape[1]
     points = variant.num_points or [locations.shape[-2]] * len(levels)
     by_level = locations.to(value.dtype).reshape(N, Q, M, sum(points), 2).transpose(1, 2).split(list(points), dim=3)
-    nearest = variant.interpolation == "nearest"
     sampled = []
     for (h, w), start, where in zip(levels, packed_starts(levels) if starts is None else starts, by_level, strict=True):
         image = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(N * M, D, h, w)
-        if nearest:
+        if variant.nearest:
             size = where.new_tensor((w, h))
             pixel = torch.minimum((where * size + 0.5).floor().clamp_min(0), size - 1)
             where = (pixel + 0.5) / size
@@ -76,14 +75,13 @@ def gather_composition(
     h, w, start = (numbers[level_of] for numbers in (shapes[:, 0], shapes[:, 1], starts))
     x, y = locations.reshape(N, Q, M, K, 2).unbind(-1)
     weights = weights.reshape(N, Q, M, K)
-    nearest = variant.interpolation == "nearest"
-    if nearest:
+    if variant.nearest:
         x, y = ((c * size + 0.5).detach().floor() for c, size in ((x, w), (y, h)))
     elif variant.align_corners:
         x, y = x * (w - 1), y * (h - 1)
     else:
         x, y = x * w - 0.5, y * h - 0.5
-    if nearest or variant.padding_mode == "border":
+    if variant.clamped:
         counts = ~(x.isnan() | y.isnan())
         x, y = (torch.minimum(c.clamp_min(0), (size - 1).to(c.dtype)) for c, size in ((x, w), (y, h)))
     else:
@@ -93,9 +91,8 @@ def gather_composition(
     ax, ay = x - x0, y - y0
     heads = value.transpose(1, 2)
     output = value.new_zeros(N, M, Q, D)
-    near = (0,) if nearest else (0, 1)
-    for right in near:
-        for below in near:
+    for right in variant.near:
+        for below in variant.near:
             column, row = x0.long() + right, y0.long() + below
             inside = counts & (column >= 0) & (column < w) & (row >= 0) & (row < h)
             index = torch.where(inside, start + row * w + column, 0).transpose(1, 2).flatten(2)

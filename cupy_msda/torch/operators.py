@@ -34,18 +34,13 @@ backward_operator = torch.ops.cupy_msda.ms_deform_attn_backward.default
 
 
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
-def _forward(
-    value: Tensor,
-    shapes: Tensor,
-    starts: Tensor | None,
-    locations: Tensor,
-    weights: Tensor,
-    im2col_step: int = 64,
-    deterministic: bool | None = None,
-    *variant: Any,
-) -> Tensor:
-    form = read_variant(Variant(*variant), shapes.shape[0]) if variant else PLAIN
-    return quick.forward(value, shapes, starts, locations, weights, im2col_step, deterministic, form)
+def _forward(value: Tensor, shapes: Tensor, *others: Any) -> Tensor:
+    """`others` are those of ``quick.forward`` and then the variant's, without defaults at the end."""
+    return quick.forward(value, shapes, *others[:5], variant=_read(others[5:], shapes))
+
+
+def _read(variant: tuple[Any, ...], shapes: Tensor) -> Variant:
+    return read_variant(Variant(*variant), shapes.shape[0]) if variant else PLAIN
 
 
 @torch.library.impl(BACKWARD, ("cpu", "cuda"))
@@ -61,7 +56,6 @@ def _backward(
     output_mask: list[bool],
     *variant: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    form = read_variant(Variant(*variant), shapes.shape[0]) if variant else PLAIN
     grads = quick.backward(
         grad_output,
         value,
@@ -71,7 +65,7 @@ def _backward(
         weights,
         im2col_step,
         deterministic,
-        form,
+        _read(variant, shapes),
         output_mask[0],
         output_mask[1] or output_mask[2],
     )
