@@ -53,19 +53,20 @@ __device__ __forceinline__ void msda_reduce(msda_acc (&dot)[4], int lane) {
 #endif
 }
 
-// Gradients of the warp's samples [k0, k0 + MSDA_CHUNK) from the products in their places in shared memory.
+// Gradients of the warp's samples [k0, k0 + MSDA_CHUNK), `raw`, from the products in their places in shared memory.
 __device__ __forceinline__ void msda_write_samples(
-        const msda_sample* samples, const msda_shared& shared, int round, int k0,
-        const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
+        const msda_sample* samples, const msda_shared& shared, const msda_raw& raw, int round, int k0,
         msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights) {
-    for (int i = threadIdx.x % 32; i < MSDA_FILLS * 32; i += 32) {
+#pragma unroll
+    for (int fill = 0; fill < MSDA_FILLS; ++fill) {
+        const int i = fill * 32 + threadIdx.x % 32;
         const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
         const msda_index q = msda_query_of(shared, round, local);
         if (q < 0 || k >= MSDA_K) continue;
         const msda_index index = msda_in_image(q, k);
         const msda_level level = shared.levels[MSDA_LEVEL_OF(k)];
-        msda_vector<msda_location, 2> xy = msda_stream<2>(locations, index);
-        const msda_acc attention = msda_load(msda_stream<1>(weights, index).element[0]);
+        msda_vector<msda_location, 2> xy = raw.xy[fill];
+        const msda_acc attention = msda_load(raw.attention[fill]);
         const msda_cell cell = msda_locate(msda_load(xy.element[0]), msda_load(xy.element[1]), level);
         const msda_acc nothing = level.w > 0 ? (msda_acc)0 : msda_nan();
         msda_acc grad_x = nothing, grad_y = nothing, grad_attention = nothing;
@@ -88,6 +89,258 @@ __device__ __forceinline__ void msda_write_samples(
 }
 #endif
 
+#if MSDA_MERGE
+// ---- samples of a cell added up before they go to grad_value --------------------------------------------------
+//
+// The samples of all queries of the block are sorted by cell: by the low bits of its row and column, so that no window
+// has to be found, and cells that are far apart may share a key. Each group of MSDA_LANES lanes then takes an equal
+// share of the sorted samples and keeps the sums of the four neighbours in registers for as long as the cell stays the
+// same. Where the next cell is the right neighbour, only the left column goes to grad_value and the right one stays.
+
+#define MSDA_GROUPS (MSDA_WARPS * MSDA_QUERIES)
+
+__device__ constexpr int msda_bits(int n) { return n <= 1 ? 0 : 1 + msda_bits((n + 1) / 2); }
+enum {
+    msda_level_bits = msda_bits(MSDA_L) < MSDA_MERGE ? msda_bits(MSDA_L) : MSDA_MERGE,
+    msda_cell_bits = MSDA_MERGE - msda_level_bits,
+    msda_y_bits = msda_cell_bits / 2,
+    msda_x_bits = msda_cell_bits - msda_y_bits
+};
+
+__device__ __forceinline__ int msda_key(const msda_cell& cell, int level) {
+    const int x = cell.x0 & ((1 << msda_x_bits) - 1), y = cell.y0 & ((1 << msda_y_bits) - 1);
+    return ((level & ((1 << msda_level_bits) - 1)) << msda_cell_bits) | y << msda_x_bits | x;
+}
+
+// Fills the samples of all rounds and sorts them; returns how many count.
+__device__ __forceinline__ unsigned msda_fill_sorted(
+        msda_shared& shared, const msda_work& work, int k0, const msda_location* __restrict__ locations,
+        const msda_location* __restrict__ weights) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int key = threadIdx.x; key < 1 << MSDA_MERGE; key += MSDA_THREADS) shared.begin[key] = 0;
+    msda_raw raw[MSDA_ROUNDS];
+#pragma unroll
+    for (int round = 0; round < MSDA_ROUNDS; ++round)
+        msda_load_raw(raw[round], shared, round, k0, locations, weights);
+    __syncthreads();
+    unsigned key_and_rank[MSDA_ROUNDS][MSDA_FILLS];
+#pragma unroll
+    for (int round = 0; round < MSDA_ROUNDS; ++round)
+#pragma unroll
+        for (int fill = 0; fill < MSDA_FILLS; ++fill) {
+            const int i = fill * 32 + lane, local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
+            key_and_rank[round][fill] = 0xffffffffu;
+            if (local >= MSDA_QUERIES) continue;
+            const msda_index q = msda_query_of(shared, round, local);
+            msda_sample sample = {0, 0, 0, 0};
+            if (q >= 0 && k < MSDA_K) {
+                const int level = MSDA_LEVEL_OF(k);
+                const msda_acc x = msda_load(raw[round].xy[fill].element[0]), y = msda_load(raw[round].xy[fill].element[1]);
+                sample = msda_prepare(x, y, msda_load(raw[round].attention[fill]), shared.levels[level], work.m);
+                if (sample.place & 15) {
+                    const int key = msda_key(msda_locate(x, y, shared.levels[level]), level);
+                    key_and_rank[round][fill] = (unsigned)key << 16 | atomicAdd(shared.begin + key, 1u);
+                }
+            }
+            shared.samples[round * MSDA_WARPS + warp][local * MSDA_PITCH + i % MSDA_CHUNK] = sample;
+        }
+    __syncthreads();
+
+    // Counts to beginnings: a stretch of keys a thread.
+    enum { keys = 1 << MSDA_MERGE, mine = (keys + MSDA_THREADS - 1) / MSDA_THREADS };
+    unsigned count[mine], total = 0;
+#pragma unroll
+    for (int j = 0; j < mine; ++j) {
+        const int key = threadIdx.x * mine + j;
+        count[j] = key < keys ? shared.begin[key] : 0;
+        total += count[j];
+    }
+    unsigned end = total;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const unsigned lower = __shfl_up_sync(0xffffffffu, end, step);
+        if (lane >= step) end += lower;
+    }
+    if (lane == 31) shared.of_warps[warp] = end;
+    __syncthreads();
+    unsigned all = 0, before = end - total;
+#pragma unroll
+    for (int w = 0; w < MSDA_WARPS; ++w) {
+        const unsigned of_warp = shared.of_warps[w];
+        before += w < warp ? of_warp : 0;
+        all += of_warp;
+    }
+#pragma unroll
+    for (int j = 0; j < mine; ++j) {
+        const int key = threadIdx.x * mine + j;
+        if (key < keys) shared.begin[key] = before;
+        before += count[j];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int round = 0; round < MSDA_ROUNDS; ++round)
+#pragma unroll
+        for (int fill = 0; fill < MSDA_FILLS; ++fill) {
+            const unsigned found = key_and_rank[round][fill];
+            if (found == 0xffffffffu) continue;
+            const int i = fill * 32 + lane;
+            const int place = (round * MSDA_WARPS + warp) * (MSDA_QUERIES * MSDA_PITCH) +
+                              i / MSDA_CHUNK * MSDA_PITCH + i % MSDA_CHUNK;
+            shared.order[shared.begin[found >> 16] + (found & 0xffff)] = (unsigned short)place;
+        }
+    __syncthreads();
+    return all;
+}
+
+// The cell that a group is at, and the sums of its neighbours.
+struct msda_run {
+    msda_index place;       // of its samples; 0: none
+    int level;
+    msda_acc sum[MSDA_CORNERS][MSDA_VEC];
+};
+
+// Adds the sums of a run to grad_value, but for the right column where it `stays`.
+__device__ __forceinline__ void msda_end_run(
+        const msda_shared& shared, const msda_run& run, bool stays, msda_acc* grad_value) {
+    const int inside = (int)run.place;
+    const long long below = (long long)shared.levels[run.level].w * (MSDA_M * MSDA_D);
+    msda_acc* corner = grad_value + (long long)(run.place >> 4) * MSDA_VEC;
+#pragma unroll
+    for (int c = 0; c < MSDA_CORNERS; ++c)
+        msda_add_if((inside >> c & 1) && !(c % 2 && stays), corner + (c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below,
+                    run.sum[c]);
+}
+
+// `incoming` is grad_output of this image and head at the channels of this lane, `grad_value` likewise.
+__device__ __forceinline__ void msda_add_merged(
+        const msda_shared& shared, unsigned count, int k0, const msda_value* __restrict__ incoming, msda_acc* grad_value) {
+    const unsigned share = (count + MSDA_GROUPS - 1) / MSDA_GROUPS, group = threadIdx.x / MSDA_LANES;
+    const unsigned last = min((group + 1) * share, count);
+    const msda_sample* samples = shared.samples[0];
+    msda_run run;
+    run.place = 0;
+    run.level = 0;
+#pragma unroll 1
+    for (unsigned i = group * share; i < last; i += msda_unroll) {
+        msda_sample sample[msda_unroll];
+        msda_values row[msda_unroll];
+        int level[msda_unroll];
+#pragma unroll
+        for (int u = 0; u < msda_unroll; ++u) {
+            const int place = shared.order[min(i + u, last - 1)], query = place / MSDA_PITCH;
+            sample[u] = samples[place];
+            level[u] = MSDA_LEVEL_OF(k0 + (place - query * MSDA_PITCH));
+            row[u] = msda_read((msda_address)(incoming + (long long)shared.query[query] * (MSDA_M * MSDA_D)));
+        }
+#pragma unroll
+        for (int u = 0; u < msda_unroll; ++u) {
+            if (i + u >= last) break;
+            if (sample[u].place != run.place || level[u] != run.level) {
+                const bool stays = MSDA_CORNERS == 4 && level[u] == run.level && (run.place & 10) != 0 &&
+                                   (sample[u].place & 5) != 0 &&
+                                   (sample[u].place >> 4) - (run.place >> 4) == MSDA_M * MSDA_D / MSDA_VEC;
+                if (run.place & 15) msda_end_run(shared, run, stays, grad_value);
+#pragma unroll
+                for (int c = 0; c < MSDA_CORNERS; ++c)
+#pragma unroll
+                    for (int v = 0; v < MSDA_VEC; ++v)
+                        run.sum[c][v] = stays && c % 2 == 0 ? run.sum[MSDA_CORNERS == 4 ? c + 1 : c][v] : 0;
+                run.place = sample[u].place;
+                run.level = level[u];
+            }
+            msda_acc weight[4], x[MSDA_VEC];
+            msda_weights(sample[u], weight);
+            msda_unpack(row[u], x);
+#pragma unroll
+            for (int c = 0; c < MSDA_CORNERS; ++c)
+#pragma unroll
+                for (int v = 0; v < MSDA_VEC; ++v) run.sum[c][v] = fma(weight[c], x[v], run.sum[c][v]);
+        }
+    }
+    if (run.place & 15) msda_end_run(shared, run, false, grad_value);
+}
+#endif
+
+// grad_output of one query at the channels of a lane: held in registers unless a head has very many channels.
+struct msda_held {
+    msda_acc grad[MSDA_HOLD ? MSDA_TURNS : 1][MSDA_VEC];
+};
+
+__device__ __forceinline__ msda_held msda_hold(const msda_value* incoming, int lane) {
+    msda_held held;
+#if MSDA_HOLD
+#pragma unroll
+    for (int turn = 0; turn < MSDA_TURNS; ++turn) msda_read_incoming(incoming, turn, lane, held.grad[turn]);
+#else
+#pragma unroll
+    for (int v = 0; v < MSDA_VEC; ++v) held.grad[0][v] = 0;
+#endif
+    return held;
+}
+
+#if MSDA_GRAD_SAMPLES || !MSDA_MERGE
+// The products of grad_output with the rows of the warp's samples [k0, k0 + MSDA_CHUNK), into the places of the samples,
+// and what each sample adds to grad_value unless that is merged.
+__device__ __forceinline__ void msda_multiply_chunk(
+        const msda_shared& shared, msda_sample* samples, int k0, const msda_value* incoming, msda_held& held,
+        const msda_value* __restrict__ value, msda_acc* __restrict__ grad_value, long long first) {
+    const int local = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
+#pragma unroll msda_unroll
+    for (int k = 0; k < MSDA_CHUNK; ++k) {
+        const msda_sample sample = samples[local * MSDA_PITCH + k];
+        const int inside = (int)sample.place;
+        const int level = min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
+        const long long below = (long long)shared.levels[level].w * (MSDA_M * MSDA_D);
+        const long long corner = first + msda_offset(sample);
+#if MSDA_GRAD_VALUE && !MSDA_MERGE
+        msda_acc weight[4];
+        msda_weights(sample, weight);
+#endif
+#if MSDA_GRAD_SAMPLES
+        msda_acc dot[4] = {0, 0, 0, 0};
+#endif
+#pragma unroll
+        for (int turn = 0; turn < MSDA_TURNS; ++turn) {
+            const int channel = turn * MSDA_STEP;
+            if (MSDA_D % MSDA_STEP != 0 && channel + lane * MSDA_VEC >= MSDA_D) continue;
+            msda_acc(&grad)[MSDA_VEC] = held.grad[MSDA_HOLD ? turn : 0];
+            if (!MSDA_HOLD) msda_read_incoming(incoming, turn, lane, grad);
+#pragma unroll
+            for (int c = 0; c < MSDA_CORNERS; ++c) {
+                const bool present = inside >> c & 1;
+                const long long at = corner + (c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below + channel;
+#if MSDA_GRAD_SAMPLES
+                const msda_values row = msda_read_if(present, (msda_address)value + at * sizeof(msda_value));
+                msda_acc x[MSDA_VEC];
+                msda_unpack(row, x);
+#pragma unroll
+                for (int v = 0; v < MSDA_VEC; ++v) dot[c] = fma(grad[v], x[v], dot[c]);
+#endif
+#if MSDA_GRAD_VALUE && !MSDA_MERGE
+                msda_acc part[MSDA_VEC];
+#pragma unroll
+                for (int v = 0; v < MSDA_VEC; ++v) part[v] = weight[c] * grad[v];
+                msda_add_if(present, grad_value + at, part);
+#endif
+            }
+        }
+#if MSDA_GRAD_SAMPLES
+        msda_reduce(dot, lane);
+        __syncwarp();   // every lane has read the sample
+        msda_acc* target = reinterpret_cast<msda_acc*>(samples + local * MSDA_PITCH + k);
+#if MSDA_LANES == 1
+        for (int c = 0; c < 4; ++c) target[c] = dot[c];
+#elif MSDA_LANES == 2
+        target[lane] = dot[0];
+        target[lane + 2] = dot[2];
+#else
+        if (lane < 4) target[lane] = dot[0];
+#endif
+#endif
+    }
+}
+#endif
+
 extern "C" __global__ void MSDA_BOUNDS msda_backward(
         const msda_value* __restrict__ value, const __grid_constant__ msda_metadata metadata,
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
@@ -106,10 +359,40 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
     grad_locations += 2 * msda_first_sample(work, Q_);
     grad_weights += msda_first_sample(work, Q_);
 #endif
-    const int local = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
-    msda_sample* samples = shared.samples[threadIdx.x / 32];
+    [[maybe_unused]] const int local = threadIdx.x % 32 / MSDA_LANES;
+    const int lane = threadIdx.x % 32 % MSDA_LANES;
     const long long first = work.image * S * (MSDA_M * MSDA_D) + lane * MSDA_VEC;
 
+#if MSDA_MERGE
+#pragma unroll 1
+    for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
+        const unsigned count = msda_fill_sorted(shared, work, k0, locations, weights);
+#pragma unroll 1
+        for (int turn = 0; turn < MSDA_TURNS; ++turn) {
+            const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
+            if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
+            msda_add_merged(shared, count, k0, grad_output + (work.image * Q_ * MSDA_M + work.m) * MSDA_D + channel,
+                            grad_value + first + turn * MSDA_STEP);
+        }
+        __syncthreads();
+#if MSDA_GRAD_SAMPLES
+#pragma unroll 1
+        for (int round = 0; round < MSDA_ROUNDS; ++round) {
+            const msda_index q = msda_query_of(shared, round, local);
+            const msda_value* incoming = grad_output + ((work.image * Q + (q < 0 ? 0 : q)) * MSDA_M + work.m) * MSDA_D;
+            msda_held held = msda_hold(incoming, lane);
+            msda_raw raw;
+            msda_load_raw(raw, shared, round, k0, locations, weights);
+            msda_sample* samples = shared.samples[round * MSDA_WARPS + threadIdx.x / 32];
+            msda_multiply_chunk(shared, samples, k0, incoming, held, value, grad_value, first);
+            __syncwarp();
+            msda_write_samples(samples, shared, raw, round, k0, grad_locations, grad_weights);
+        }
+        __syncthreads();
+#endif
+    }
+#else
+    msda_sample* samples = shared.samples[threadIdx.x / 32];
     msda_raw raw;
     msda_load_raw(raw, shared, 0, 0, locations, weights);
 #pragma unroll 1
@@ -117,73 +400,16 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
         const msda_index q = msda_query_of(shared, round, local);
         // Lanes past the last query take part in the shuffles; query 0 stands in as an address they may read.
         const msda_value* incoming = grad_output + ((work.image * Q + (q < 0 ? 0 : q)) * MSDA_M + work.m) * MSDA_D;
-        // Held in registers unless a head has very many channels.
-        msda_acc held[MSDA_HOLD ? MSDA_TURNS : 1][MSDA_VEC];
-#if MSDA_HOLD
-#pragma unroll
-        for (int turn = 0; turn < MSDA_TURNS; ++turn) msda_read_incoming(incoming, turn, lane, held[turn]);
-#endif
+        msda_held held = msda_hold(incoming, lane);
 
 #pragma unroll 1
         for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
             msda_fill(samples, shared, raw, work, round, k0);
             __syncwarp();
-#pragma unroll msda_unroll
-            for (int k = 0; k < MSDA_CHUNK; ++k) {
-                const msda_sample sample = samples[local * MSDA_PITCH + k];
-                const int inside = (int)sample.place;
-                const int level = min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
-                const long long below = (long long)shared.levels[level].w * (MSDA_M * MSDA_D);
-                const long long corner = first + msda_offset(sample);
-#if MSDA_GRAD_VALUE
-                msda_acc weight[4];
-                msda_weights(sample, weight);
-#endif
-#if MSDA_GRAD_SAMPLES
-                msda_acc dot[4] = {0, 0, 0, 0};
-#endif
-#pragma unroll
-                for (int turn = 0; turn < MSDA_TURNS; ++turn) {
-                    const int channel = turn * MSDA_STEP;
-                    if (MSDA_D % MSDA_STEP != 0 && channel + lane * MSDA_VEC >= MSDA_D) continue;
-                    msda_acc(&grad)[MSDA_VEC] = held[MSDA_HOLD ? turn : 0];
-                    if (!MSDA_HOLD) msda_read_incoming(incoming, turn, lane, grad);
-#pragma unroll
-                    for (int c = 0; c < MSDA_CORNERS; ++c) {
-                        const bool present = inside >> c & 1;
-                        const long long at = corner + (c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below + channel;
-#if MSDA_GRAD_SAMPLES
-                        const msda_values row = msda_read_if(present, (msda_address)value + at * sizeof(msda_value));
-                        msda_acc x[MSDA_VEC];
-                        msda_unpack(row, x);
-#pragma unroll
-                        for (int v = 0; v < MSDA_VEC; ++v) dot[c] = fma(grad[v], x[v], dot[c]);
-#endif
-#if MSDA_GRAD_VALUE
-                        msda_acc part[MSDA_VEC];
-#pragma unroll
-                        for (int v = 0; v < MSDA_VEC; ++v) part[v] = weight[c] * grad[v];
-                        msda_add_if(present, grad_value + at, part);
-#endif
-                    }
-                }
-#if MSDA_GRAD_SAMPLES
-                msda_reduce(dot, lane);
-                __syncwarp();   // every lane has read the sample
-                msda_acc* target = reinterpret_cast<msda_acc*>(samples + local * MSDA_PITCH + k);
-#if MSDA_LANES == 1
-                for (int c = 0; c < 4; ++c) target[c] = dot[c];
-#elif MSDA_LANES == 2
-                target[lane] = dot[0];
-                target[lane + 2] = dot[2];
-#else
-                if (lane < 4) target[lane] = dot[0];
-#endif
-#endif
-            }
+            msda_multiply_chunk(shared, samples, k0, incoming, held, value, grad_value, first);
             __syncwarp();
 #if MSDA_GRAD_SAMPLES
-            msda_write_samples(samples, shared, round, k0, locations, weights, grad_locations, grad_weights);
+            msda_write_samples(samples, shared, raw, round, k0, grad_locations, grad_weights);
             __syncwarp();
 #endif
             if (k0 + MSDA_CHUNK < MSDA_K) {
@@ -193,4 +419,5 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
             }
         }
     }
+#endif
 }

@@ -238,10 +238,22 @@ __device__ __forceinline__ long long msda_offset(const msda_sample& sample) {
 // Samples of a query in shared memory, padded to an odd number: the queries of a warp then lie in different banks.
 #define MSDA_PITCH (MSDA_CHUNK | 1)
 
+// Where samples are merged, a block holds those of all its rounds.
+#if MSDA_MERGE
+#define MSDA_HELD (MSDA_WARPS * MSDA_ROUNDS)
+#else
+#define MSDA_HELD MSDA_WARPS
+#endif
+
 struct msda_shared {
-    msda_sample samples[MSDA_WARPS][MSDA_QUERIES * MSDA_PITCH];
+    msda_sample samples[MSDA_HELD][MSDA_QUERIES * MSDA_PITCH];
     msda_level levels[MSDA_L];
     msda_index query[MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES];   // -1 past the last one
+#if MSDA_MERGE
+    unsigned begin[1 << MSDA_MERGE];                                // of each key in `order`; counts at first
+    unsigned of_warps[MSDA_WARPS];
+    unsigned short order[MSDA_HELD * MSDA_QUERIES * MSDA_CHUNK];    // places in `samples`
+#endif
 };
 
 // A block works on one head of one image, on MSDA_WARPS * MSDA_ROUNDS groups of MSDA_QUERIES queries.

@@ -14,6 +14,9 @@
 //   MSDA_ROUNDS       groups of queries that a warp takes one after the other
 //   MSDA_MIN_BLOCKS   blocks that should fit on a multiprocessor: caps the registers
 //   MSDA_UNROLL       samples whose rows are loaded before the first is used
+//   MSDA_ROWS         rows of value in a bin, of the kernels that sum grad_value without atomics: a power of two; 0 elsewhere
+//   MSDA_MERGE        bits of the keys by which a block of the backward sorts its samples, to add up those of a cell before
+//                     they go to grad_value; 0: every sample goes there by itself
 //   MSDA_LEVELS_ON_DEVICE            spatial_shapes and level_start_index are device arrays, unchecked
 //   MSDA_BAND         0: queries in order; otherwise rows of a band in which neighbouring queries share a block
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from . import cuda, interop, kernels, plan, problem
+from . import cuda, interop, kernels, plan, plan_backward, problem
 from .problem import SIXTEEN_BIT, VALUE_DTYPES, Problem, Variant
 
 # A bar for less would be gone before it is read.
@@ -52,7 +52,7 @@ def warmup(
 
     A kernel serves many sizes (it depends on dtypes, L, P, M and D, and on whether Q = S and the GPU is filled), so one
     entry a layer of a model is enough. Covers locations in value's dtype and in float32, metadata on the host and on
-    the GPU, and the backward with all gradients.
+    the GPU, and the backward with all gradients, `deterministic` or not.
 
     Parameters
     ----------
@@ -127,9 +127,9 @@ def launches(
             )  # fmt: skip
             found.append(plan.forward(call, plan.VECTOR_BYTES, multiprocessors))
             if backward:
-                found.append(plan.backward(call, plan.VECTOR_BYTES, multiprocessors))
-                if dtype in SIXTEEN_BIT:
-                    found.append(plan.round_gradient(dtype, call.N * S * call.M * call.D))
+                for fixed_order in (False, True):
+                    ordered = replace(call, deterministic=fixed_order)
+                    found += plan_backward.backward(ordered, plan.VECTOR_BYTES, multiprocessors).launches
     return found
 
 

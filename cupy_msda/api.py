@@ -59,7 +59,7 @@ def ms_deform_attn(
     align_corners : bool
         px = x * (W - 1), py = y * (H - 1): 0 and 1 are the centres of the outermost pixels, not their edges.
     deterministic : bool, optional
-        Has no effect on the forward, which is bitwise reproducible.
+        Has no effect on the forward, which is bitwise reproducible; see :func:`ms_deform_attn_backward`.
     validate : bool
         Read metadata that is on the GPU back (this synchronises) and raise for a bad level. Without it, a level
         that is on the GPU and does not fit into S makes the output NaN; memory is never read outside the arrays.
@@ -139,6 +139,7 @@ def ms_deform_attn_backward(
     interpolation: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool = False,
+    deterministic: bool | None = None,
 ) -> tuple[Any, Any, Any]:
     """The backward with the name and argument order of the operator's C++ interface.
 
@@ -150,8 +151,16 @@ def ms_deform_attn_backward(
     grad_value, grad_sampling_loc, grad_attn_weight : arrays
         With the shape and dtype of their inputs. At a kink (a location on a pixel centre) the gradient of the
         location is the one-sided derivative of the cell that floor picks. A level on the GPU that does not fit
-        into S gives NaN gradients for its locations and weights, and adds nothing to grad_value. On the GPU sums
-        of grad_value are formed in no fixed order, so its last bits may differ from run to run.
+        into S gives NaN gradients for its locations and weights, and adds nothing to grad_value.
+
+    Notes
+    -----
+    By default the sums of grad_value may be formed in any order on a GPU, so its last bits may differ from run to run;
+    the other two gradients, and everything on the CPU, are the same to the last bit every time. With `deterministic`
+    True, grad_value is too (on one kind of GPU with one version of this package). None asks the framework: torch's
+    ``torch.use_deterministic_algorithms``. Memory beside the gradients: float32 sums for a 16-bit grad_value; where
+    sums have a fixed order, or value is large and samples are few, instead 32 bytes a sample (64 in float64) and some
+    for lists, for as many heads at a time as 256 MiB hold, but at least one.
     """
     found, operands = problem.read(
         value,
@@ -162,6 +171,7 @@ def ms_deform_attn_backward(
         im2col_step,
         grad_output,
         names=("sampling_loc", "attn_weight"),
+        deterministic=deterministic,
         variant=Variant(num_points, interpolation, padding_mode, align_corners),
     )
     return backward(found, operands)

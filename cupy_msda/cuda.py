@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import interop, kernels, plan
+from .backward import PreparedBackward
 from .interop import View
 from .launch import PreparedLaunch
-from .problem import SIXTEEN_BIT, Operands, Problem
+from .problem import Operands, Problem
 
 
 class Gradients(NamedTuple):
@@ -34,7 +35,7 @@ def forward(problem: Problem, operands: Operands) -> Any:
             launch.run(
                 session.stream,
                 session.value.data,
-                *session.metadata(launch),
+                *session.metadata(),
                 session.locations.data,
                 session.weights.data,
                 output.data,
@@ -46,10 +47,6 @@ def forward(problem: Problem, operands: Operands) -> Any:
 
 def backward(problem: Problem, operands: Operands, *, grad_value: bool = True, grad_samples: bool = True) -> Gradients:
     """The gradients that are wanted; `grad_samples` is those of locations and weights, which come together."""
-    if problem.deterministic and grad_value:
-        raise NotImplementedError(
-            "deterministic: the CUDA backward sums grad_value in no fixed order; the NumPy path is deterministic"
-        )
     like = operands.value
     value_shape = (problem.N, problem.S, problem.M, problem.D)
     with _Session(problem, operands) as session:
@@ -61,30 +58,18 @@ def backward(problem: Problem, operands: Operands, *, grad_value: bool = True, g
                 if result is not None:
                     session.zero(result)
         elif grad_value or grad_samples:
-            # 16-bit gradients are summed in float32 and rounded once.
-            total = value
-            if value is not None and problem.value_dtype in SIXTEEN_BIT:
-                total = _Result(value_shape, "float32", like)
-            if total is not None:
-                session.zero(total)
             alignment = _alignment(session.value, session.grad_output)
-            launch = prepare_backward(problem, alignment, session.stream, grad_value, grad_samples)
-            launch.run(
+            steps = prepare_backward(problem, alignment, session.stream, grad_value, grad_samples)
+            workspace = _Result((steps.workspace // 4,), "float32", like) if steps.workspace else None
+            steps.run(
                 session.stream,
+                session.metadata(),
                 session.value.data,
-                *session.metadata(launch),
                 session.locations.data,
                 session.weights.data,
                 session.grad_output.data,
-                total.data if total else 0,
-                locations.data if locations else 0,
-                weights.data if weights else 0,
-                problem.S,
-                problem.Q,
+                *(result.data if result else 0 for result in (value, locations, weights, workspace)),
             )
-            if total is not value:
-                rounding = prepare_rounding(problem, session.stream)
-                rounding.run(session.stream, total.data, value.data, value.size)
     return Gradients(*(result.finish() if result else None for result in (value, locations, weights)))
 
 
@@ -128,10 +113,10 @@ class _Session:
     def __exit__(self, *exception: object) -> None:
         self._entered.close()
 
-    def metadata(self, launch: PreparedLaunch) -> tuple[int, ...]:
+    def metadata(self) -> tuple[int, ...]:
         """The words of the kernels' `msda_metadata`: numbers by value, or two addresses of int64 device arrays."""
         levels = self.problem.levels
-        if not launch.key.levels_on_device:
+        if plan.levels_by_value(self.problem):
             return levels_by_value(levels)
         if levels is not None:
             table = np.array(levels, np.int64)
@@ -148,52 +133,49 @@ class _Session:
 
 
 # A model comes back to few problems; one that never does must not fill the memory.
-_MOST_LAUNCHES = 4096
-_launches: dict[tuple[Any, ...], PreparedLaunch] = {}
+_MOST_PREPARED = 4096
+_prepared: dict[tuple[Any, ...], Any] = {}
 
 
 def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLaunch:
     """The forward's launch. Its words: value, metadata, locations, weights, output, S, Q."""
-    key = (problem, alignment)
-    found = _launches.get(key)
-    if found is None:
-        device = problem.device[1]
-        found = _prepare(key, plan.forward(problem, alignment, multiprocessors(device)), device, stream)
-    return found
+    device = problem.device[1]
+
+    def make() -> PreparedLaunch:
+        return _prepare(plan.forward(problem, alignment, multiprocessors(device)), device, stream)
+
+    return _remembered((problem, alignment), make)
 
 
 def prepare_backward(
     problem: Problem, alignment: int, stream: int, grad_value: bool, grad_samples: bool
-) -> PreparedLaunch:
-    """The backward's launch. Its words: value, metadata, locations, weights, grad_output, sums of grad_value,
-    grad_locations, grad_weights, S, Q.
-    """
-    key = (problem, alignment, grad_value, grad_samples)
-    found = _launches.get(key)
-    if found is None:
-        device = problem.device[1]
+) -> PreparedBackward:
+    """The backward's launches, in their order."""
+    device = problem.device[1]
+
+    def make() -> PreparedBackward:
         wanted = {"grad_value": grad_value, "grad_samples": grad_samples}
-        found = _prepare(key, plan.backward(problem, alignment, multiprocessors(device), **wanted), device, stream)
-    return found
+        return PreparedBackward(
+            problem, alignment, multiprocessors(device), lambda launch: _prepare(launch, device, stream), **wanted
+        )
+
+    return _remembered((problem, alignment, grad_value, grad_samples), make)
 
 
-def prepare_rounding(problem: Problem, stream: int) -> PreparedLaunch:
-    """The launch that rounds the sums of grad_value to 16 bits. Its words: both addresses and the count."""
-    key = (problem, "round")
-    found = _launches.get(key)
+def _remembered(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    found = _prepared.get(key)
     if found is None:
-        count = problem.N * problem.S * problem.M * problem.D
-        found = _prepare(key, plan.round_gradient(problem.value_dtype, count), problem.device[1], stream)
+        found = make()
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        _prepared[key] = found
     return found
 
 
-def _prepare(key: tuple[Any, ...], launch: plan.Launch, device: int, stream: int) -> PreparedLaunch:
+def _prepare(launch: plan.Launch, device: int, stream: int) -> PreparedLaunch:
     if not kernels.is_compiled(launch.key, device):
         _refuse_capture(stream)
-    if len(_launches) >= _MOST_LAUNCHES:
-        _launches.clear()
-    found = _launches[key] = PreparedLaunch(launch, device)
-    return found
+    return PreparedLaunch(launch, device)
 
 
 def _refuse_capture(stream: int) -> None:

@@ -65,6 +65,10 @@ class Framework:
         """Address of the caller's current stream on `device`."""
         return require_cupy("this array").cuda.get_current_stream(device[1]).ptr
 
+    def wants_fixed_order(self) -> bool:
+        """Whether the framework's user has asked for deterministic algorithms everywhere."""
+        return False
+
     def contiguous(self, view: View) -> View:
         """A C-contiguous copy of `view` on its own device, made on the caller's current stream."""
         cupy = require_cupy("this array")
@@ -144,6 +148,9 @@ class TorchFramework(Framework):
         return sys.modules["torch"]._C._cuda_getCurrentRawStream(device[1])
 
     # Copies come from torch's own allocator, which keeps them right on side streams and inside CUDA graphs.
+    def wants_fixed_order(self) -> bool:
+        return sys.modules["torch"].are_deterministic_algorithms_enabled()
+
     def contiguous(self, view: View) -> View:
         torch = sys.modules["torch"]
         return self.view(view.array.detach().clone(memory_format=torch.contiguous_format))

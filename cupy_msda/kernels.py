@@ -11,7 +11,16 @@ from typing import Any
 from .plan import KernelKey, shared_bytes
 
 _MACRO_OF_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-SHARED_WITHOUT_OPT_IN = 48 * 1024
+_TYPES, _COMMON = ("types.cuh",), ("types.cuh", "common.cuh")
+# What comes before each kernel's own file.
+_HEADERS = {
+    "forward": _COMMON,
+    "backward": _COMMON,
+    "round": _TYPES,
+    "sort": (*_COMMON, "bins.cuh"),
+    "sum": (*_COMMON, "bins.cuh"),
+    "add": (*_COMMON, "bins.cuh"),
+}
 _lock = threading.Lock()
 _functions: dict[tuple[KernelKey, int], Any] = {}
 _compiling: dict[tuple[KernelKey, int], threading.Lock] = {}
@@ -30,8 +39,7 @@ def source_folder() -> Path:
 def source(kind: str) -> str:
     """One self-contained source: CuPy's disk cache hashes this text, but not the files that it would include."""
     folder = source_folder()
-    shared = ("msda_types.cuh",) if kind == "round" else ("msda_types.cuh", "msda_common.cuh")
-    return "\n".join((folder / name).read_text() for name in (*shared, f"msda_{kind}.cu"))
+    return "\n".join((folder / f"msda_{name}").read_text() for name in (*_HEADERS[kind], f"{kind}.cu"))
 
 
 def options(key: KernelKey) -> tuple[str, ...]:
@@ -68,9 +76,7 @@ def _compile(key: KernelKey) -> Any:
     cupy = import_module("cupy")
     module = cupy.RawModule(code=source(key.kind), options=options(key), backend="nvrtc")
     kernel = module.get_function(f"msda_{key.kind}")
-    if shared_bytes(key) > SHARED_WITHOUT_OPT_IN:  # hundreds of levels and more
-        kernel.max_dynamic_shared_size_bytes = shared_bytes(key)
-    if key.kind != "round":
+    if key.kind in ("forward", "backward", "sum", "add"):
         # No more shared memory than the resident blocks need: the rest of the SM's memory is L1. What the driver
         # chooses by itself cost 1 to 3 % of the float32 forward on encoder_800x1333 and mask2former_1024 (H200).
         attributes = cupy.cuda.Device().attributes

@@ -10,7 +10,10 @@ from importlib import import_module
 from . import kernels
 from .plan import KernelKey, Launch
 
-_PARAMETERS = {"forward": 7, "backward": 10, "round": 3}
+_PARAMETERS = {"forward": 7, "backward": 10, "round": 3, "sort": 11, "sum": 12, "add": 12}
+SHARED_WITHOUT_OPT_IN = 48 * 1024
+# The kernels that read levels, as their second parameter.
+_WITH_METADATA = ("forward", "backward", "sort")
 
 
 class PreparedLaunch:
@@ -26,6 +29,9 @@ class PreparedLaunch:
         """Compiles the kernel where that has not happened; `device` must be current."""
         self.key = launch.key
         self._kernel = kernels.function(launch.key, device)  # keeps its module loaded
+        if launch.shared > SHARED_WITHOUT_OPT_IN:  # hundreds of levels and more
+            most = max(launch.shared, self._kernel.max_dynamic_shared_size_bytes)
+            self._kernel.max_dynamic_shared_size_bytes = most
         function, driver_launch = self._kernel.kernel.ptr, import_module("cupy").cuda.driver.launchKernel
         grid, threads, shared = launch.grid, launch.block, launch.shared
         sizes = _words(launch.key)
@@ -49,7 +55,7 @@ class PreparedLaunch:
 def _words(key: KernelKey) -> tuple[int, ...]:
     """64-bit words of each parameter: one, but for `msda_metadata`, which is two addresses or all the levels."""
     words = [1] * _PARAMETERS[key.kind]
-    if key.kind != "round":
+    if key.kind in _WITH_METADATA:
         words[1] = 2 if key.levels_on_device else 3 * key.L
     return tuple(words)
 

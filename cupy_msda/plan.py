@@ -19,6 +19,13 @@ MAX_FILLS = 4
 WARPS_THAT_FILL = 16
 # Rows of the patch of pixels that shares a block where queries are pixels.
 BAND = 8
+# Samples a row of value from which on those of a cell are merged before they are added to grad_value.
+MERGED = 4
+# Queries of a block whose samples are merged, and bits of the keys by which they are sorted.
+MERGED_QUERIES = 64
+MERGED_KEYS = 10
+# Shared memory of a block that merges, in bytes: what a kernel may have without opting in.
+MERGED_SHARED = 48 * 1024
 # More levels than this and the kernel's parameters would not hold them: they go to the device.
 MAX_LEVELS_BY_VALUE = 64
 # A head of very many channels: the turns alone keep enough loads in flight, and its sums need the registers.
@@ -55,6 +62,8 @@ class KernelKey:
     nearest: bool = False
     border: bool = False
     align_corners: bool = False
+    rows: int = 0
+    merge: int = 0
 
     @property
     def K(self) -> int:
@@ -90,6 +99,11 @@ class Launch:
     shared: int
 
 
+def levels_by_value(problem: Problem) -> bool:
+    """Whether the levels travel in the parameters of the kernels."""
+    return problem.levels is not None and problem.L <= MAX_LEVELS_BY_VALUE
+
+
 def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Launch:
     """Launch of the forward kernel; `alignment` is the bytes that all value-like addresses are multiples of.
 
@@ -98,8 +112,8 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     GPU, two warps a block spread over all of it, with registers for the rows of four samples in flight.
     """
     itemsize = item_size(problem.value_dtype)
-    vec = _vector(problem.D, itemsize, min(alignment, VECTOR_BYTES))
-    lanes, turns = _lanes(problem.D // vec)
+    vec = vector(problem.D, itemsize, min(alignment, VECTOR_BYTES))
+    lanes, turns = lanes_of(problem.D // vec)
     if turns > 4:
         choices = {"warps": 8} | _MANY_TURNS
     elif itemsize == 8:
@@ -115,6 +129,11 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     return _launch(problem, "forward", vec, lanes, rounds=1, **choices)
 
 
+def merges(problem: Problem) -> bool:
+    """Whether the backward adds up samples of a cell before they go to grad_value: where each row gets many."""
+    return problem.Q * problem.K >= MERGED * problem.S
+
+
 def backward(
     problem: Problem,
     alignment: int,
@@ -126,33 +145,51 @@ def backward(
     """Launch of the backward kernel, for the gradients that are wanted.
 
     A lane owns 16 bytes of the float32 or float64 gradient: with 32 bytes a lane, in two vector reductions,
-    the reductions ran at half the rate (H100, float16). They are the limit, so the launch shape matters little.
+    the reductions ran at half the rate (H100, float16). They are the limit where samples are not merged.
+
+    Merged (many samples a row of value): 64 queries a block and 1024 keys. encoder_800x1333 on an H200: 381 us in
+    float32 with 4 blocks a multiprocessor, 390 with 5; 371 in float16 with 5, 380 with 4; 32 queries 398, 128 queries
+    390 to 404; 512 or 2048 keys 392, 406; not merged 777.
+
+    Without grad_value 10 blocks of 4 warps: encoder_800x1333 on an H100 231 us and decoder_900 68 in float32, 234 and
+    73 with 12; in float16 no difference.
     """
     itemsize = item_size(problem.value_dtype)
     widest = VECTOR_BYTES // item_size(problem.accumulator_dtype) * itemsize
-    vec = _vector(problem.D, itemsize, min(alignment, widest))
-    lanes, turns = _lanes(problem.D // vec)
+    vec = vector(problem.D, itemsize, min(alignment, widest))
+    lanes, turns = lanes_of(problem.D // vec)
     lanes = 1 << (lanes - 1).bit_length()  # the shuffles need a power of two
-    few = _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors
-    choices = {"warps": 2 if few else 4, "min_blocks": 8, "unroll": 2}
-    if turns > 4:
-        choices |= _MANY_TURNS
     wanted = {"grad_value": grad_value, "grad_samples": grad_samples}
-    return _launch(problem, "backward", vec, lanes, rounds=2 if problem.Q == problem.S else 1, **wanted, **choices)
+    if turns > 4:
+        choices = {"warps": 4} | _MANY_TURNS
+    elif not grad_value:
+        choices = {"warps": 4, "min_blocks": 10, "unroll": 2}
+    elif merges(problem):
+        merged = {"warps": 8, "min_blocks": 5 if itemsize == 2 else 4, "unroll": 2, "merge": MERGED_KEYS}
+        rounds = max(1, MERGED_QUERIES * lanes // (8 * 32))
+        launch = _launch(problem, "backward", vec, lanes, rounds=rounds, **merged, **wanted)
+        if launch.shared <= MERGED_SHARED:
+            return launch
+        choices = {"warps": 4, "min_blocks": 8, "unroll": 2}
+    elif _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors:
+        choices = {"warps": 2, "min_blocks": 8, "unroll": 2}
+    else:
+        choices = {"warps": 4, "min_blocks": 8, "unroll": 2}
+    return _launch(problem, "backward", vec, lanes, rounds=1, **choices, **wanted)
 
 
 def _warps_needed(problem: Problem, lanes: int) -> int:
     return problem.N * problem.M * -(-problem.Q // (32 // lanes))
 
 
-def _vector(D: int, itemsize: int, width: int) -> int:
+def vector(D: int, itemsize: int, width: int) -> int:
     vec = max(1, width // itemsize)
     while D % vec:
         vec //= 2
     return vec
 
 
-def _lanes(pieces: int) -> tuple[int, int]:
+def lanes_of(pieces: int) -> tuple[int, int]:
     """Lanes of a query and turns of a lane for a row of `pieces` vectors: as few turns as a warp allows.
 
     More turns of fewer lanes would leave fewer lanes idle, but each would read shorter segments, and a segment costs
@@ -170,7 +207,6 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
     entry = sample_bytes(index_64, problem.accumulator_dtype)
     most = max(1, min(WARP_SHARED_BUDGET // (32 // lanes * entry) - 1, MAX_FILLS * lanes))
     chunk = -(-K // -(-K // most))
-    by_value = problem.levels is not None and problem.L <= MAX_LEVELS_BY_VALUE
     key = KernelKey(
         kind,
         problem.value_dtype,
@@ -186,7 +222,7 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
         warps,
         rounds,
         band=BAND if problem.Q == problem.S and problem.Q < 2**31 and problem.L <= 32 else 0,
-        levels_on_device=not by_value,
+        levels_on_device=not levels_by_value(problem),
         points=variant.num_points or (),
         nearest=variant.nearest,
         border=variant.padding_mode == "border",
@@ -205,11 +241,22 @@ def sample_bytes(index_64: bool, accumulator_dtype: str) -> int:
 
 
 def shared_bytes(key: KernelKey) -> int:
-    """Size of the kernels' `msda_shared`."""
-    samples = key.warps * key.queries * (key.chunk | 1) * sample_bytes(key.index_64, accumulator_of(key.value_dtype))
+    """Size of the kernels' `msda_shared`, `msda_chunk` (of the sum) or `msda_tile` (of each warp that adds)."""
+    accumulator = item_size(accumulator_of(key.value_dtype))
+    if key.kind == "sum":
+        keys, numbers = key.rows + 1, (key.rows + 2) * (1 + key.warps) + key.warps + 3 * 32 * key.warps
+        partial = (keys + key.warps * key.queries) * 2 * key.lanes * key.vec
+        return -(-((4 * key.chunk + partial) * accumulator + 4 * numbers) // 16) * 16
+    if key.kind == "add":
+        step = key.lanes * key.vec
+        sums = key.rows * -(-key.D // step) * step * accumulator
+        return key.warps * (32 * 4 * accumulator + -(-sums // 16) * 16)
+    held = key.warps * (key.rounds if key.merge else 1) * key.queries
+    samples = held * (key.chunk | 1) * sample_bytes(key.index_64, accumulator_of(key.value_dtype))
     index = 8 if key.index_64 else 4
     queries = key.rounds * key.warps * key.queries * index
-    return -(-(samples + key.L * (index + 8) + queries) // 16) * 16
+    merging = (4 << key.merge) + 4 * key.warps + 2 * held * key.chunk if key.merge else 0
+    return -(-(samples + key.L * (index + 8) + queries + merging) // 16) * 16
 
 
 def round_gradient(value_dtype: str, count: int) -> Launch:

@@ -176,7 +176,7 @@ def read(
         device=value_view.device,
         levels=levels,
         im2col_step=_positive_int("im2col_step", im2col_step),
-        deterministic=bool(deterministic),
+        deterministic=value_view.framework.wants_fixed_order() if deterministic is None else deterministic,
         variant=variant,
     )  # fmt: skip
     operands = Operands(

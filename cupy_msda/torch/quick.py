@@ -10,13 +10,14 @@ takes 0.5 (on the host of an H100; benchmarks/NOTES.md). What has no key goes th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import api, cuda, interop, plan, problem
-from ..problem import PLAIN, SIXTEEN_BIT, Operands, Problem, Variant
+from ..problem import PLAIN, Operands, Problem, Variant
 
 # What the vectors of the kernels want, and what torch's allocator gives.
 _ALIGNMENT = 16
@@ -38,12 +39,12 @@ class Recipe:
         The words of metadata that came from the host; empty where it is on the device.
     """
 
-    __slots__ = ("backwards", "forward", "levels", "problem")
+    __slots__ = ("backwards", "deterministic", "forward", "levels", "problem")
 
-    def __init__(self, found: Problem, value: Tensor) -> None:
-        self.problem = found
+    def __init__(self, found: Problem, value: Tensor, deterministic: bool | None) -> None:
+        self.problem, self.deterministic = found, deterministic
         self.levels = () if found.levels is None else cuda.levels_by_value(found.levels)
-        self.backwards: dict[tuple[bool, bool], Callable[..., Gradients | None]] = {}
+        self.backwards: dict[tuple[bool, bool, bool], Callable[..., Gradients | None]] = {}
         # One element, seen as an output: `empty_like` of it is 1 us cheaper than `new_empty`.
         self.forward = self._forward(value.detach().new_empty(()).expand(found.output_shape))
 
@@ -51,14 +52,18 @@ class Recipe:
         """``backward(grad_output, value, shapes, starts, locations, weights)`` -> the gradients that are wanted, or
         None where a saved tensor came back with strides, or an address is not aligned.
         """
-        repeat = self.backwards.get((grad_value, grad_samples))
+        fixed_order = self.deterministic
+        if fixed_order is None:  # torch's own switch, as it stands when the backward runs
+            fixed_order = _wants_fixed_order()
+        key = (grad_value, grad_samples, fixed_order)
+        repeat = self.backwards.get(key)
         if repeat is None:
-            repeat = self.backwards[grad_value, grad_samples] = self._backward(grad_value, grad_samples)
+            repeat = self.backwards[key] = self._backward(*key)
         return repeat
 
     def _forward(self, like_output: Tensor) -> Callable[..., Tensor | None]:
         levels, sizes, device = self.levels, (self.problem.S, self.problem.Q), self.problem.device[1]
-        get_device, set_device, _ = _device_functions()
+        get_device, set_device = _device_functions()
         empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
         with cuda.on_device(device):
             run = cuda.prepare_forward(self.problem, _ALIGNMENT, stream_of(device)).run
@@ -81,16 +86,14 @@ class Recipe:
 
         return forward
 
-    def _backward(self, grad_value: bool, grad_samples: bool) -> Callable[..., Gradients | None]:
-        levels, sizes, device = self.levels, (self.problem.S, self.problem.Q), self.problem.device[1]
-        get_device, set_device, fill = _device_functions()
-        empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
-        rounding = None
+    def _backward(self, grad_value: bool, grad_samples: bool, fixed_order: bool) -> Callable[..., Gradients | None]:
+        levels, device = self.levels, self.problem.device[1]
+        found = replace(self.problem, deterministic=fixed_order)
+        get_device, set_device = _device_functions()
+        empty_like, empty, stream_of = torch.empty_like, torch.empty, torch._C._cuda_getCurrentRawStream
         with cuda.on_device(device):
-            stream = stream_of(device)
-            run = cuda.prepare_backward(self.problem, _ALIGNMENT, stream, grad_value, grad_samples).run
-            if grad_value and self.problem.value_dtype in SIXTEEN_BIT:
-                rounding = cuda.prepare_rounding(self.problem, stream).run
+            steps = cuda.prepare_backward(found, _ALIGNMENT, stream_of(device), grad_value, grad_samples)
+        run, need = steps.run, steps.workspace
 
         def backward(
             grad_output: Tensor, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor
@@ -103,12 +106,13 @@ class Recipe:
             if (at_value | at_locations | at_weights | at_grad_output) % _ALIGNMENT:
                 return None
             of_value = of_locations = of_weights = None
-            at_sums = at_grad_locations = at_grad_weights = 0
+            at_grad_value = at_grad_locations = at_grad_weights = at_workspace = 0
             if grad_value:
-                of_value = sums = empty_like(value)
-                if rounding is not None:
-                    sums = empty_like(value, dtype=torch.float32)
-                at_sums = sums.data_ptr()
+                of_value = empty_like(value)
+                at_grad_value = of_value.data_ptr()
+            if need:
+                workspace = empty(need, dtype=torch.uint8, device=value.device)
+                at_workspace = workspace.data_ptr()
             if grad_samples:
                 of_locations, of_weights = empty_like(locations), empty_like(weights)
                 at_grad_locations, at_grad_weights = of_locations.data_ptr(), of_weights.data_ptr()
@@ -116,15 +120,10 @@ class Recipe:
             before = get_device()
             set_device(device)
             try:
-                stream = stream_of(device)
-                if grad_value:
-                    fill(at_sums, 0, sums.nbytes, stream)
                 run(
-                    stream, at_value, *metadata, at_locations, at_weights, at_grad_output, at_sums, at_grad_locations,
-                    at_grad_weights, *sizes,
+                    stream_of(device), metadata, at_value, at_locations, at_weights, at_grad_output, at_grad_value,
+                    at_grad_locations, at_grad_weights, at_workspace,
                 )  # fmt: skip
-                if rounding is not None:
-                    rounding(stream, at_sums, of_value.data_ptr(), sums.numel())
             finally:
                 if before != device:
                     set_device(before)
@@ -133,9 +132,12 @@ class Recipe:
         return backward
 
 
-def _device_functions() -> tuple[Callable[[], int], Callable[[int], None], Callable[..., None]]:
+_wants_fixed_order = torch.are_deterministic_algorithms_enabled
+
+
+def _device_functions() -> tuple[Callable[[], int], Callable[[int], None]]:
     runtime = interop.require_cupy("a CUDA tensor").cuda.runtime
-    return runtime.getDevice, runtime.setDevice, runtime.memsetAsync
+    return runtime.getDevice, runtime.setDevice
 
 
 # All recipes by key, and what was called last, newest first: (matches, recipe, im2col_step, deterministic, whether an
@@ -265,7 +267,7 @@ def first_forward(
     if key is not None and not validate and key not in recipes and _repeatable(found, operands):
         if len(recipes) >= _MOST_RECIPES:
             recipes.clear()
-        recipes[key] = Recipe(found, value)
+        recipes[key] = Recipe(found, value, deterministic)
     return output
 
 
@@ -284,7 +286,7 @@ def backward(
 ) -> Gradients:
     """Gradients of value, locations and weights, those that are wanted: the last two come together."""
     recipe = recipes.get(key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant))
-    if recipe is not None and not deterministic and grad_output.dtype is value.dtype:
+    if recipe is not None and grad_output.dtype is value.dtype:
         repeat = recipe.backward(grad_value, grad_samples)
         grads = repeat(grad_output, value, shapes, starts, locations, weights)
         if grads is not None:

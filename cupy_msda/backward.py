@@ -1,0 +1,146 @@
+"""The launches of a backward in their order: prepared once for a problem, run any number of times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import aside, interop, plan, plan_backward
+from .launch import PreparedLaunch
+from .problem import Problem
+
+
+class PreparedBackward:
+    """The gradients of one problem that are wanted.
+
+    Attributes
+    ----------
+    workspace : int
+        Bytes of uninitialised device memory, aligned to 256, that a run needs beside the gradients.
+    run : callable
+        ``run(stream, metadata, value, locations, weights, grad_output, grad_value, grad_locations, grad_weights,
+        workspace)``: the words of the kernels' `msda_metadata`, and addresses; 0 for what is not wanted.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        alignment: int,
+        multiprocessors: int,
+        prepare: Callable[[plan.Launch], PreparedLaunch],
+        *,
+        grad_value: bool,
+        grad_samples: bool,
+    ) -> None:
+        wanted = {"grad_value": grad_value, "grad_samples": grad_samples}
+        planned = plan_backward.backward(problem, alignment, multiprocessors, **wanted)
+        self.workspace = planned.workspace
+        sizes = (problem.S, problem.Q)
+        steps: list[Callable[..., None]] = []
+        if planned.summation:
+            steps.append(_summation(planned.summation, problem, prepare))
+        if planned.samples:
+            steps.append(_samples(prepare(planned.samples).run, sizes))
+        if len(steps) == 2:
+            steps = [_beside(*steps, problem.device[1])]
+        if planned.atomics:
+            count = problem.N * problem.S * problem.M * problem.D
+            rounded = planned.rounding is not None
+            steps.append(_zeros(rounded, count * interop.item_size(problem.accumulator_dtype)))
+            steps.append(_atomics(prepare(planned.atomics).run, rounded, sizes))
+        if planned.rounding:
+            steps.append(_rounding(prepare(planned.rounding).run, count))
+
+        def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
+            for step in steps:
+                step(stream, metadata, *addresses)
+
+        self.run = run if len(steps) > 1 else steps[0]
+
+
+def _beside(longer: Callable[..., None], other: Callable[..., None], device: int) -> Callable[..., None]:
+    """Two steps that do not need each other, side by side.
+
+    Few queries do not fill the GPU, and where they do, one fills the gaps of the other at its beginning and its end.
+    """
+    idle = aside.idle(device)
+    if not idle:
+        idle.append(aside.Aside())
+
+    def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
+        try:
+            beside = idle.pop()
+        except IndexError:
+            beside = aside.Aside()
+        beside.fork(stream)
+        longer(stream, metadata, *addresses)
+        other(beside.stream, metadata, *addresses)
+        beside.join(stream)
+        idle.append(beside)
+
+    return run
+
+
+def _samples(kernel: Callable[..., None], sizes: tuple[int, int]) -> Callable[..., None]:
+    def run(
+        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, grad_output: int,
+        grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
+    ) -> None:  # fmt: skip
+        kernel(stream, value, *metadata, locations, weights, grad_output, 0, grad_locations, grad_weights, *sizes)
+
+    return run
+
+
+# By atomic additions: into grad_value, or for 16-bit values in float32 into the workspace, to be rounded once.
+
+
+def _zeros(rounded: bool, nbytes: int) -> Callable[..., None]:
+    fill: Any = interop.require_cupy("an array on a CUDA device").cuda.runtime.memsetAsync
+
+    def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
+        fill(addresses[-1] if rounded else addresses[4], 0, nbytes, stream)
+
+    return run
+
+
+def _atomics(kernel: Callable[..., None], rounded: bool, sizes: tuple[int, int]) -> Callable[..., None]:
+    def run(
+        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, grad_output: int,
+        grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
+    ) -> None:  # fmt: skip
+        sums = workspace if rounded else grad_value
+        kernel(stream, value, *metadata, locations, weights, grad_output, sums, grad_locations, grad_weights, *sizes)
+
+    return run
+
+
+def _rounding(kernel: Callable[..., None], count: int) -> Callable[..., None]:
+    def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
+        kernel(stream, addresses[-1], addresses[4], count)
+
+    return run
+
+
+def _summation(
+    planned: plan_backward.Summation, problem: Problem, prepare: Callable[[plan.Launch], PreparedLaunch]
+) -> Callable[..., None]:
+    """grad_value by lists, in the order of the samples: the same bits every time."""
+    sort, total = prepare(planned.sort).run, prepare(planned.sum).run
+    sizes, all_heads = (problem.S, problem.Q), problem.N * problem.M
+    slabs = [
+        (head, all_heads, row, planned.rows)
+        for head in range(0, all_heads, planned.heads)
+        for row in range(0, problem.S, planned.rows)
+    ]
+    runs = (planned.runs, planned.capacity)
+
+    def run(
+        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, grad_output: int,
+        grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
+    ) -> None:  # fmt: skip
+        starts, entries = workspace, workspace + planned.entries
+        for slab in slabs:
+            sort(stream, locations, *metadata, weights, starts, entries, *sizes, *slab)
+            total(stream, grad_output, entries, starts, grad_value, *sizes, *runs, *slab)
+
+    return run

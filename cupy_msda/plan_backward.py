@@ -1,0 +1,208 @@
+"""Which kernels a backward is made of, and their launches: a pure function of the problem.
+
+The gradient of value is a sum over all samples that touch a pixel, and there are three ways to it:
+
+- by atomic additions, one a sample and row (msda_backward.cu): few launches, for small problems;
+- merged: the same, but a block first adds up its samples of a cell, for many samples a row of value;
+- in lists, without atomics (msda_bins.cuh says what parts, bins, lists and runs are): every sum in the order of the
+  samples, so the result is the same to the last bit, and each row of grad_value is written once, in value's dtype.
+  For `deterministic`, and for few samples in a large value, where zeroing, adding and rounding cost more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from . import plan
+from .interop import item_size
+from .plan import VECTOR_BYTES, KernelKey, Launch, lanes_of, levels_by_value, shared_bytes, vector
+from .problem import SIXTEEN_BIT, Problem
+
+# Rows of value from which on lists pay for their launches: of 32 bits and more, and of 16 bits, which atomics have to
+# round as well. H100, microseconds, lists against atomics: decoder_300 (2**18.4 rows) 42 and 38 in float32, 35 and 60
+# in float16; rtdetr_640 with N = 2 (2**17.0) 30 and 21, 29 and 28; with N = 8 (2**19.0) 77 and 100, 64 and 127.
+MANY_ROWS = (2**19, 2**18)
+# Parts a row of value from which on a block sums each bin (msda_sum.cu), instead of a warp (msda_add.cu).
+DENSE = 4
+# Sums of a bin in shared memory, in bytes.
+BIN_BYTES = 8 * 1024
+# Bins whose lists a block can count in shared memory; more are done one slab after the other.
+MAX_BINS = 1024
+# Parts of a run in shared memory, in bytes.
+SORT_BYTES = 48 * 1024
+# Bytes between the launches, unless one head needs more: heads are done in groups.
+WORKSPACE = 256 << 20
+
+
+@dataclass(frozen=True)
+class Summation:
+    """The launches of a sum in lists, and the memory between them.
+
+    `heads` of N * M and `rows` of S are done at a time. Each head has `runs` of at most `capacity` entries, which stand
+    at byte `entries` of the workspace of `nbytes`; the beginnings of their lists come before.
+    """
+
+    sort: Launch
+    sum: Launch
+    heads: int
+    rows: int
+    runs: int
+    capacity: int
+    entries: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What runs, in this order: None for what does not. `workspace` is the bytes between the launches.
+
+    `samples` computes the gradients of locations and weights alone, and may run beside `summation`. `atomics` adds to
+    zeros, and computes those gradients too where they are wanted; `rounding` rounds its sums to 16 bits.
+    """
+
+    samples: Launch | None = None
+    summation: Summation | None = None
+    atomics: Launch | None = None
+    rounding: Launch | None = None
+    workspace: int = 0
+
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        """All of them."""
+        sums = (self.summation.sort, self.summation.sum) if self.summation else ()
+        return tuple(launch for launch in (self.samples, *sums, self.atomics, self.rounding) if launch)
+
+
+def backward(
+    problem: Problem, alignment: int, multiprocessors: int = 132, *, grad_value: bool = True, grad_samples: bool = True
+) -> Backward:
+    """The launches for the gradients that are wanted; `alignment` is what all value-like addresses are multiples of."""
+    samples = None
+    if grad_samples:
+        samples = plan.backward(problem, alignment, multiprocessors, grad_value=False)
+    if not grad_value:
+        return Backward(samples)
+    if in_lists(problem):
+        summed = summation(problem, alignment)
+        return Backward(samples, summed, workspace=summed.nbytes)
+    atomics = plan.backward(problem, alignment, multiprocessors, grad_samples=grad_samples)
+    if problem.value_dtype not in SIXTEEN_BIT:
+        return Backward(atomics=atomics)
+    count = problem.N * problem.S * problem.M * problem.D
+    rounding = plan.round_gradient(problem.value_dtype, count)
+    return Backward(atomics=atomics, rounding=rounding, workspace=4 * count)
+
+
+def in_lists(problem: Problem) -> bool:
+    """Whether grad_value is summed in lists: where the caller wants a fixed order, and where it is faster."""
+    if problem.deterministic:
+        return True
+    many = MANY_ROWS[problem.value_dtype in SIXTEEN_BIT]
+    rows = problem.N * problem.S * problem.M
+    return not plan.merges(problem) and rows >= many
+
+
+def summation(problem: Problem, alignment: int) -> Summation:
+    """Launches and memory of a sum in lists."""
+    if problem.Q >= 2**32:
+        raise NotImplementedError(f"deterministic: expected fewer than 2**32 queries, got Q = {problem.Q}")
+    samples, parts = problem.Q * problem.K, len(problem.variant.near)
+    of_sum = _sum_key(problem, alignment, dense=parts * samples > DENSE * problem.S)
+    bins = min(-(-problem.S // of_sum.rows), MAX_BINS)
+    of_sort = _sort_key(problem, of_sum.rows, of_sum.index_64)
+    runs = -(-samples // (of_sort.warps * of_sort.chunk))
+    capacity = of_sort.warps * of_sort.chunk * parts
+
+    entry = entry_bytes(problem.value_dtype)
+    pitch = 2 * (2 * bins + 2)  # bytes of the beginnings of a run's lists
+    heads = max(1, min(problem.N * problem.M, WORKSPACE // (runs * (pitch + capacity * entry))))
+    entries = -(-heads * runs * pitch // 256) * 256
+    levels = problem.L * (16 if of_sort.index_64 else 12)
+    sorted_bytes = -(-max(capacity * entry, of_sort.warps * pitch) // 16) * 16
+    bins_of_block = 1 if of_sum.kind == "sum" else of_sum.warps
+    return Summation(
+        Launch(of_sort, heads * runs, 32 * of_sort.warps, sorted_bytes + levels + 4 * of_sort.warps + pitch),
+        Launch(of_sum, heads * -(-bins // bins_of_block), 32 * of_sum.warps, shared_bytes(of_sum)),
+        heads=heads,
+        rows=bins * of_sum.rows,
+        runs=runs,
+        capacity=capacity,
+        entries=entries,
+        nbytes=entries + heads * runs * capacity * entry,
+    )
+
+
+def _sum_key(problem: Problem, alignment: int, dense: bool) -> KernelKey:
+    """By a block a bin, which sorts its parts by row, or by a warp a bin, which adds them one after the other.
+
+    A warp needs all channels of its rows at once, in shared memory and in registers: not for very many of them.
+    """
+    itemsize, accumulator = item_size(problem.value_dtype), item_size(problem.accumulator_dtype)
+    vec = vector(problem.D, itemsize, min(alignment, VECTOR_BYTES // accumulator * itemsize))
+    lanes, turns = lanes_of(problem.D // vec)
+    lanes = 1 << (lanes - 1).bit_length()
+    step_bytes = lanes * vec * accumulator
+    choices: dict[str, Any]
+    if dense or turns > 4 or turns * step_bytes > BIN_BYTES:
+        # encoder_800x1333 on an H100, with the sort, microseconds: 467; 4 blocks a multiprocessor, loading 4 parts
+        # ahead, 484; 1024 parts at a time 511; 64 rows a bin 600 and more. mask2former_1024 171, 182, 197.
+        rows = _rows(BIN_BYTES // (2 * step_bytes))
+        choices = {"kind": "sum", "chunk": 512 if accumulator == 4 else 256, "warps": 8, "min_blocks": 5, "unroll": 2}
+    else:
+        # decoder_900 likewise: 143; 2 warps a block 146; 10 blocks 151; 16 rows a bin 197, 64 rows 166.
+        rows = _rows(BIN_BYTES // (turns * step_bytes))
+        choices = {"kind": "add", "warps": 4, "min_blocks": 8, "unroll": 4 // turns}
+    widest = 2 * max(problem.S * problem.M * problem.D, problem.Q * problem.M * max(problem.K, problem.D))
+    return _key(
+        value_dtype=problem.value_dtype, index_64=widest >= 2**31, M=problem.M, D=problem.D, vec=vec, lanes=lanes,
+        rows=rows, **choices,
+    )  # fmt: skip
+
+
+def _rows(most: int) -> int:
+    """Rows of a bin: a power of two, at most 32."""
+    return 1 << max(0, min(most, 32).bit_length() - 1)
+
+
+def _sort_key(problem: Problem, rows: int, index_64: bool) -> KernelKey:
+    """Long runs keep the beginnings of lists few, short ones fill the GPU.
+
+    encoder_800x1333 on an H100, with the sum: 525 us with 2,048 samples a run, 618 with 1,024; decoder_900 143 with
+    1,024, 148 with 512; decoder_300 34.2 with 512, 34.9 with 1,024, 42 with 2,048. A run of SORT_BYTES fits on every
+    architecture.
+    """
+    all_samples = problem.N * problem.M * problem.Q * problem.K
+    fits = SORT_BYTES // (8 * 32 * len(problem.variant.near) * entry_bytes(problem.value_dtype)) * 32
+    return _key(
+        "sort",
+        value_dtype=problem.value_dtype,
+        location_dtype=problem.location_dtype,
+        index_64=index_64,
+        L=problem.L,
+        P=problem.P,
+        M=problem.M,
+        chunk=min(fits, 256 if all_samples >= 2**20 else 128 if all_samples >= 2**18 else 64),
+        warps=8,
+        min_blocks=4,
+        levels_on_device=not levels_by_value(problem),
+        points=problem.variant.num_points or (),
+        nearest=problem.variant.nearest,
+        border=problem.variant.padding_mode == "border",
+        align_corners=problem.variant.align_corners,
+        rows=rows,
+    )
+
+
+def entry_bytes(value_dtype: str) -> int:
+    """Size of the kernels' `msda_entry`."""
+    return 32 if value_dtype == "float64" else 16
+
+
+def _key(kind: str, **axes: Any) -> KernelKey:
+    """A key with neutral values on the axes that a kernel does not have."""
+    neutral = dict(
+        value_dtype="float32", location_dtype="float32", index_64=False, L=1, P=1, M=1, D=1, vec=1, lanes=1, chunk=1,
+        warps=1, rounds=1, min_blocks=1, unroll=1, band=0, levels_on_device=False,
+    )  # fmt: skip
+    return KernelKey(kind, **(neutral | axes))
