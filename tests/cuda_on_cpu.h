@@ -144,6 +144,29 @@ inline bool all_of_warp(bool vote, int line) {
     return all;
 }
 
+template <typename T>
+inline unsigned match(T x, int line) {
+    Warp& warp = warps[current / 32];
+    uint64_t* slots = warp.slots[warp.generation & 1];
+    slots[current % 32] = 0;
+    memcpy(&slots[current % 32], &x, sizeof x);
+    const uint64_t mine = slots[current % 32];
+    wait_for_warp(line);
+    unsigned same = 0;
+    for (int lane = 0; lane < 32; ++lane) same |= (unsigned)(slots[lane] == mine) << lane;
+    return same;
+}
+
+inline unsigned ballot(bool vote, int line) {
+    Warp& warp = warps[current / 32];
+    uint64_t* slots = warp.slots[warp.generation & 1];
+    slots[current % 32] = vote;
+    wait_for_warp(line);
+    unsigned votes = 0;
+    for (int lane = 0; lane < 32; ++lane) votes |= (unsigned)slots[lane] << lane;
+    return votes;
+}
+
 inline void body() {
     EMULATOR_BEGIN(scheduler);
     threadIdx.x = (unsigned)current;
@@ -226,6 +249,10 @@ inline const char* launch(void (*entry)(void*), void* arguments, int grid, int b
 #define __syncthreads_or(vote) emulator::vote_of_block(vote, __LINE__)
 #define __syncwarp() emulator::wait_for_warp(__LINE__)
 #define __all_sync(mask, vote) emulator::all_of_warp(vote, __LINE__)
+#define __match_any_sync(mask, x) emulator::match(x, __LINE__)
+#define __ballot_sync(mask, vote) emulator::ballot(vote, __LINE__)
+#define __ffs(x) __builtin_ffs(x)
+#define __popc(x) __builtin_popcount(x)
 #define __shfl_xor_sync(mask, x, lanes) emulator::exchange(x, (emulator::current % 32) ^ (lanes), __LINE__)
 #define __shfl_sync(mask, x, lane) emulator::exchange(x, (lane), __LINE__)
 #define __shfl_up_sync(mask, x, by) \
@@ -241,3 +268,4 @@ inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
 inline unsigned min(unsigned x, unsigned y) { return x < y ? x : y; }
 inline int min(int x, int y) { return x < y ? x : y; }
+inline long long min(long long x, long long y) { return x < y ? x : y; }

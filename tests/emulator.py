@@ -12,11 +12,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from cupy_msda import kernels, plan, problem
+from cupy_msda import kernels, plan, plan_backward, problem
 
 HERE = Path(__file__).parent
 HEADERS = ("cuda_on_cpu.h", "emulator_harness.h")
-KINDS = {"forward": 0, "backward": 1, "round": 2}
+KINDS = {"forward": 0, "backward": 1, "round": 2, "sort": 3, "sum": 4, "add": 5}
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 CACHE = Path(tempfile.gettempdir()) / f"cupy_msda_emulator_{os.getuid()}"
 COMPILER = shutil.which("g++")
@@ -47,11 +47,17 @@ def build(key, text=None, sanitize=False):
     return target
 
 
-def launch(described, arrays, S, Q, *, text=None, sanitize=False, order=0):
-    """Run `described` (a plan.Launch) on `arrays` in place; None stands for a null pointer."""
+def launch(described, arrays, S, Q, more=(0,) * 6, *, text=None, sanitize=False, order=0):
+    """Run `described` (a plan.Launch) on `arrays` in place; None stands for a null pointer.
+
+    `more` are the sizes that only the kernels of a summation have: runs, capacity, first
+    head, heads, first row, rows.
+    """
     target = build(described.key, text, sanitize)
     sizes = [-1 if array is None else array.nbytes for array in arrays]
-    numbers = np.array([len(arrays), S, Q, described.grid, described.block, described.shared, order, *sizes], np.int64)
+    numbers = np.array(
+        [len(arrays), S, Q, described.grid, described.block, described.shared, order, *more, *sizes], np.int64
+    )
     if sanitize:
         _run_executable(target, numbers, arrays)
         return
@@ -79,7 +85,7 @@ def _run_executable(target, numbers, arrays):
             offset += array.nbytes
 
 
-def _prepare(inputs, levels_on_device, variant):
+def prepare(inputs, levels_on_device, variant):
     variant = problem.PLAIN._replace(**(variant or {}))
     found, _ = problem.read(*inputs[:5], 64, inputs.grad_output, variant=variant)
     levels = None if levels_on_device else found.levels
@@ -104,7 +110,7 @@ def _poisoned(shape, dtype):
 
 def forward(inputs, *, levels_on_device=False, shapes=None, starts=None, multiprocessors=132, variant=None, **options):
     """The forward kernel on NumPy inputs; `shapes` and `starts` replace the device metadata without any check."""
-    found = _prepare(inputs, levels_on_device, variant)
+    found = prepare(inputs, levels_on_device, variant)
     described = plan.forward(found, 16, multiprocessors)
     metadata, device = _metadata(found, described, inputs, shapes, starts)
     output = _poisoned(found.output_shape, inputs.value.dtype)
@@ -126,7 +132,7 @@ def backward(
     **options,
 ):
     """The backward kernels on NumPy inputs: gradients of value, locations and weights, as in cuda.py."""
-    found = _prepare(inputs, levels_on_device, variant)
+    found = prepare(inputs, levels_on_device, variant)
     described = plan.backward(found, 16, multiprocessors, grad_value=grad_value, grad_samples=grad_samples)
     metadata, device = _metadata(found, described, inputs, shapes, starts)
     total = np.zeros(inputs.value.shape, found.accumulator_dtype) if grad_value else None
@@ -139,6 +145,24 @@ def backward(
         launch(plan.round_gradient(found.value_dtype, total.size), [total, rounded], total.size, 0, **options)
         total = rounded
     return total, *grads
+
+
+def summation(inputs, *, levels_on_device=False, shapes=None, starts=None, variant=None, texts=None, **options):
+    """The gradient of value without atomics, as in cupy_msda/backward.py."""
+    found = prepare(inputs, levels_on_device, variant)
+    planned = plan_backward.summation(found, 16)
+    metadata, device = _metadata(found, planned.sort, inputs, shapes, starts)
+    result = _poisoned(inputs.value.shape, inputs.value.dtype)
+    begins = _poisoned((planned.heads, planned.runs, 2 * (planned.rows // planned.sum.key.rows) + 2), np.uint16)
+    entries = _poisoned((planned.heads, planned.runs, planned.capacity, 4), found.accumulator_dtype)
+    for head in range(0, found.N * found.M, planned.heads):
+        for row in range(0, found.S, planned.rows):
+            more = (planned.runs, planned.capacity, head, found.N * found.M, row, planned.rows)
+            arrays = [inputs.locations, metadata, inputs.weights, begins, entries, *device]
+            launch(planned.sort, arrays, found.S, found.Q, more, text=(texts or {}).get("sort"), **options)
+            arrays = [inputs.grad_output, entries, begins, result]
+            launch(planned.sum, arrays, found.S, found.Q, more, text=(texts or {}).get(planned.sum.key.kind), **options)
+    return result
 
 
 def force_index_64(monkeypatch, wide):

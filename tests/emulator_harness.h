@@ -1,7 +1,7 @@
 // Entry points around one kernel: copies every array into an allocation of exactly its size, so that the address
 // sanitizer sees an access beyond it, launches, and copies the results back. EMULATED_KIND: 0 forward, 1 backward,
-// 2 round. Arrays in the order of the kernel's parameters, then spatial_shapes and level_start_index where the levels are
-// on the device (a size of -1 is a null pointer).
+// 2 round, 3 sort, 4 sum, 5 add. Arrays in the order of the kernel's parameters, then spatial_shapes and level_start_index where
+// the levels are on the device (a size of -1 is a null pointer).
 #pragma once
 
 #include <vector>
@@ -11,6 +11,7 @@ namespace emulator {
 struct Call {
     std::vector<void*> arrays;
     long long S, Q;
+    const long long* more;  // sizes that only some kernels have
 };
 
 inline void enter(void* pointer) {
@@ -18,6 +19,15 @@ inline void enter(void* pointer) {
     std::vector<void*>& a = call.arrays;
 #if EMULATED_KIND == 2
     msda_round((const float*)a[0], (msda_value*)a[1], call.S);
+#elif EMULATED_KIND >= 4
+#if EMULATED_KIND == 4
+    auto total = msda_sum;
+#else
+    auto total = msda_add;
+#endif
+    const long long* more = call.more;
+    total((const msda_value*)a[0], (const msda_entry*)a[1], (const unsigned short*)a[2], (msda_value*)a[3], call.S, call.Q,
+          more[0], more[1], more[2], more[3], more[4], more[5]);
 #else
     msda_metadata metadata;
 #if MSDA_LEVELS_ON_DEVICE
@@ -29,6 +39,10 @@ inline void enter(void* pointer) {
 #if EMULATED_KIND == 0
     msda_forward((const msda_value*)a[0], metadata, (const msda_location*)a[2], (const msda_location*)a[3],
                  (msda_value*)a[4], call.S, call.Q);
+#elif EMULATED_KIND == 3
+    const long long* more = call.more;
+    msda_sort((const msda_location*)a[0], metadata, (const msda_location*)a[2], (unsigned short*)a[3], (msda_entry*)a[4],
+              call.S, call.Q, more[2], more[3], more[4], more[5]);
 #else
     msda_backward((const msda_value*)a[0], metadata, (const msda_location*)a[2], (const msda_location*)a[3],
                   (const msda_value*)a[4], (msda_acc*)a[5], (msda_location*)a[6], (msda_location*)a[7], call.S, call.Q);
@@ -38,13 +52,15 @@ inline void enter(void* pointer) {
 
 }  // namespace emulator
 
-// numbers: count of arrays, S, Q, grid, block, shared bytes, order, then the size of each array in bytes.
+// numbers: count of arrays, S, Q, grid, block, shared bytes, order, six more sizes (runs, capacity, first head, heads,
+// first row, rows), then the size of each array in bytes.
 extern "C" const char* emulate(const long long* numbers, void** arrays) {
     emulator::Call call;
     call.S = numbers[1];
     call.Q = numbers[2];
+    call.more = numbers + 7;
     for (int i = 0; i < numbers[0]; ++i) {
-        const long long size = numbers[7 + i];
+        const long long size = numbers[13 + i];
         void* copy = size < 0 ? nullptr : malloc(size ? (size_t)size : 1);
         if (size > 0) memcpy(copy, arrays[i], (size_t)size);
         call.arrays.push_back(copy);
@@ -52,7 +68,7 @@ extern "C" const char* emulate(const long long* numbers, void** arrays) {
     const char* wrong = emulator::launch(emulator::enter, &call, (int)numbers[3], (int)numbers[4], (size_t)numbers[5],
                                          (int)numbers[6]);
     for (int i = 0; i < numbers[0]; ++i) {
-        if (numbers[7 + i] > 0) memcpy(arrays[i], call.arrays[i], (size_t)numbers[7 + i]);
+        if (numbers[13 + i] > 0) memcpy(arrays[i], call.arrays[i], (size_t)numbers[13 + i]);
         free(call.arrays[i]);
     }
     return wrong;
@@ -62,15 +78,15 @@ extern "C" const char* emulate(const long long* numbers, void** arrays) {
 // argv[1]: the numbers and the arrays, one after the other; written back in place.
 int main(int, char** argv) {
     FILE* file = fopen(argv[1], "r+b");
-    long long head[7];
-    if (!file || fread(head, 8, 7, file) != 7) return 4;
-    std::vector<long long> numbers(head, head + 7);
-    numbers.resize((size_t)(7 + head[0]));
-    if (fread(&numbers[7], 8, (size_t)head[0], file) != (size_t)head[0]) return 4;
+    long long head[13];
+    if (!file || fread(head, 8, 13, file) != 13) return 4;
+    std::vector<long long> numbers(head, head + 13);
+    numbers.resize((size_t)(13 + head[0]));
+    if (fread(&numbers[13], 8, (size_t)head[0], file) != (size_t)head[0]) return 4;
     std::vector<std::vector<char>> data;
     std::vector<void*> arrays;
     for (int i = 0; i < head[0]; ++i) {
-        data.emplace_back((size_t)(numbers[7 + i] > 0 ? numbers[7 + i] : 0));
+        data.emplace_back((size_t)(numbers[13 + i] > 0 ? numbers[13 + i] : 0));
         if (!data.back().empty() && fread(data.back().data(), 1, data.back().size(), file) != data.back().size()) return 4;
     }
     for (auto& array : data) arrays.push_back(array.data());

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cases import DTYPE_PAIRS
 
-from cupy_msda import kernels, plan
+from cupy_msda import kernels, plan, plan_backward
 from cupy_msda.problem import Problem, Variant
 
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
@@ -32,7 +32,7 @@ AXES = {
     "queries": ("few", "many", "pixels"),
     "levels": ("by value", "on the device"),
     "size": ("32 bits", "64 bits"),
-    "wanted": ("output", "value and samples", "value", "samples"),
+    "wanted": ("output", "value and samples", "value", "samples", "value in order: sort", "value in order: sum"),
     "variant": ("plain", "points", "nearest", "border", "align corners", "border, align corners", "nearest, points"),
 }
 
@@ -59,6 +59,9 @@ def launch_of(pair, D, alignment, points, queries, levels, size, wanted, variant
     )  # fmt: skip
     if wanted == "output":
         return plan.forward(found, alignment)
+    if "in order" in wanted:
+        summation = plan_backward.summation(found, alignment)
+        return summation.sort if "sort" in wanted else summation.sum
     return plan.backward(found, alignment, grad_value="value" in wanted, grad_samples="samples" in wanted)
 
 
@@ -154,7 +157,8 @@ def make_budget():
     found = compile_all(pairwise())
     entries = {}
     for (key, architecture), measured in found.items():
-        shared = 0 if key.kind == "round" else plan.shared_bytes(key)
+        # That of the sort depends on S too: tests/test_plan.py.
+        shared = 0 if key.kind in ("round", "sort") else plan.shared_bytes(key)
         entry = entries.setdefault(str(key), {"shared": shared, "registers": [], "spilled": []})
         assert architecture == ARCHITECTURES[len(entry["registers"])]
         entry["registers"].append(measured["registers"])

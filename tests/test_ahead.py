@@ -66,7 +66,9 @@ def test_variants_are_compiled_ahead():
         Sizes(ENCODER.levels, num_points=[3, 6], interpolation="nearest"),
         Sizes(ENCODER.levels, num_points=[2, 2], padding_mode="border"),
     ]
-    assert {(key.points, key.P, key.nearest, key.border) for key in keys(sizes, ["float32"])} == {
+    # The sums see parts of samples only.
+    chosen = [key for key in keys(sizes, ["float32"]) if key.kind not in ("sum", "add")]
+    assert {(key.points, key.P, key.nearest, key.border) for key in chosen} == {
         ((3, 6), 0, True, False),
         ((), 2, False, True),
     }

@@ -1,5 +1,7 @@
 """The CUDA sources run on the CPU: every dtype and code path against the reference, under the sanitizers too."""
 
+from dataclasses import replace
+
 import cases
 import emulator
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 import reference
 from cases import CASES, DTYPE_PAIRS, VARIANTS, Case
 from tolerance import assert_close
+
+from cupy_msda import plan_backward
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 
@@ -19,6 +23,8 @@ PATHS = [
     Case("many_channels", levels=((3, 4),), N=1, M=1, D=259, P=3, queries=2),
     Case("one_lane", levels=((3, 4), (1, 1)), N=1, M=2, D=1, P=3, queries=9),
     Case("gaps", starts=(4, 50), S=64, N=1, D=8),
+    Case("few_samples", levels=((20, 26), (13, 13)), N=1, M=2, D=32, queries=60),
+    Case("few_samples_three_turns", levels=((9, 13),), N=1, M=1, D=260, P=3, queries=20),
     Case("overlap", starts=(3, 10), S=60, N=1, D=8),
 ]
 
@@ -26,6 +32,8 @@ PATHS = [
 def check(case, pair, seed=0, **options):
     inputs = case.inputs(*pair, seed=seed)
     want_output, want_grads = cases.expected(inputs, **case.variant)
+    in_lists = {name: option for name, option in options.items() if name != "multiprocessors"}
+    assert_close(emulator.summation(inputs, variant=case.variant, **in_lists), want_grads[0], pair[0], "in lists")
     assert_close(emulator.forward(inputs, variant=case.variant, **options), want_output, pair[0])
     grads = emulator.backward(inputs, variant=case.variant, **options)
     assert_close(grads[0], want_grads[0], pair[0], "grad_value")
@@ -106,6 +114,51 @@ def test_some_gradients(wanted):
             assert grad is None
 
 
+def crowded(where, queries=150, S=None):
+    """All samples on one pixel, so that a warp, or with little value a block, gets them all."""
+    levels = ((20, 26), (13, 13)) if S is None else ((2, 3),)
+    inputs = Case("crowded", levels=levels, N=1, M=1, D=32, P=4, queries=queries).inputs(seed=5)
+    inputs.locations[:] = where
+    return inputs
+
+
+@pytest.mark.parametrize("S", [None, 6], ids=["few samples a row", "many"])
+@pytest.mark.parametrize("where", [0.37, 0.0, 1.0, 2.0])
+def test_everything_on_one_pixel(where, S):
+    inputs = crowded(where, S=S)
+    _, want = cases.expected(inputs)
+    got = emulator.summation(inputs, sanitize=True), emulator.backward(inputs, sanitize=True)[0]
+    for grad in got:
+        np.testing.assert_allclose(grad, want[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [PATHS[0], PATHS[8], PATHS[9], VARIANTS[-2]], ids=str)
+def test_sum_in_lists_does_not_depend_on_the_order_of_threads(case):
+    inputs = case.inputs(seed=6)
+    one = emulator.summation(inputs, variant=case.variant)
+    for order in (1, 7, 12):
+        np.testing.assert_array_equal(emulator.summation(inputs, variant=case.variant, order=order), one)
+
+
+def test_slabs_and_groups_of_heads_change_nothing(monkeypatch):
+    inputs = Case("slabs", levels=((15, 17), (4, 5)), N=2, M=3, D=8, queries=40).inputs(seed=7)
+    one = emulator.summation(inputs)
+    monkeypatch.setattr(plan_backward, "MAX_BINS", 2)
+    monkeypatch.setattr(plan_backward, "WORKSPACE", 1 << 15)
+    planned = plan_backward.summation(emulator.prepare(inputs, False, None), 16)
+    assert planned.rows < 275
+    assert 1 <= planned.heads < 6
+    np.testing.assert_array_equal(emulator.summation(inputs, sanitize=True), one)
+
+
+def test_64_bit_offsets_in_lists_under_the_sanitizers(monkeypatch):
+    keys = [plan_backward._sum_key]
+    monkeypatch.setattr(plan_backward, "_sum_key", lambda *a, **k: replace(keys[0](*a, **k), index_64=True))
+    for case in (PATHS[0], PATHS[8]):
+        inputs = case.inputs(seed=8)
+        assert_close(emulator.summation(inputs, sanitize=True), cases.expected(inputs)[1][0], "float32")
+
+
 BAD_LEVELS = {
     "negative height": ([[-6, 7], [3, 4]], [0, 42]),
     "product wraps around": ([[2**32, 2**32], [3, 4]], [0, 42]),
@@ -126,6 +179,7 @@ def test_hostile_metadata_under_the_sanitizers(name):
     grads = emulator.backward(inputs, **options)
     assert np.isnan(grads[1]).any()
     assert np.isnan(grads[2]).any()
+    np.testing.assert_allclose(emulator.summation(inputs, **options), grads[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30, 3e38], ids=str)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from cases import CASES, DTYPE_PAIRS
 
-from cupy_msda import plan
+from cupy_msda import plan, plan_backward
 from cupy_msda.interop import item_size
 from cupy_msda.problem import Problem, Variant
 
@@ -67,6 +67,59 @@ def test_index_width(S, wide):
 def test_index_width_counts_samples_too():
     assert not plan.forward(problem(Q=2**22), 16).key.index_64
     assert plan.forward(problem(Q=2**23), 16).key.index_64
+
+
+def backward_plan(**sizes):
+    return plan_backward.backward(problem(**{"N": 2, "Q": 300} | sizes), 16)
+
+
+def test_many_samples_a_row_are_merged():
+    encoder = backward_plan(Q=22223)
+    assert encoder.atomics.key.merge
+    assert encoder.samples is encoder.summation is None
+    assert not backward_plan(Q=300, S=2000, N=1).atomics.key.merge
+
+
+def test_few_samples_in_a_large_value_are_summed_in_lists():
+    assert backward_plan(N=8, Q=900).summation.sum.key.kind == "add"
+    assert backward_plan(N=2, value="float16").summation
+    assert backward_plan(N=2).atomics
+    assert backward_plan(N=1, Q=10, S=80).atomics
+
+
+def test_a_fixed_order_has_no_atomics():
+    for Q, kind in ((300, "add"), (22223, "sum")):
+        found = replace(problem(Q=Q), deterministic=True)
+        planned = plan_backward.backward(found, 16)
+        assert planned.atomics is planned.rounding is None
+        assert planned.summation.sum.key.kind == kind
+        assert not planned.samples.key.grad_value
+
+
+def test_only_what_is_wanted_is_planned():
+    lists = replace(problem(), deterministic=True)
+    assert plan_backward.backward(lists, 16, grad_value=False).summation is None
+    assert plan_backward.backward(lists, 16, grad_samples=False).samples is None
+    atomics = plan_backward.backward(problem(), 16, grad_samples=False).atomics
+    assert atomics.key.grad_value
+    assert not atomics.key.grad_samples
+
+
+def test_sixteen_bits_are_rounded_once_unless_summed_in_lists():
+    assert backward_plan(value="float16", Q=22223).rounding
+    assert not backward_plan(value="float16", N=8).rounding
+
+
+@pytest.mark.parametrize("value", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(("D", "S", "Q", "P"), [(32, 22223, 22223, 4), (1025, 40000, 300, 4), (32, 10**6, 900, 100)])
+def test_a_sum_in_lists_fits_everywhere(value, D, S, Q, P):
+    """64 KiB of shared memory is what sm_75 has; a run's places are 16-bit numbers."""
+    planned = plan_backward.summation(problem(value, D=D, S=S, Q=Q, P=P), 16)
+    assert planned.sort.shared <= 64 * 1024
+    assert planned.sum.shared <= 48 * 1024
+    assert planned.capacity < 2**16
+    assert planned.runs * planned.capacity >= 2 * Q * 4 * P
+    assert planned.nbytes <= plan_backward.WORKSPACE or planned.heads == 1
 
 
 def test_patches_only_where_queries_are_pixels():

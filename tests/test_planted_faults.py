@@ -7,7 +7,7 @@ import pytest
 from cases import Case
 from tolerance import assert_close
 
-from cupy_msda import kernels, plan
+from cupy_msda import kernels, plan, plan_backward
 from cupy_msda.problem import Problem
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
@@ -116,6 +116,49 @@ VARIANT_FAULTS = {
     "edges for centres": ("forward", {"align_corners": True}, "MSDA_ALIGN_CORNERS ? size - 1 : size", "size"),
     "half a pixel": ("backward", {"align_corners": True}, "MSDA_ALIGN_CORNERS ? (msda_acc)0 :", ""),
 }  # fmt: skip
+# In the kernels that sum without atomics, and where samples are merged.
+SUM_FAULTS = {
+    "part of the last row of a bin in the bin's own list": (
+        "sort", "+ 1 + (part.pair && part.row == MSDA_ROWS - 1)", "+ 1",
+    ),
+    "pair before the slab": ("sort", "const bool before = row == -1 && part.pair;", "const bool before = false;"),
+    "lower part for the upper": ("sort", ">> 2 * lower & 3", ">> 2 * (1 - lower) & 3"),
+    "rank by the lane": ("sort", "__popc(peers & ((1u << lane) - 1));", "lane;"),
+    "missing barrier before the counts of all warps": (
+        "sort", "    __syncthreads();\n\n    // Counts to places", "\n    // Counts to places",
+    ),
+    "missing barrier before the parts take the place of the counters": (
+        "sort",
+        "reinterpret_cast<const unsigned*>(begin)[i];\n    __syncthreads();",
+        "reinterpret_cast<const unsigned*>(begin)[i];",
+    ),
+    "missing barrier before the sorted parts are written": (
+        "sort", "    __syncthreads();\n    entries +=", "    entries +=",
+    ),
+    "part of the bin before taken for one of this bin": ("sum", "i < shared.own[of] ? 0 :", "false ? 0 :"),
+    "lost second row": ("sum", "msda_collect(shared, row, 1, share, lane, sum[owned]);", ""),
+    "missing barrier before the sums are collected": (
+        "sum",
+        "share, idle);\n                __syncthreads();",
+        "share, idle);",
+    ),
+    "group that forgets its last row": (
+        "sum", "if (key >= 0) msda_leave(shared, key + group, lane, here, after);\n}", "}",
+    ),
+    "row of another bin": ("sum", "row >= bin.rows || idle", "idle"),
+    "run that is not found": ("add", "if (__shfl_sync(0xffffffffu, end, of + step - 1) <= i) of += step;", ""),
+    "row of another group": ("add", "at + 1 >= low && at + 1 < high", "at + 1 >= low"),
+    "part added by every group": ("add", "if (group == 0) {", "{"),
+}  # fmt: skip
+MERGE_FAULTS = {
+    "cells told apart by nothing but their place": ("|| level[u] != run.level", ""),
+    "column that stays after the row ends": ("(sample[u].place & 5) != 0 &&", ""),
+    "last run of a group forgotten": ("if (run.place & 15) msda_end_run(shared, run, false, grad_value);", ""),
+    "missing barrier before the order is read": (
+        "(unsigned short)place;\n        }\n    __syncthreads();",
+        "(unsigned short)place;\n        }",
+    ),
+}
 ODD = Case("odd", levels=((4, 5),), N=1, M=2, D=1058, queries=24)
 
 
@@ -177,6 +220,68 @@ def test_fault_planted_into_a_variant_is_caught(name):
     run(kind, source, in_variant(variant))
     with pytest.raises(AssertionError):
         run(kind, source.replace(old, new), in_variant(variant))
+
+
+SUMMED = (
+    Case("dense", levels=((9, 11), (4, 5)), N=1, M=2, D=8, queries=None),
+    Case("sparse", levels=((20, 26), (13, 13)), N=1, M=2, D=32, queries=320),
+    Case("crowded", levels=((20, 26), (13, 13)), N=1, M=1, D=32, queries=60),
+    Case("slabs", levels=((9, 11), (4, 5)), N=1, M=1, D=8, queries=20),
+)
+
+
+def run_sum(kind, text):
+    for case in SUMMED:
+        inputs = case.inputs(seed=31)
+        if case.name == "crowded":
+            inputs.locations[:] = 0.37
+        want = cases.expected(inputs)[1][0]
+        with pytest.MonkeyPatch.context() as patch:
+            if case.name == "slabs":
+                patch.setattr(plan_backward, "MAX_BINS", 1)
+            for order in (0, 1):
+                got = emulator.summation(inputs, texts={kind: text} if text else None, sanitize=True, order=order)
+                assert_close(got, want, "float32")
+
+
+def test_sound_sums_pass():
+    run_sum("sort", None)
+
+
+@pytest.mark.parametrize("name", SUM_FAULTS)
+def test_fault_planted_into_a_sum_is_caught(name):
+    kind, old, new = SUM_FAULTS[name]
+    source = kernels.source(kind)
+    assert source.count(old) == 1, "the fault no longer fits the source"
+    with pytest.raises(AssertionError):
+        run_sum(kind, source.replace(old, new))
+
+
+def run_merged(text):
+    many = Case("merged", levels=((5, 6), (5, 6), (2, 2)), N=1, M=2, D=32, P=4, queries=64).inputs(seed=32)
+    # The same pixels as two levels of different widths, and on both only the first cell.
+    overlapping = Case("overlap", levels=((5, 6), (6, 5)), starts=(0, 0), S=30, N=1, M=1, D=32, queries=64).inputs()
+    overlapping.locations[..., 0, :, :] = 0.9 / 6, 0.8 / 5
+    overlapping.locations[..., 1, :, :] = 0.9 / 5, 0.8 / 6
+    overlapping.locations[0, :10, :, 0] = 9
+    # Two cells, one at the end of a row, the other left of the next row: their places follow each other.
+    two = Case("two", levels=((5, 6),), N=1, M=1, D=32, P=4, queries=64).inputs()
+    two.locations[0, :25] = 4.8 / 6, 1.9 / 5
+    two.locations[0, 25:] = 0.1 / 6, 2.9 / 5
+    for inputs in (many, overlapping, two):
+        want = cases.expected(inputs)[1][0]
+        for order in (0, 1):
+            assert_close(emulator.backward(inputs, text=text, sanitize=True, order=order)[0], want, "float32")
+
+
+@pytest.mark.parametrize("name", MERGE_FAULTS)
+def test_fault_planted_where_samples_are_merged_is_caught(name):
+    old, new = MERGE_FAULTS[name]
+    source = kernels.source("backward")
+    assert source.count(old) == 1, "the fault no longer fits the source"
+    run_merged(source)
+    with pytest.raises(AssertionError):
+        run_merged(source.replace(old, new))
 
 
 def far_level(key_index_64, text=None):
