@@ -18,7 +18,9 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ON_THE_GPU = (
     "test_operator.py",
     "test_gpu.py",
+    "test_deterministic.py",
     "test_torch.py",
+    "test_torch_variants.py",
     "test_torch_operator.py",
     "test_torch_cuda.py",
     "test_golden.py",
@@ -27,7 +29,7 @@ ON_THE_GPU = (
     "test_readme.py",
     "test_cli.py::test_demo_on_the_gpu",
 )
-SANITIZED = ("test_operator.py", "test_gpu.py", "test_torch.py", "test_torch_cuda.py")
+SANITIZED = ("test_operator.py", "test_gpu.py", "test_deterministic.py", "test_torch.py", "test_torch_cuda.py")
 # Every array in an allocation of its own: inside a pool the sanitizer takes a neighbour's bytes for ours.
 EXACT_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUPY_MSDA_TEST_EXACT_ALLOCATIONS": "1"}
 
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     suite = [
         *tests,
         "-k",
-        "not jax and not graph and not capture and not float32_copies",
+        "not jax and not graph and not capture and not float32_copies and not fifty and not bounded",
         *(f"tests/{name}" for name in SANITIZED),
     ]
     for tool in options.sanitizer:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: the tests (and compute-sanitizer's tools, where $SANITIZER names some), then the
-# benchmark, the cost of the torch operator on the host, and the training of a small detector. Writes checks.json,
-# benchmark.json, overhead.json and detector.json to a folder.
+# benchmark, the ways of the backward, the cost of the torch operator on the host, and the training of a small detector.
+# Writes checks.json, benchmark.json, backward.json, overhead.json and detector.json to a folder.
 # usage: [SANITIZER="memcheck racecheck"] benchmarks/on_gpu.sh FOLDER [arguments of benchmarks.run]
 set -u
 out=$(realpath -m "${1:?usage: benchmarks/on_gpu.sh FOLDER [arguments of benchmarks.run]}")
@@ -13,8 +13,10 @@ python3 -m benchmarks.checks --out "$out" --sanitizer ${SANITIZER:-}
 checks=$?
 python3 -m benchmarks.run --device cuda --out "$out/benchmark.json" "$@"
 bench=$?
+python3 -m benchmarks.backward --out "$out/backward.json"
+backward=$?
 python3 -m benchmarks.overhead --out "$out/overhead.json"
 overhead=$?
 python3 -m benchmarks.detector --device cuda --out "$out/detector.json"
 detector=$?
-[ "$checks$bench$overhead$detector" = 0000 ]
+[ "$checks$bench$backward$overhead$detector" = 00000 ]
