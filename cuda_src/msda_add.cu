@@ -216,9 +216,11 @@ extern "C" __global__ void MSDA_BOUNDS msda_add(
         long long runs, long long capacity, long long first_head, long long heads, long long first_row, long long rows) {
     MSDA_SHARED_MEMORY(msda_memory);
     const unsigned bins = (unsigned)(rows / MSDA_ROWS), blocks = (bins + MSDA_WARPS - 1) / MSDA_WARPS;
-    const unsigned warp = threadIdx.x / 32;
+    const unsigned warp = threadIdx.x / 32, in_launch = gridDim.x / blocks;
+    // All heads of the last bins first: the coarse levels' hold the most parts, and the rows of the heads of a pixel are
+    // neighbours in memory (decoder_900 142 -> 127 us with the sort, head by head 147; decoder_300 35 -> 30).
     const msda_bin bin = msda_bin_at(
             grad_output, entries, starts, grad_value, S, Q, runs, capacity, first_head, heads, first_row, rows,
-            blockIdx.x / blocks, blockIdx.x % blocks * MSDA_WARPS + warp);
+            blockIdx.x % in_launch, (blocks - 1 - blockIdx.x / in_launch) * MSDA_WARPS + warp);
     if (bin.rows > 0) msda_add_bin(reinterpret_cast<msda_tile*>(msda_memory)[warp], bin);
 }

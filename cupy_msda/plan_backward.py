@@ -19,10 +19,11 @@ from .interop import item_size
 from .plan import VECTOR_BYTES, KernelKey, Launch, lanes_of, levels_by_value, shared_bytes, vector
 from .problem import SIXTEEN_BIT, Problem
 
-# Rows of value from which on lists pay for their launches: of 32 bits and more, and of 16 bits, which atomics have to
-# round as well. H100, microseconds, lists against atomics: decoder_300 (2**18.4 rows) 42 and 38 in float32, 35 and 60
-# in float16; rtdetr_640 with N = 2 (2**17.0) 30 and 21, 29 and 28; with N = 8 (2**19.0) 77 and 100, 64 and 127.
-MANY_ROWS = (2**19, 2**18)
+# Rows of value, of all images and heads, from which on lists pay for their launches: of 32 bits and more, and of 16,
+# which atomics have to round as well. H100, microseconds, lists against atomics, before the last 15 % of the lists:
+# decoder_300 with N = 2 (2**18.4 rows) 42 and 38 in float32, 35 and 60 in float16; with N = 1 25 and 22, 24 and 31;
+# rtdetr_640 with N = 2 (2**17.0) 30 and 21, 29 and 28; with N = 8 (2**19.0) 77 and 100, 64 and 127.
+MANY_ROWS = (2**18, 2**17)
 # Parts a row of value from which on a block sums each bin (msda_sum.cu), instead of a warp (msda_add.cu).
 DENSE = 4
 # Sums of a bin in shared memory, in bytes.

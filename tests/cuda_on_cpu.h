@@ -260,6 +260,7 @@ inline const char* launch(void (*entry)(void*), void* arguments, int grid, int b
 
 template <typename T> inline T __ldg(const T* p) { return *p; }
 template <typename T> inline T __ldcs(const T* p) { return *p; }
+template <typename T> inline void __stcs(T* p, T x) { *p = x; }
 template <typename T> inline T atomicAdd(T* p, T x) { const T old = *p; *p = old + x; return old; }
 inline float __fmul_rn(float x, float y) { volatile float product = x * y; return product; }
 inline double __dmul_rn(double x, double y) { volatile double product = x * y; return product; }
