@@ -15,6 +15,7 @@ README = Path(__file__).parent.parent / "README.md"
 PARTS = {
     "benchmark": "benchmark_*.json",
     "shapes": "shapes_*.json",
+    "backward": "backward_*.json",
     "cpu": "cpu_*.json",
     "overhead": "overhead_*.json",
 }
@@ -86,6 +87,35 @@ def recorded(path: Path, where: dict[str, Any]) -> str:
     return f"Recorded {where['date'][:10]} in `benchmarks/results/{path.name}`: {machine}, {versions}."
 
 
+def backward_table(path: Path, result: dict[str, Any]) -> str:
+    """Markdown: the default and the deterministic backward, what only some gradients take, and memory."""
+    records = {(record["workload"], record["dtype"]): record for record in result["records"]}
+    heads = [f"{way} {dtype}" for dtype in ("float32", "float16") for way in ("default", "deterministic")]
+    heads += ["value alone float32", "samples alone float32", "MiB beside the gradients, float16"]
+    lines = [f"| workload | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+    for workload in dict.fromkeys(name for name, _ in records):
+        cells = []
+        for dtype in ("float32", "float16"):
+            ways = {way: found["median_us"] for way, found in records[workload, dtype]["ways"].items()}
+            for way in ("default", "deterministic"):
+                times = f"{ways['baseline'] / ways[way]:.1f}x"
+                cells.append(f"{ways[way]:.{0 if ways[way] >= 20 else 1}f} ({times})")
+        ways = records[workload, "float32"]["ways"]
+        cells += [f"{ways[way]['median_us']:.0f}" for way in ("value", "samples")]
+        held = {way: found["extra_bytes"] / 2**20 for way, found in records[workload, "float16"]["memory"].items()}
+        cells.append(f"{held['default']:.0f} / {held['deterministic']:.0f} / {held['baseline']:.0f}")
+        lines.append(f"| {workload} | {' | '.join(cells)} |")
+    same = sum(record["same_bits"] for record in result["records"])
+    lines += [
+        "",
+        f"Microseconds a call, and in brackets how many times as fast as `{BASELINE}`; memory of the default, the "
+        f"deterministic backward and `{BASELINE}`. {result['runs']} deterministic runs beside other work gave the same "
+        f"bits in {same} of {len(result['records'])} combinations of workload and dtype. "
+        + recorded(path, result["provenance"]),
+    ]
+    return "\n".join(lines)
+
+
 def overhead_table(path: Path, result: dict[str, Any]) -> str:
     """Markdown: microseconds of the host a call, and what a forward is made of."""
     records = result["records"]
@@ -107,7 +137,7 @@ def overhead_table(path: Path, result: dict[str, Any]) -> str:
 def enclosed(part: str) -> str:
     """A part of the README with its markers."""
     begin, end = markers(part)
-    make = overhead_table if part == "overhead" else table
+    make = {"overhead": overhead_table, "backward": backward_table}.get(part, table)
     return f"{begin}\n{make(*latest(PARTS[part]))}\n{end}"
 
 
@@ -183,10 +213,33 @@ def plot_overhead(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
+def plot_backward(result: dict[str, Any], path: Path) -> None:
+    """What skewed locations do to the time, against local ones, for every workload."""
+    from matplotlib.figure import Figure
+
+    kinds = ("one pixel", "half padded", "outside")
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for ax, mode in zip(figure.subplots(1, 2, sharey=True), ("default", "deterministic"), strict=True):
+        records = [record for record in result["records"] if record["dtype"] == "float32"]
+        for i, kind in enumerate(kinds):
+            bars = [r["ways"][f"{mode}, {kind}"]["median_us"] / r["ways"][mode]["median_us"] for r in records]
+            ax.bar([x + i * 0.27 for x in range(len(records))], bars, 0.27, label=kind)
+        ax.axhline(1, color="black", linewidth=0.8)
+        ax.axhline(3, color="tab:red", linewidth=0.8, linestyle="--")
+        ax.set_xticks(
+            [x + 0.27 for x in range(len(records))], [r["workload"] for r in records], rotation=30, ha="right"
+        )
+        ax.set_title(f"backward, {mode}, float32")
+    figure.axes[0].set_ylabel("time against the workload's own locations")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=80)
+
+
 def main() -> None:
     for part in PARTS:
         write_table(part)
     plot(latest(PARTS["benchmark"])[1], RESULTS / "benchmark.png")
+    plot_backward(latest(PARTS["backward"])[1], RESULTS / "backward.png")
     plot_overhead(latest(PARTS["overhead"])[1], RESULTS / "overhead.png")
     scaling.plot(latest("scaling_*.json")[1], RESULTS / "scaling.png")
     detector.plot(latest("detector_*.json")[1], RESULTS / "detector.png")
