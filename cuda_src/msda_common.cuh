@@ -250,8 +250,8 @@ struct msda_shared {
     msda_level levels[MSDA_L];
     msda_index query[MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES];   // -1 past the last one
 #if MSDA_MERGE
+    alignas(16) unsigned of_warps[MSDA_WARPS];                      // aligned: read 16 bytes at a time, and no more
     unsigned begin[1 << MSDA_MERGE];                                // of each key in `order`; counts at first
-    unsigned of_warps[MSDA_WARPS];
     unsigned short order[MSDA_HELD * MSDA_QUERIES * MSDA_CHUNK];    // places in `samples`
 #endif
 };

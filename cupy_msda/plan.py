@@ -255,8 +255,9 @@ def shared_bytes(key: KernelKey) -> int:
     samples = held * (key.chunk | 1) * sample_bytes(key.index_64, accumulator_of(key.value_dtype))
     index = 8 if key.index_64 else 4
     queries = key.rounds * key.warps * key.queries * index
+    size = -(-(samples + key.L * (index + 8) + queries) // 16) * 16
     merging = (4 << key.merge) + 4 * key.warps + 2 * held * key.chunk if key.merge else 0
-    return -(-(samples + key.L * (index + 8) + queries + merging) // 16) * 16
+    return size + -(-merging // 16) * 16
 
 
 def round_gradient(value_dtype: str, count: int) -> Launch:

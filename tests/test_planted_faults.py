@@ -53,8 +53,8 @@ FAULTS = {
     ),
     "swapped corners of the backward": (
         "backward",
-        "(c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below",
-        "(c >> 1) * (MSDA_M * MSDA_D) + (c & 1) * below",
+        "(c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below + channel",
+        "(c >> 1) * (MSDA_M * MSDA_D) + (c & 1) * below + channel",
     ),
     "dropped tail guard": ("forward", "work.first + i < Q ? msda_query", "true ? msda_query"),
     "dropped channel guard": (

@@ -99,7 +99,9 @@ def test_second_order(device, case):
         where, attention = others if len(others) == 2 else (locations, *others)
         return ms_deform_attn(value, shapes, starts, where, attention, **case.variant)
 
-    torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+    # torch's own gather adds its gradients in no fixed order on a GPU.
+    nondet_tol = 1e-12 if device == "cuda" else 0.0
+    torch.autograd.gradgradcheck(function, leaves, fast_mode=True, nondet_tol=nondet_tol)
 
 
 @pytest.mark.parametrize("case", FORMS, ids=str)
