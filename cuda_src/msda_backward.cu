@@ -155,21 +155,7 @@ __device__ __forceinline__ unsigned msda_fill_sorted(
         count[j] = key < keys ? shared.begin[key] : 0;
         total += count[j];
     }
-    unsigned end = total;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const unsigned lower = __shfl_up_sync(0xffffffffu, end, step);
-        if (lane >= step) end += lower;
-    }
-    if (lane == 31) shared.of_warps[warp] = end;
-    __syncthreads();
-    unsigned all = 0, before = end - total;
-#pragma unroll
-    for (int w = 0; w < MSDA_WARPS; ++w) {
-        const unsigned of_warp = shared.of_warps[w];
-        before += w < warp ? of_warp : 0;
-        all += of_warp;
-    }
+    unsigned all, before = msda_sum_below(total, shared.of_warps, all) - total;
 #pragma unroll
     for (int j = 0; j < mine; ++j) {
         const int key = threadIdx.x * mine + j;

@@ -1,5 +1,33 @@
 // Levels, order of queries, bilinear cells and the samples of a warp: what the forward and the backward share.
 
+// ---- sums over threads ------------------------------------------------------------------------------------
+
+// Inclusive sum over the lanes of a warp.
+__device__ __forceinline__ unsigned msda_sum_below(unsigned x) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const unsigned lower = __shfl_up_sync(0xffffffffu, x, step);
+        if ((int)(threadIdx.x % 32) >= step) x += lower;
+    }
+    return x;
+}
+
+// The same over the threads of a block, all of which call it; `of_warps` has MSDA_WARPS elements. `all` is the sum.
+__device__ __forceinline__ unsigned msda_sum_below(unsigned x, unsigned* of_warps, unsigned& all) {
+    const int warp = threadIdx.x / 32;
+    unsigned end = msda_sum_below(x);
+    if (threadIdx.x % 32 == 31) of_warps[warp] = end;
+    __syncthreads();
+    all = 0;
+#pragma unroll
+    for (int w = 0; w < MSDA_WARPS; ++w) {
+        const unsigned of_warp = of_warps[w];
+        end += w < warp ? of_warp : 0;
+        all += of_warp;
+    }
+    return end;
+}
+
 // ---- levels ------------------------------------------------------------------------------------------------
 
 struct msda_level {
