@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from . import cuda, interop, kernels, plan, plan_backward, problem
+from . import aside, cuda, interop, kernels, plan, plan_backward, problem
 from .problem import SIXTEEN_BIT, VALUE_DTYPES, Problem, Variant
 
 # A bar for less would be gone before it is read.
@@ -100,6 +100,9 @@ def warmup(
     with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
         for _ in _with_bar(pool.map(compile_one, missing), len(missing), progress):
             pass
+    if backward:
+        with cuda.on_device(device):
+            aside.make_ahead(device)
     return len(missing)
 
 

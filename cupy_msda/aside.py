@@ -39,3 +39,9 @@ _idle: dict[int, list[Aside]] = {}
 def idle(device: int) -> list[Aside]:
     """Those of a device that nobody has: take one, or make one, and put it back."""
     return _idle.setdefault(device, [])
+
+
+def make_ahead(device: int) -> None:
+    """See to it that there is one of `device`, which must be current: not first in the capture of a CUDA graph."""
+    if not idle(device):
+        idle(device).append(Aside())

@@ -63,9 +63,8 @@ def _beside(longer: Callable[..., None], other: Callable[..., None], device: int
 
     Few queries do not fill the GPU, and where they do, one fills the gaps of the other at its beginning and its end.
     """
+    aside.make_ahead(device)
     idle = aside.idle(device)
-    if not idle:
-        idle.append(aside.Aside())
 
     def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
         try:

@@ -147,10 +147,10 @@ class TorchFramework(Framework):
         # What torch's own compiler calls; `torch.cuda.current_stream` makes a stream object, for 30 times the time.
         return sys.modules["torch"]._C._cuda_getCurrentRawStream(device[1])
 
-    # Copies come from torch's own allocator, which keeps them right on side streams and inside CUDA graphs.
     def wants_fixed_order(self) -> bool:
         return sys.modules["torch"].are_deterministic_algorithms_enabled()
 
+    # Copies come from torch's own allocator, which keeps them right on side streams and inside CUDA graphs.
     def contiguous(self, view: View) -> View:
         torch = sys.modules["torch"]
         return self.view(view.array.detach().clone(memory_format=torch.contiguous_format))
