@@ -28,8 +28,10 @@ MANY_ROWS = (2**18, 2**17)
 DENSE = 4
 # Sums of a bin in shared memory, in bytes.
 BIN_BYTES = 8 * 1024
-# Bins whose lists a block can count in shared memory; more are done one slab after the other.
-MAX_BINS = 1024
+# Rows of a bin at most, and bins whose lists a block can count in shared memory; more are done one slab after the other.
+MAX_ROWS, MAX_BINS = 32, 1024
+# Slabs up to which lists are chosen for their speed: each reads all samples again.
+MAX_SLABS = 4
 # Parts of a run in shared memory, in bytes.
 SORT_BYTES = 48 * 1024
 # Bytes between the launches, unless one head needs more: heads are done in groups.
@@ -100,8 +102,8 @@ def in_lists(problem: Problem) -> bool:
     if problem.deterministic:
         return True
     many = MANY_ROWS[problem.value_dtype in SIXTEEN_BIT]
-    rows = problem.N * problem.S * problem.M
-    return not plan.merges(problem) and rows >= many
+    few_slabs = problem.S <= MAX_SLABS * MAX_BINS * MAX_ROWS
+    return not plan.merges(problem) and few_slabs and problem.N * problem.S * problem.M >= many
 
 
 def summation(problem: Problem, alignment: int) -> Summation:
@@ -162,8 +164,8 @@ def _sum_key(problem: Problem, alignment: int, dense: bool) -> KernelKey:
 
 
 def _rows(most: int) -> int:
-    """Rows of a bin: a power of two, at most 32."""
-    return 1 << max(0, min(most, 32).bit_length() - 1)
+    """Rows of a bin: a power of two."""
+    return 1 << max(0, min(most, MAX_ROWS).bit_length() - 1)
 
 
 def _sort_key(problem: Problem, rows: int, index_64: bool) -> KernelKey:

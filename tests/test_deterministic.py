@@ -86,6 +86,21 @@ def test_groups_of_heads_and_slabs_of_rows_change_nothing(monkeypatch):
     np.testing.assert_array_equal(bits(gradients(put, case)[0]), bits(one[0]))
 
 
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_graph_of_a_backward(case):
+    import torch
+
+    put = [BACKEND.put(array) for array in case.inputs(seed=8)]
+    want = cupy_msda.ms_deform_attn_backward(*put, 64, deterministic=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = cupy_msda.ms_deform_attn_backward(*put, 64, deterministic=True)
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize(("value", "samples"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("case", LARGE, ids=str)
