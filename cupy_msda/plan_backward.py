@@ -28,7 +28,7 @@ MANY_ROWS = (2**18, 2**17)
 DENSE = 4
 # Sums of a bin in shared memory, in bytes.
 BIN_BYTES = 8 * 1024
-# Rows of a bin at most, and bins whose lists a block can count in shared memory; more are done one slab after the other.
+# Rows of a bin at most, and bins whose lists a block can count in shared memory; more are done slab after slab.
 MAX_ROWS, MAX_BINS = 32, 1024
 # Slabs up to which lists are chosen for their speed: each reads all samples again.
 MAX_SLABS = 4
@@ -102,8 +102,9 @@ def in_lists(problem: Problem) -> bool:
     if problem.deterministic:
         return True
     many = MANY_ROWS[problem.value_dtype in SIXTEEN_BIT]
+    rows = problem.N * problem.S * problem.M
     few_slabs = problem.S <= MAX_SLABS * MAX_BINS * MAX_ROWS
-    return not plan.merges(problem) and few_slabs and problem.N * problem.S * problem.M >= many
+    return not plan.merges(problem) and few_slabs and rows >= many
 
 
 def summation(problem: Problem, alignment: int) -> Summation:
