@@ -15,7 +15,7 @@ _TYPES, _COMMON = ("types.cuh",), ("types.cuh", "common.cuh")
 # What comes before each kernel's own file.
 _HEADERS = {
     "forward": _COMMON,
-    "backward": _COMMON,
+    "backward": (*_COMMON, "atomics.cuh"),
     "round": _TYPES,
     "sort": (*_COMMON, "bins.cuh"),
     "sum": (*_COMMON, "bins.cuh"),
