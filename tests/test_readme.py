@@ -30,6 +30,7 @@ def test_snippets_run():
         "LICENSE",
         "docs/demo.jpg",
         "benchmarks/results/benchmark.png",
+        "benchmarks/results/backward.png",
         "benchmarks/results/overhead.png",
         "benchmarks/results/detector.png",
         "benchmarks/results/scaling.png",
