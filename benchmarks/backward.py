@@ -20,7 +20,7 @@ from cupy_msda import api, problem
 from . import cases, implementations
 from .cases import Inputs
 from .provenance import provenance
-from .run import CACHE_FLUSH_BYTES, DTYPES
+from .run import DTYPES
 from .timing import Timer, summary
 
 SKEWS = ("one pixel", "half padded", "outside")
@@ -76,10 +76,7 @@ def same_bits(call: Callable[[], tuple]) -> bool:
 
 def measure(workload: cases.Workload, dtype: str, rounds: int) -> dict[str, Any]:
     """One record."""
-    first = cases.make_inputs(workload, DTYPES[dtype], "cuda")
-    size = sum(t.numel() * t.element_size() for t in first)
-    count = max(1, min(6, -(-CACHE_FLUSH_BYTES // size)))
-    sets = [first] + [cases.make_inputs(workload, DTYPES[dtype], "cuda", seed) for seed in range(1, count)]
+    sets = cases.input_sets(workload, DTYPES[dtype], "cuda")
     ways = {
         "default": [ours(inputs, deterministic=False) for inputs in sets],
         "deterministic": [ours(inputs, deterministic=True) for inputs in sets],
@@ -87,7 +84,7 @@ def measure(workload: cases.Workload, dtype: str, rounds: int) -> dict[str, Any]
         "samples": [ours(inputs, deterministic=False, value=False) for inputs in sets],
     }
     for kind in SKEWS:
-        inputs = skewed(first, kind)
+        inputs = skewed(sets[0], kind)
         ways[f"default, {kind}"] = [ours(inputs, deterministic=False)]
         ways[f"deterministic, {kind}"] = [ours(inputs, deterministic=True)]
     baseline = implementations.torch_ms_deform_attn()

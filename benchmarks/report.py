@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import detector, scaling
+from .backward import SKEWS
 
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).parent.parent / "README.md"
@@ -217,11 +218,10 @@ def plot_backward(result: dict[str, Any], path: Path) -> None:
     """What skewed locations do to the time, against local ones, for every workload."""
     from matplotlib.figure import Figure
 
-    kinds = ("one pixel", "half padded", "outside")
     figure = Figure(figsize=(12, 4), layout="constrained")
     for ax, mode in zip(figure.subplots(1, 2, sharey=True), ("default", "deterministic"), strict=True):
         records = [record for record in result["records"] if record["dtype"] == "float32"]
-        for i, kind in enumerate(kinds):
+        for i, kind in enumerate(SKEWS):
             bars = [r["ways"][f"{mode}, {kind}"]["median_us"] / r["ways"][mode]["median_us"] for r in records]
             ax.bar([x + i * 0.27 for x in range(len(records))], bars, 0.27, label=kind)
         ax.axhline(1, color="black", linewidth=0.8)

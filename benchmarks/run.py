@@ -31,7 +31,6 @@ SLACK = 4
 # The gradient of a location jumps where a sample crosses a pixel centre, and float32 coordinates put a few samples
 # in 10**5 on the other side than the float64 reference does. The tests measure it away from the jumps.
 LOCATION_TOLERANCE = 2e-2
-CACHE_FLUSH_BYTES = 256 << 20
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
@@ -61,10 +60,8 @@ def measure(
     workload: Workload, dtype: str, device: str, chosen: list[implementations.Implementation], rounds: int
 ) -> list[dict[str, Any]]:
     """One record an implementation."""
-    first = cases.make_inputs(workload, DTYPES[dtype], device)
-    size = sum(t.numel() * t.element_size() for t in first)
-    count = 1 if device == "cpu" else max(1, min(6, -(-CACHE_FLUSH_BYTES // size)))
-    sets = [first] + [cases.make_inputs(workload, DTYPES[dtype], device, seed) for seed in range(1, count)]
+    sets = cases.input_sets(workload, DTYPES[dtype], device)
+    first = sets[0]
     exact = reference(first)
     # The backward of an autograd implementation runs on the stream of its forward: both on the one of the capture.
     stream = torch.cuda.Stream() if device == "cuda" else None
@@ -77,7 +74,7 @@ def measure(
                 "workload": workload.name,
                 "dtype": dtype,
                 "implementation": implementation.name,
-                "input_sets": count,
+                "input_sets": len(sets),
             }
             records.append(record)
             try:

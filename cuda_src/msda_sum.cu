@@ -22,7 +22,7 @@ struct msda_chunk {
 };
 
 // Sorts the parts [from, to) of the runs from `run` on into shared.entries.
-__device__ __forceinline__ void msda_sort(
+__device__ __forceinline__ void msda_sort_chunk(
         msda_chunk& shared, const msda_bin& bin, long long run, unsigned from, unsigned to) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned* places = shared.place[warp];
@@ -173,7 +173,7 @@ __device__ __forceinline__ void msda_sum_bin(msda_chunk& shared, const msda_bin&
             for (unsigned at = 0; at < total; at += MSDA_CHUNK) {
                 const unsigned in_chunk = min(total - at, (unsigned)MSDA_CHUNK);
                 const unsigned share = (in_chunk + MSDA_GROUPS - 1) / MSDA_GROUPS;
-                msda_sort(shared, bin, run, at, at + in_chunk);
+                msda_sort_chunk(shared, bin, run, at, at + in_chunk);
                 msda_add_chunk(shared, bin.grad_output + channel, in_chunk, share, idle);
                 __syncthreads();
 #pragma unroll

@@ -40,14 +40,14 @@ class PreparedBackward:
         if planned.summation:
             steps.append(_summation(planned.summation, problem, prepare))
         if planned.samples:
-            steps.append(_samples(prepare(planned.samples).run, sizes))
+            steps.append(_backward(prepare(planned.samples).run, False, sizes))
         if len(steps) == 2:
             steps = [_beside(*steps, problem.device[1])]
         if planned.atomics:
             count = problem.N * problem.S * problem.M * problem.D
             rounded = planned.rounding is not None
             steps.append(_zeros(rounded, count * interop.item_size(problem.accumulator_dtype)))
-            steps.append(_atomics(prepare(planned.atomics).run, rounded, sizes))
+            steps.append(_backward(prepare(planned.atomics).run, rounded, sizes))
         if planned.rounding:
             steps.append(_rounding(prepare(planned.rounding).run, count))
 
@@ -80,17 +80,17 @@ def _beside(longer: Callable[..., None], other: Callable[..., None], device: int
     return run
 
 
-def _samples(kernel: Callable[..., None], sizes: tuple[int, int]) -> Callable[..., None]:
+def _backward(kernel: Callable[..., None], rounded: bool, sizes: tuple[int, int]) -> Callable[..., None]:
+    """Additions go to grad_value, or where they are `rounded` once, for 16-bit values, to float32 in the workspace."""
+
     def run(
         stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, grad_output: int,
         grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
     ) -> None:  # fmt: skip
-        kernel(stream, value, *metadata, locations, weights, grad_output, 0, grad_locations, grad_weights, *sizes)
+        sums = workspace if rounded else grad_value
+        kernel(stream, value, *metadata, locations, weights, grad_output, sums, grad_locations, grad_weights, *sizes)
 
     return run
-
-
-# By atomic additions: into grad_value, or for 16-bit values in float32 into the workspace, to be rounded once.
 
 
 def _zeros(rounded: bool, nbytes: int) -> Callable[..., None]:
@@ -98,17 +98,6 @@ def _zeros(rounded: bool, nbytes: int) -> Callable[..., None]:
 
     def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
         fill(addresses[-1] if rounded else addresses[4], 0, nbytes, stream)
-
-    return run
-
-
-def _atomics(kernel: Callable[..., None], rounded: bool, sizes: tuple[int, int]) -> Callable[..., None]:
-    def run(
-        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, grad_output: int,
-        grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
-    ) -> None:  # fmt: skip
-        sums = workspace if rounded else grad_value
-        kernel(stream, value, *metadata, locations, weights, grad_output, sums, grad_locations, grad_weights, *sizes)
 
     return run
 

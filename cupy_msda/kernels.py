@@ -78,7 +78,8 @@ def _compile(key: KernelKey) -> Any:
     kernel = module.get_function(f"msda_{key.kind}")
     if key.kind in ("forward", "backward", "sum", "add"):
         # No more shared memory than the resident blocks need: the rest of the SM's memory is L1. What the driver
-        # chooses by itself cost 1 to 3 % of the float32 forward on encoder_800x1333 and mask2former_1024 (H200).
+        # chooses by itself cost 1 to 3 % of the float32 forward on encoder_800x1333 and mask2former_1024 (H200). Not
+        # for the sort: what it needs depends on S, which a key does not know.
         attributes = cupy.cuda.Device().attributes
         needed = key.min_blocks * (shared_bytes(key) + attributes["ReservedSharedMemoryPerBlock"])
         kernel.preferred_shared_memory_carveout = min(

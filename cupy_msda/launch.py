@@ -8,10 +8,9 @@ from collections.abc import Callable
 from importlib import import_module
 
 from . import kernels
-from .plan import KernelKey, Launch
+from .plan import SHARED_WITHOUT_OPT_IN, KernelKey, Launch
 
 _PARAMETERS = {"forward": 7, "backward": 10, "round": 3, "sort": 11, "sum": 12, "add": 12}
-SHARED_WITHOUT_OPT_IN = 48 * 1024
 # The kernels that read levels, as their second parameter.
 _WITH_METADATA = ("forward", "backward", "sort")
 
@@ -29,7 +28,7 @@ class PreparedLaunch:
         """Compiles the kernel where that has not happened; `device` must be current."""
         self.key = launch.key
         self._kernel = kernels.function(launch.key, device)  # keeps its module loaded
-        if launch.shared > SHARED_WITHOUT_OPT_IN:  # hundreds of levels and more
+        if launch.shared > SHARED_WITHOUT_OPT_IN:  # long runs of the sort; hundreds of levels and more
             most = max(launch.shared, self._kernel.max_dynamic_shared_size_bytes)
             self._kernel.max_dynamic_shared_size_bytes = most
         function, driver_launch = self._kernel.kernel.ptr, import_module("cupy").cuda.driver.launchKernel

@@ -24,8 +24,8 @@ MERGED = 4
 # Queries of a block whose samples are merged, and bits of the keys by which they are sorted.
 MERGED_QUERIES = 64
 MERGED_KEYS = 10
-# Shared memory of a block that merges, in bytes: what a kernel may have without opting in.
-MERGED_SHARED = 48 * 1024
+# Shared memory of a block, in bytes, that a kernel may have without opting in; a block that merges takes no more.
+SHARED_WITHOUT_OPT_IN = 48 * 1024
 # More levels than this and the kernel's parameters would not hold them: they go to the device.
 MAX_LEVELS_BY_VALUE = 64
 # A head of very many channels: the turns alone keep enough loads in flight, and its sums need the registers.
@@ -112,8 +112,8 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     GPU, two warps a block spread over all of it, with registers for the rows of four samples in flight.
     """
     itemsize = item_size(problem.value_dtype)
-    vec = vector(problem.D, itemsize, min(alignment, VECTOR_BYTES))
-    lanes, turns = lanes_of(problem.D // vec)
+    vec = _vector(problem.D, itemsize, min(alignment, VECTOR_BYTES))
+    lanes, turns = _lanes(problem.D // vec)
     if turns > 4:
         choices = {"warps": 8} | _MANY_TURNS
     elif itemsize == 8:
@@ -144,9 +144,6 @@ def backward(
 ) -> Launch:
     """Launch of the backward kernel, for the gradients that are wanted.
 
-    A lane owns 16 bytes of the float32 or float64 gradient: with 32 bytes a lane, in two vector reductions,
-    the reductions ran at half the rate (H100, float16). They are the limit where samples are not merged.
-
     Merged (many samples a row of value): 64 queries a block and 1024 keys. encoder_800x1333 on an H200: 381 us in
     float32 with 4 blocks a multiprocessor, 390 with 5; 371 in float16 with 5, 380 with 4; 32 queries 398, 128 queries
     390 to 404; 512 or 2048 keys 392, 406; not merged 777.
@@ -154,27 +151,22 @@ def backward(
     Without grad_value 10 blocks of 4 warps: encoder_800x1333 on an H100 231 us and decoder_900 68 in float32, 234 and
     73 with 12; in float16 no difference.
     """
-    itemsize = item_size(problem.value_dtype)
-    widest = VECTOR_BYTES // item_size(problem.accumulator_dtype) * itemsize
-    vec = vector(problem.D, itemsize, min(alignment, widest))
-    lanes, turns = lanes_of(problem.D // vec)
-    lanes = 1 << (lanes - 1).bit_length()  # the shuffles need a power of two
+    vec, lanes, turns = lanes_of_gradient(problem, alignment)
     wanted = {"grad_value": grad_value, "grad_samples": grad_samples}
+    choices = {"warps": 4, "min_blocks": 8, "unroll": 2}
     if turns > 4:
-        choices = {"warps": 4} | _MANY_TURNS
+        choices |= _MANY_TURNS
     elif not grad_value:
-        choices = {"warps": 4, "min_blocks": 10, "unroll": 2}
+        choices["min_blocks"] = 10
     elif merges(problem):
-        merged = {"warps": 8, "min_blocks": 5 if itemsize == 2 else 4, "unroll": 2, "merge": MERGED_KEYS}
+        min_blocks = 5 if problem.value_dtype in SIXTEEN_BIT else 4
+        merged = {"warps": 8, "min_blocks": min_blocks, "unroll": 2, "merge": MERGED_KEYS}
         rounds = max(1, MERGED_QUERIES * lanes // (8 * 32))
         launch = _launch(problem, "backward", vec, lanes, rounds=rounds, **merged, **wanted)
-        if launch.shared <= MERGED_SHARED:
+        if launch.shared <= SHARED_WITHOUT_OPT_IN:
             return launch
-        choices = {"warps": 4, "min_blocks": 8, "unroll": 2}
     elif _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors:
-        choices = {"warps": 2, "min_blocks": 8, "unroll": 2}
-    else:
-        choices = {"warps": 4, "min_blocks": 8, "unroll": 2}
+        choices["warps"] = 2
     return _launch(problem, "backward", vec, lanes, rounds=1, **choices, **wanted)
 
 
@@ -182,14 +174,27 @@ def _warps_needed(problem: Problem, lanes: int) -> int:
     return problem.N * problem.M * -(-problem.Q // (32 // lanes))
 
 
-def vector(D: int, itemsize: int, width: int) -> int:
+def lanes_of_gradient(problem: Problem, alignment: int) -> tuple[int, int, int]:
+    """Channels of a vector, lanes and turns where grad_value is summed.
+
+    A lane owns 16 bytes of the float32 or float64 gradient: with 32 bytes a lane, in two vector reductions, the
+    reductions ran at half the rate (H100, float16). They are the limit where samples are not merged.
+    """
+    itemsize = item_size(problem.value_dtype)
+    widest = VECTOR_BYTES // item_size(problem.accumulator_dtype) * itemsize
+    vec = _vector(problem.D, itemsize, min(alignment, widest))
+    lanes, turns = _lanes(problem.D // vec)
+    return vec, 1 << (lanes - 1).bit_length(), turns  # the shuffles need a power of two
+
+
+def _vector(D: int, itemsize: int, width: int) -> int:
     vec = max(1, width // itemsize)
     while D % vec:
         vec //= 2
     return vec
 
 
-def lanes_of(pieces: int) -> tuple[int, int]:
+def _lanes(pieces: int) -> tuple[int, int]:
     """Lanes of a query and turns of a lane for a row of `pieces` vectors: as few turns as a warp allows.
 
     More turns of fewer lanes would leave fewer lanes idle, but each would read shorter segments, and a segment costs

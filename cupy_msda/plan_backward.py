@@ -16,7 +16,7 @@ from typing import Any
 
 from . import plan
 from .interop import item_size
-from .plan import VECTOR_BYTES, KernelKey, Launch, lanes_of, levels_by_value, shared_bytes, vector
+from .plan import KernelKey, Launch, lanes_of_gradient, levels_by_value, shared_bytes
 from .problem import SIXTEEN_BIT, Problem
 
 # Rows of value, of all images and heads, from which on lists pay for their launches: of 32 bits and more, and of 16,
@@ -142,10 +142,8 @@ def _sum_key(problem: Problem, alignment: int, dense: bool) -> KernelKey:
 
     A warp needs all channels of its rows at once, in shared memory and in registers: not for very many of them.
     """
-    itemsize, accumulator = item_size(problem.value_dtype), item_size(problem.accumulator_dtype)
-    vec = vector(problem.D, itemsize, min(alignment, VECTOR_BYTES // accumulator * itemsize))
-    lanes, turns = lanes_of(problem.D // vec)
-    lanes = 1 << (lanes - 1).bit_length()
+    vec, lanes, turns = lanes_of_gradient(problem, alignment)
+    accumulator = item_size(problem.accumulator_dtype)
     step_bytes = lanes * vec * accumulator
     choices: dict[str, Any]
     if dense or turns > 4 or turns * step_bytes > BIN_BYTES:

@@ -134,16 +134,6 @@ inline T exchange(T x, int source, int line) {
     return y;
 }
 
-inline bool all_of_warp(bool vote, int line) {
-    Warp& warp = warps[current / 32];
-    uint64_t* slots = warp.slots[warp.generation & 1];
-    slots[current % 32] = vote;
-    wait_for_warp(line);
-    bool all = true;
-    for (int lane = 0; lane < 32; ++lane) all = all && slots[lane];
-    return all;
-}
-
 template <typename T>
 inline unsigned match(T x, int line) {
     Warp& warp = warps[current / 32];
@@ -248,7 +238,7 @@ inline const char* launch(void (*entry)(void*), void* arguments, int grid, int b
 #define __syncthreads() emulator::wait_for_block(__LINE__)
 #define __syncthreads_or(vote) emulator::vote_of_block(vote, __LINE__)
 #define __syncwarp() emulator::wait_for_warp(__LINE__)
-#define __all_sync(mask, vote) emulator::all_of_warp(vote, __LINE__)
+#define __all_sync(mask, vote) (emulator::ballot(vote, __LINE__) == 0xffffffffu)
 #define __match_any_sync(mask, x) emulator::match(x, __LINE__)
 #define __ballot_sync(mask, vote) emulator::ballot(vote, __LINE__)
 #define __ffs(x) __builtin_ffs(x)

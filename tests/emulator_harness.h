@@ -1,7 +1,7 @@
 // Entry points around one kernel: copies every array into an allocation of exactly its size, so that the address
 // sanitizer sees an access beyond it, launches, and copies the results back. EMULATED_KIND: 0 forward, 1 backward,
-// 2 round, 3 sort, 4 sum, 5 add. Arrays in the order of the kernel's parameters, then spatial_shapes and level_start_index where
-// the levels are on the device (a size of -1 is a null pointer).
+// 2 round, 3 sort, 4 sum, 5 add. Arrays in the order of the kernel's parameters, then spatial_shapes and level_start_index
+// where the levels are on the device (a size of -1 is a null pointer).
 #pragma once
 
 #include <vector>

@@ -162,6 +162,13 @@ MERGE_FAULTS = {
 ODD = Case("odd", levels=((4, 5),), N=1, M=2, D=1058, queries=24)
 
 
+def planted(kind, old, new):
+    """The source of a kernel with a fault."""
+    source = kernels.source(kind)
+    assert source.count(old) == 1, "the fault no longer fits the source"
+    return source.replace(old, new)
+
+
 def run(kind, text, case, **options):
     inputs = case.inputs(seed=21)
     want_output, want_grads = cases.expected(inputs, **case.variant)
@@ -202,10 +209,8 @@ def test_sound_source_passes(kind):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_caught(name):
-    kind, old, new = FAULTS[name]
-    source = kernels.source(kind)
-    assert source.count(old) == 1, "the fault no longer fits the source"
-    assert caught(kind, source.replace(old, new)) is not None
+    kind, *fault = FAULTS[name]
+    assert caught(kind, planted(kind, *fault)) is not None
 
 
 def in_variant(variant):
@@ -214,12 +219,11 @@ def in_variant(variant):
 
 @pytest.mark.parametrize("name", VARIANT_FAULTS)
 def test_fault_planted_into_a_variant_is_caught(name):
-    kind, variant, old, new = VARIANT_FAULTS[name]
-    source = kernels.source(kind)
-    assert source.count(old) == 1, "the fault no longer fits the source"
-    run(kind, source, in_variant(variant))
+    kind, variant, *fault = VARIANT_FAULTS[name]
+    faulty = planted(kind, *fault)
+    run(kind, kernels.source(kind), in_variant(variant))
     with pytest.raises(AssertionError):
-        run(kind, source.replace(old, new), in_variant(variant))
+        run(kind, faulty, in_variant(variant))
 
 
 SUMMED = (
@@ -250,11 +254,10 @@ def test_sound_sums_pass():
 
 @pytest.mark.parametrize("name", SUM_FAULTS)
 def test_fault_planted_into_a_sum_is_caught(name):
-    kind, old, new = SUM_FAULTS[name]
-    source = kernels.source(kind)
-    assert source.count(old) == 1, "the fault no longer fits the source"
+    kind, *fault = SUM_FAULTS[name]
+    faulty = planted(kind, *fault)
     with pytest.raises(AssertionError):
-        run_sum(kind, source.replace(old, new))
+        run_sum(kind, faulty)
 
 
 def run_merged(text):
@@ -276,12 +279,10 @@ def run_merged(text):
 
 @pytest.mark.parametrize("name", MERGE_FAULTS)
 def test_fault_planted_where_samples_are_merged_is_caught(name):
-    old, new = MERGE_FAULTS[name]
-    source = kernels.source("backward")
-    assert source.count(old) == 1, "the fault no longer fits the source"
-    run_merged(source)
+    faulty = planted("backward", *MERGE_FAULTS[name])
+    run_merged(kernels.source("backward"))
     with pytest.raises(AssertionError):
-        run_merged(source.replace(old, new))
+        run_merged(faulty)
 
 
 def far_level(key_index_64, text=None):
