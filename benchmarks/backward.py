@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cupy_msda import api, problem
+from cupy_msda.problem import ALL, Wanted
 
 from . import cases, implementations
 from .cases import Inputs
@@ -27,10 +28,10 @@ SKEWS = ("one pixel", "half padded", "outside")
 RUNS = 50
 
 
-def ours(inputs: Inputs, *, deterministic: bool, value: bool = True, samples: bool = True) -> Callable[[], tuple]:
+def ours(inputs: Inputs, *, deterministic: bool, wanted: Wanted = ALL) -> Callable[[], tuple]:
     """The backward alone, for the gradients that are wanted."""
     found, operands = problem.read(*inputs[:5], 64, inputs.grad_output, deterministic=deterministic)
-    return lambda: api.backward(found, operands, grad_value=value, grad_samples=samples)
+    return lambda: api.backward(found, operands, wanted)
 
 
 def skewed(inputs: Inputs, kind: str) -> Inputs:

@@ -119,7 +119,6 @@ __device__ __forceinline__ void msda_share_32(
                 if (index[u] < 0) break;
                 msda_entry part;
                 msda_copy(tile.entries[index[u]], part);
-                const msda_acc second = part.row_and_pair & 1 ? part.second : 0;
 #pragma unroll
                 for (int turn = 0; turn < MSDA_TURNS; ++turn) {
                     if (MSDA_D % MSDA_STEP != 0 && turn * MSDA_STEP + lane * MSDA_VEC >= MSDA_D) continue;
@@ -128,7 +127,7 @@ __device__ __forceinline__ void msda_share_32(
 #pragma unroll
                     for (int v = 0; v < MSDA_VEC; ++v) {
                         here[turn][v] = fma(part.first, of_lane[v], here[turn][v]);
-                        if (part.row_and_pair & 1) after[turn][v] = fma(second, of_lane[v], after[turn][v]);
+                        if (part.row_and_pair & 1) after[turn][v] = fma(part.second, of_lane[v], after[turn][v]);
                     }
                 }
             }
@@ -170,7 +169,7 @@ __device__ __forceinline__ void msda_add_bin(msda_tile& tile, const msda_bin& bi
 #pragma unroll 1
     for (long long run = 0; run < bin.runs; run += 32) {
         const msda_stretch stretch = msda_stretch_of(bin, run + in_warp);
-        const unsigned count = stretch.to - stretch.from, end = msda_sum_below(count);
+        const unsigned count = stretch.count(), end = msda_sum_below(count);
         const unsigned total = __shfl_sync(0xffffffffu, end, 31);
 #pragma unroll 1
         for (unsigned at = 0; at < total; at += 32) {

@@ -1,10 +1,13 @@
-// Backward: gradients of value, sampling_locations and attention_weights, as far as MSDA_GRAD_VALUE and
-// MSDA_GRAD_SAMPLES ask for them.
+// Backward: gradients of value, sampling_locations and attention_weights, as far as MSDA_GRAD_VALUE, MSDA_GRAD_LOCATIONS
+// and MSDA_GRAD_WEIGHTS ask for them.
 //
 // Warps, lanes and samples are those of the forward. For each sample the lanes sum the products of grad_output with the
-// four rows of value. Those four sums replace the sample in shared memory, and at the end of a chunk one lane a sample turns
-// them into the gradients of location and weight. On the way weight * grad_output is added to the four rows of grad_value,
-// or, with MSDA_MERGE, a chunk of all queries of the block is added up before (msda_atomics.cuh).
+// four rows of value, or, where locations need no gradient, with what is interpolated between them. Those sums replace the
+// sample in shared memory, and at the end of a chunk one lane a sample turns them into the gradients of location and weight.
+// On the way weight * grad_output is added to the four rows of grad_value, or, with MSDA_MERGE, a chunk of all queries of
+// the block is added up before (msda_atomics.cuh).
+
+#define MSDA_GRAD_SAMPLES (MSDA_GRAD_LOCATIONS || MSDA_GRAD_WEIGHTS)
 
 #define MSDA_HOLD (MSDA_TURNS <= 4)
 
@@ -18,6 +21,13 @@ __device__ __forceinline__ void msda_read_incoming(
 #if MSDA_GRAD_SAMPLES
 __device__ __forceinline__ msda_acc msda_shuffle(msda_acc x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+
+// Sums `dot` over the lanes of a query, all lanes get it.
+__device__ __forceinline__ msda_acc msda_reduce(msda_acc dot) {
+#pragma unroll
+    for (int mask = 1; mask < MSDA_LANES; mask *= 2) dot += msda_shuffle(dot, mask);
+    return dot;
 }
 
 // Sums `dot` over the lanes of a query. Lane 0 to 3 end with sum number `lane` of the four (all four in lane 0 of 1,
@@ -49,12 +59,15 @@ __device__ __forceinline__ void msda_write_samples(
         const msda_index index = msda_in_image(q, k);
         const msda_level level = shared.levels[MSDA_LEVEL_OF(k)];
         msda_vector<msda_location, 2> xy = raw.xy[fill];
-        const msda_acc attention = msda_load(raw.attention[fill]);
         const msda_cell cell = msda_locate(msda_load(xy.element[0]), msda_load(xy.element[1]), level);
         const msda_acc nothing = level.w > 0 ? (msda_acc)0 : msda_nan();
+        const msda_acc* dot = reinterpret_cast<const msda_acc*>(samples + local * MSDA_PITCH + i % MSDA_CHUNK);
+#if !MSDA_GRAD_LOCATIONS
+        msda_store(cell.counts ? dot[0] : nothing, grad_weights[index]);
+#else
+        const msda_acc attention = msda_load(raw.attention[fill]);
         msda_acc grad_x = nothing, grad_y = nothing, grad_attention = nothing;
         if (cell.counts) {
-            const msda_acc* dot = reinterpret_cast<const msda_acc*>(samples + local * MSDA_PITCH + i % MSDA_CHUNK);
             const msda_acc upper = fma(cell.ax, dot[1] - dot[0], dot[0]);
             const msda_acc lower = fma(cell.ax, dot[3] - dot[2], dot[2]);
             grad_attention = fma(cell.ay, lower - upper, upper);
@@ -67,7 +80,10 @@ __device__ __forceinline__ void msda_write_samples(
         msda_store(grad_x, xy.element[0]);
         msda_store(grad_y, xy.element[1]);
         reinterpret_cast<decltype(xy.word)*>(grad_locations)[index] = xy.word;
+#if MSDA_GRAD_WEIGHTS
         msda_store(grad_attention, grad_weights[index]);
+#endif
+#endif
     }
 }
 #endif
@@ -136,10 +152,23 @@ __device__ __forceinline__ void msda_multiply_chunk(
             }
         }
 #if MSDA_GRAD_SAMPLES
+#if MSDA_GRAD_LOCATIONS
         msda_reduce(dot, lane);
+#else
+        msda_sample alone = sample;
+        alone.attention = 1;
+        msda_acc share[4];
+        msda_weights(alone, share);
+        msda_acc interpolated = 0;
+#pragma unroll
+        for (int c = 0; c < MSDA_CORNERS; ++c) interpolated = fma(share[c], dot[c], interpolated);
+        interpolated = msda_reduce(interpolated);
+#endif
         __syncwarp();   // every lane has read the sample
         msda_acc* target = reinterpret_cast<msda_acc*>(samples + local * MSDA_PITCH + k);
-#if MSDA_LANES == 1
+#if !MSDA_GRAD_LOCATIONS
+        if (lane == 0) target[0] = interpolated;
+#elif MSDA_LANES == 1
         for (int c = 0; c < 4; ++c) target[c] = dot[c];
 #elif MSDA_LANES == 2
         target[lane] = dot[0];
@@ -167,8 +196,8 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
     locations += 2 * msda_first_sample(work, Q_);
     weights += msda_first_sample(work, Q_);
 #if MSDA_GRAD_SAMPLES
-    grad_locations += 2 * msda_first_sample(work, Q_);
-    grad_weights += msda_first_sample(work, Q_);
+    if (MSDA_GRAD_LOCATIONS) grad_locations += 2 * msda_first_sample(work, Q_);
+    if (MSDA_GRAD_WEIGHTS) grad_weights += msda_first_sample(work, Q_);
 #endif
     [[maybe_unused]] const int local = threadIdx.x % 32 / MSDA_LANES;
     const int lane = threadIdx.x % 32 % MSDA_LANES;

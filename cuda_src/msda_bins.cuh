@@ -1,5 +1,5 @@
 // Parts, bins, lists and runs: how the gradient of value is summed without atomics. Shared by msda_sort.cu,
-// msda_sum.cu and msda_add.cu.
+// msda_count.cu, msda_sum.cu and msda_add.cu.
 //
 // A part is what a sample adds to two neighbouring rows of value: its upper two pixels are one part, its lower two the
 // other; at an edge of the level only one of the two rows may be left. MSDA_ROWS consecutive rows of value, of one head
@@ -28,10 +28,8 @@ struct msda_slab {
     msda_index first, rows;
 };
 
-__device__ __forceinline__ int msda_lists(const msda_slab& slab) { return (int)(slab.rows / MSDA_ROWS) * 2 + 1; }
-
-// Numbers of a run in `starts`: where each list begins and where the last one ends, padded to an even number.
-__device__ __forceinline__ int msda_pitch_of(int lists) { return (lists + 2) & ~1; }
+// Numbers of a run in `starts`: where each of 2 * bins + 1 lists begins, and where the last one ends.
+__device__ __forceinline__ int msda_pitch_of(int bins) { return 2 * bins + 2; }
 
 // A bin of rows as the sum sees it: its parts stand in `runs` runs of at most `capacity` parts.
 struct msda_bin {
@@ -53,7 +51,7 @@ __device__ __forceinline__ msda_bin msda_bin_at(
     const long long head = first_head + head_here, first = first_row + (long long)number * MSDA_ROWS;
     const long long image = head / MSDA_M, m = head % MSDA_M;
     msda_bin bin;
-    bin.pitch = (int)(2 * bins + 2);    // msda_pitch_of the lists
+    bin.pitch = msda_pitch_of((int)bins);
     bin.entries = entries + head_here * runs * capacity;
     bin.starts = starts + head_here * runs * bin.pitch + 2 * number;
     bin.runs = runs;
@@ -68,19 +66,36 @@ __device__ __forceinline__ msda_bin msda_bin_at(
 // rows are this bin's row 0.
 struct msda_stretch {
     unsigned from, own, to;
+    __device__ __forceinline__ unsigned count() const { return to - from; }
 };
 
-__device__ __forceinline__ msda_stretch msda_stretch_of(const msda_bin& bin, long long run) {
-    msda_stretch stretch = {0, 0, 0};
-    if (run < bin.runs) {
-        const unsigned* pair = reinterpret_cast<const unsigned*>(bin.starts + run * bin.pitch);
-        const unsigned begins = __ldg(pair), ends = __ldg(pair + 1);
-        stretch.from = begins & 0xffff;
-        stretch.own = begins >> 16;
-        stretch.to = ends >> 16;
-    }
+// `starts` of the run, at list 2t.
+__device__ __forceinline__ msda_stretch msda_stretch_at(const unsigned short* starts) {
+    const unsigned* pair = reinterpret_cast<const unsigned*>(starts);
+    const unsigned begins = __ldg(pair), ends = __ldg(pair + 1);
+    msda_stretch stretch = {begins & 0xffff, begins >> 16, ends >> 16};
     return stretch;
 }
+
+__device__ __forceinline__ msda_stretch msda_stretch_of(const msda_bin& bin, long long run) {
+    msda_stretch nothing = {0, 0, 0};
+    return run < bin.runs ? msda_stretch_at(bin.starts + run * bin.pitch) : nothing;
+}
+
+// A bin of more than a certain number of parts is summed in pieces of that number, by a block each; the block that ends
+// last adds up what the others left.
+struct alignas(16) msda_piece {
+    unsigned bin;               // head_here * bins + number
+    unsigned number, pieces;    // of the bin
+    unsigned first;             // place of the bin's piece 0 in the list, and of its sums
+};
+
+struct msda_counts {
+    unsigned pieces, padding[3];    // in the list
+    struct {
+        unsigned pieces, done;
+    } of_bin[1];                    // of all bins of a launch
+};
 
 typedef msda_vector<msda_acc, MSDA_VEC> msda_sums;
 

@@ -54,10 +54,12 @@ struct msda_lot {
 extern "C" __global__ void MSDA_BOUNDS msda_sort(
         const msda_location* __restrict__ locations, const __grid_constant__ msda_metadata metadata,
         const msda_location* __restrict__ weights, unsigned short* __restrict__ starts, msda_entry* __restrict__ entries,
-        long long S, long long Q, long long first_head, long long heads, long long first_row, long long rows) {
+        msda_counts* counts, long long S, long long Q, long long first_head, long long heads, long long first_row,
+        long long rows) {
     MSDA_SHARED_MEMORY(msda_memory);
+    if (counts && blockIdx.x == 0 && threadIdx.x == 0) counts->pieces = 0;     // for msda_count.cu
     const msda_slab slab = {(msda_index)first_row, (msda_index)rows};
-    const int lists = msda_lists(slab), pitch = msda_pitch_of(lists);
+    const int bins = (int)(slab.rows / MSDA_ROWS), lists = 2 * bins + 1, pitch = msda_pitch_of(bins);
     // The sorted parts take the place of the counters once each part knows its own.
     msda_entry* sorted = reinterpret_cast<msda_entry*>(msda_memory);
     unsigned short* counters = reinterpret_cast<unsigned short*>(msda_memory);      // of each warp and list
@@ -132,7 +134,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_sort(
         begin[list] = (unsigned short)before;
         before += count;
     }
-    if (threadIdx.x == 0) begin[lists] = begin[pitch - 1] = (unsigned short)all;
+    if (threadIdx.x == 0) begin[lists] = (unsigned short)all;
     __syncthreads();
 #pragma unroll
     for (int take = 0; take < MSDA_TAKES; ++take)

@@ -19,7 +19,11 @@ struct msda_chunk {
     unsigned place[MSDA_WARPS][MSDA_KEYS + 1];
     unsigned of_warps[MSDA_WARPS];
     unsigned end[MSDA_THREADS], own[MSDA_THREADS], in_run[MSDA_THREADS];    // of MSDA_THREADS runs at a time
+    bool last;                                                  // whether all other pieces of the bin are done
 };
+
+// Sums of a piece: [MSDA_ROWS][MSDA_PADDED].
+#define MSDA_PADDED (MSDA_TURNS * MSDA_STEP)
 
 // Sorts the parts [from, to) of the runs from `run` on into shared.entries.
 __device__ __forceinline__ void msda_sort_chunk(
@@ -147,7 +151,9 @@ __device__ __forceinline__ void msda_add_chunk(
     if (key >= 0) msda_leave(shared, key + group, lane, here, after);
 }
 
-__device__ __forceinline__ void msda_sum_bin(msda_chunk& shared, const msda_bin& bin) {
+// Writes the sums of the bin's parts [from, to) to `sums`, or where that is null to grad_value.
+__device__ __forceinline__ void msda_sum_parts(
+        msda_chunk& shared, const msda_bin& bin, long long from, long long to, msda_acc* sums) {
     const int group = threadIdx.x / MSDA_LANES, lane = threadIdx.x % MSDA_LANES;
 #pragma unroll 1
     for (int turn = 0; turn < MSDA_TURNS; ++turn) {
@@ -159,19 +165,21 @@ __device__ __forceinline__ void msda_sum_bin(msda_chunk& shared, const msda_bin&
 #pragma unroll
             for (int v = 0; v < MSDA_VEC; ++v) sum[owned][v] = 0;
 
+        long long before = 0;       // parts of the runs before these
 #pragma unroll 1
-        for (long long run = 0; run < bin.runs; run += MSDA_THREADS) {
+        for (long long run = 0; run < bin.runs && before < to; run += MSDA_THREADS) {
             const msda_stretch stretch = msda_stretch_of(bin, run + threadIdx.x);
-            const unsigned count = stretch.to - stretch.from;
+            const unsigned count = stretch.count();
             unsigned total;
             const unsigned end = msda_sum_below(count, shared.of_warps, total), begin = end - count;
             shared.end[threadIdx.x] = end;
             shared.own[threadIdx.x] = begin + (stretch.own - stretch.from);
             shared.in_run[threadIdx.x] = stretch.from - begin;
             __syncthreads();
+            const unsigned last = (unsigned)min(to - before, (long long)total);
 #pragma unroll 1
-            for (unsigned at = 0; at < total; at += MSDA_CHUNK) {
-                const unsigned in_chunk = min(total - at, (unsigned)MSDA_CHUNK);
+            for (unsigned at = from > before ? (unsigned)min(from - before, (long long)total) : 0; at < last; at += MSDA_CHUNK) {
+                const unsigned in_chunk = min(last - at, (unsigned)MSDA_CHUNK);
                 const unsigned share = (in_chunk + MSDA_GROUPS - 1) / MSDA_GROUPS;
                 msda_sort_chunk(shared, bin, run, at, at + in_chunk);
                 msda_add_chunk(shared, bin.grad_output + channel, in_chunk, share, idle);
@@ -186,6 +194,7 @@ __device__ __forceinline__ void msda_sum_bin(msda_chunk& shared, const msda_bin&
                 }
                 __syncthreads();
             }
+            before += total;
             __syncthreads();
         }
 
@@ -193,20 +202,76 @@ __device__ __forceinline__ void msda_sum_bin(msda_chunk& shared, const msda_bin&
         for (int owned = 0; owned < MSDA_OWNED; ++owned) {
             const int row = owned * MSDA_GROUPS + group;
             if (row >= MSDA_ROWS || row >= bin.rows || idle) continue;
-            msda_write_row(bin, row, channel, sum[owned]);
+            if (!sums) {
+                msda_write_row(bin, row, channel, sum[owned]);
+                continue;
+            }
+            msda_sums out;
+#pragma unroll
+            for (int v = 0; v < MSDA_VEC; ++v) out.element[v] = sum[owned][v];
+            *reinterpret_cast<decltype(out.word)*>(sums + row * MSDA_PADDED + channel) = out.word;
         }
     }
+}
+
+// Adds up the sums of all pieces of a bin, in their order.
+__device__ __forceinline__ void msda_add_pieces(const msda_bin& bin, const msda_acc* sums, unsigned pieces) {
+    const int group = threadIdx.x / MSDA_LANES, lane = threadIdx.x % MSDA_LANES;
+#pragma unroll 1
+    for (int row = group; row < bin.rows; row += MSDA_GROUPS)
+#pragma unroll 1
+        for (int channel = lane * MSDA_VEC; channel < MSDA_D; channel += MSDA_STEP) {
+            msda_acc sum[MSDA_VEC];
+#pragma unroll
+            for (int v = 0; v < MSDA_VEC; ++v) sum[v] = 0;
+#pragma unroll 4
+            for (unsigned piece = 0; piece < pieces; ++piece) {
+                msda_sums x;
+                const msda_acc* of_piece = sums + (long long)piece * (MSDA_ROWS * MSDA_PADDED) + row * MSDA_PADDED;
+                x.word = __ldcg(reinterpret_cast<const decltype(x.word)*>(of_piece + channel));
+#pragma unroll
+                for (int v = 0; v < MSDA_VEC; ++v) sum[v] += x.element[v];
+            }
+            msda_write_row(bin, row, channel, sum);
+        }
 }
 
 extern "C" __global__ void MSDA_BOUNDS msda_sum(
         const msda_value* __restrict__ grad_output, const msda_entry* __restrict__ entries,
         const unsigned short* __restrict__ starts, msda_value* __restrict__ grad_value, long long S, long long Q,
-        long long runs, long long capacity, long long first_head, long long heads, long long first_row, long long rows) {
+        long long runs, long long capacity, long long first_head, long long heads, long long first_row, long long rows,
+        msda_counts* counts, const msda_piece* __restrict__ pieces, msda_acc* sums, long long piece) {
     MSDA_SHARED_MEMORY(msda_memory);
-    // Last bins first: those of the coarse levels hold the most parts.
+    msda_chunk& shared = *reinterpret_cast<msda_chunk*>(msda_memory);
     const unsigned bins = (unsigned)(rows / MSDA_ROWS), in_launch = gridDim.x / bins;
-    const msda_bin bin = msda_bin_at(
-            grad_output, entries, starts, grad_value, S, Q, runs, capacity, first_head, heads, first_row, rows,
-            blockIdx.x % in_launch, bins - 1 - blockIdx.x / in_launch);
-    if (bin.rows > 0) msda_sum_bin(*reinterpret_cast<msda_chunk*>(msda_memory), bin);
+    const unsigned listed = counts ? counts->pieces : 0;
+    // Pieces of large bins first, as far as there are any, then one bin that is not large.
+#pragma unroll 1
+    for (unsigned at = blockIdx.x;; at += gridDim.x) {
+        const bool whole = at >= listed;
+        // Last bins first: those of the coarse levels hold the most parts.
+        msda_piece one = {blockIdx.x % in_launch * bins + (bins - 1 - blockIdx.x / in_launch), 0, 1, 0};
+        if (!whole) one = pieces[at];
+        else if (counts && counts->of_bin[one.bin].pieces > 1) return;
+        const msda_bin bin = msda_bin_at(
+                grad_output, entries, starts, grad_value, S, Q, runs, capacity, first_head, heads, first_row, rows,
+                one.bin / bins, one.bin % bins);
+        if (bin.rows > 0) {
+            msda_acc* of_bin = whole ? nullptr : sums + (long long)one.first * (MSDA_ROWS * MSDA_PADDED);
+            const long long from = one.number * piece, to = whole ? 0x7fffffffffffffffLL : from + piece;
+            msda_sum_parts(shared, bin, from, to, whole ? nullptr : of_bin + one.number * (MSDA_ROWS * MSDA_PADDED));
+            if (!whole) {
+                __threadfence();
+                __syncthreads();
+                if (threadIdx.x == 0)
+                    shared.last = atomicAdd(&counts->of_bin[one.bin].done, 1u) == one.pieces - 1;
+                __syncthreads();
+                if (shared.last) {
+                    __threadfence();
+                    msda_add_pieces(bin, of_bin, one.pieces);
+                }
+            }
+        }
+        if (whole) return;
+    }
 }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import cpu, cuda, interop, problem
-from .problem import Operands, Problem, Variant
+from .problem import ALL, Operands, Problem, Variant, Wanted
 
 
 def ms_deform_attn(
@@ -185,13 +185,13 @@ def forward(found: Problem, operands: Operands) -> Any:
     return _from_numpy(cpu.forward(found, *arrays), operands.value)
 
 
-def backward(found: Problem, operands: Operands, *, grad_value: bool = True, grad_samples: bool = True) -> Any:
+def backward(found: Problem, operands: Operands, wanted: Wanted = ALL) -> Any:
     """Gradients of a problem that has been read; those that are not wanted come as None."""
     if found.device[0] == "cuda":
-        return tuple(cuda.backward(found, operands, grad_value=grad_value, grad_samples=grad_samples))
+        return tuple(cuda.backward(found, operands, wanted))
     views = (operands.value, operands.locations, operands.weights)
     arrays = [interop.to_numpy(view) for view in (*views, operands.grad_output)]
-    grads = cpu.backward(found, *arrays, grad_value=grad_value, grad_samples=grad_samples)
+    grads = cpu.backward(found, *arrays, wanted=wanted)
     return tuple(None if g is None else _from_numpy(g, view) for g, view in zip(grads, views, strict=True))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import aside, interop, plan, plan_backward
 from .launch import PreparedLaunch
-from .problem import Problem
+from .problem import Problem, Wanted
 
 
 class PreparedBackward:
@@ -27,13 +27,10 @@ class PreparedBackward:
         problem: Problem,
         alignment: int,
         multiprocessors: int,
+        wanted: Wanted,
         prepare: Callable[[plan.Launch], PreparedLaunch],
-        *,
-        grad_value: bool,
-        grad_samples: bool,
     ) -> None:
-        wanted = {"grad_value": grad_value, "grad_samples": grad_samples}
-        planned = plan_backward.backward(problem, alignment, multiprocessors, **wanted)
+        planned = plan_backward.backward(problem, alignment, multiprocessors, wanted)
         self.workspace = planned.workspace
         sizes = (problem.S, problem.Q)
         steps: list[Callable[..., None]] = []
@@ -114,6 +111,7 @@ def _summation(
 ) -> Callable[..., None]:
     """grad_value by lists, in the order of the samples: the same bits every time."""
     sort, total = prepare(planned.sort).run, prepare(planned.sum).run
+    count = prepare(planned.count).run if planned.count else None
     sizes, all_heads = (problem.S, problem.Q), problem.N * problem.M
     slabs = [
         (head, all_heads, row, planned.rows)
@@ -121,14 +119,20 @@ def _summation(
         for row in range(0, problem.S, planned.rows)
     ]
     runs = (planned.runs, planned.capacity)
+    in_workspace = (planned.counts, planned.pieces, planned.sums)
+    by_block = planned.sum.key.kind == "sum"
 
     def run(
         stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, grad_output: int,
         grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
     ) -> None:  # fmt: skip
         starts, entries = workspace, workspace + planned.entries
+        counts, pieces, sums = (workspace + at if count else 0 for at in in_workspace)
+        of_pieces = (counts, pieces, sums, planned.piece) if by_block else ()
         for slab in slabs:
-            sort(stream, locations, *metadata, weights, starts, entries, *sizes, *slab)
-            total(stream, grad_output, entries, starts, grad_value, *sizes, *runs, *slab)
+            sort(stream, locations, *metadata, weights, starts, entries, counts, *sizes, *slab)
+            if count:
+                count(stream, starts, counts, pieces, planned.runs, planned.rows, planned.piece)
+            total(stream, grad_output, entries, starts, grad_value, *sizes, *runs, *slab, *of_pieces)
 
     return run

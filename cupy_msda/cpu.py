@@ -18,7 +18,7 @@ import numpy as np
 from .cpu_backward import Gradients, backward_unit
 from .cpu_forward import forward_unit
 from .cpu_rows import chunks
-from .problem import Problem
+from .problem import ALL, Problem, Wanted
 
 # Samples of a unit up to which heads are joined: NumPy's calls cost more than the work of fewer.
 UNIT_SAMPLES = 1 << 15
@@ -50,14 +50,12 @@ def backward(
     locations: np.ndarray,
     weights: np.ndarray,
     grad_output: np.ndarray,
-    *,
-    grad_value: bool = True,
-    grad_samples: bool = True,
+    wanted: Wanted = ALL,
 ) -> Gradients:
     """Gradients of value, locations and weights, each in its input's storage dtype; None for what is not wanted."""
-    inputs = ((value, grad_value), (locations, grad_samples), (weights, grad_samples))
-    grads = tuple(np.zeros(array.shape, array.dtype) if wanted else None for array, wanted in inputs)
-    if not problem.empty and (grad_value or grad_samples):
+    inputs = zip((value, locations, weights), wanted, strict=True)
+    grads = tuple(np.zeros(array.shape, array.dtype) if asked else None for array, asked in inputs)
+    if not problem.empty and any(wanted):
         arrays = (value, locations, weights, grad_output.reshape(problem.N, problem.Q, problem.M, problem.D))
         _each_unit(problem, lambda n, heads: backward_unit(problem, *arrays, grads, n, heads))
     return grads

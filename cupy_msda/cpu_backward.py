@@ -25,7 +25,7 @@ PLACED_SAMPLES = 1 << 16
 JOINED_SAMPLES = 1 << 16
 
 
-# Of value, locations and weights; None for what is not wanted, the last two together.
+# Of value, locations and weights; None for what is not wanted.
 Gradients = tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
 
 
@@ -65,7 +65,7 @@ def backward_unit(
             x, y = (locate(where[i].reshape(len(W), -1), size, dtype, problem.variant) for i, size in ((0, W), (1, H)))
             attention = to_accumulator(weights[here], dtype, bits).reshape(-1, B, together, P)
             attention = attention.transpose(1, 2, 0, 3).reshape(-1)
-            found = None if grads[1] is None else np.zeros((len(attention), 4), dtype)
+            found = None if grads[1] is grads[2] is None else np.zeros((len(attention), 4), dtype)
             incoming = Rows(grad_output[:, block], n, heads, P, problem)
             # Row of grad_output of each sample.
             query = np.repeat(np.arange(block.stop - block.start) * incoming.stride, P)
@@ -78,9 +78,11 @@ def backward_unit(
                 _backward_pieces(some, level, (x, y, attention), values, (incoming, query), total, found, problem)
             if found is not None:
                 by_query = found.reshape(B, together, -1, P, 4).transpose(2, 0, 1, 3, 4)
-                shape = grads[2][here].shape
-                store(grads[1], here, by_query[..., :2].reshape(*shape, 2), problem.location_dtype)
-                store(grads[2], here, by_query[..., 2].reshape(shape), problem.location_dtype)
+                shape = weights[here].shape
+                if grads[1] is not None:
+                    store(grads[1], here, by_query[..., :2].reshape(*shape, 2), problem.location_dtype)
+                if grads[2] is not None:
+                    store(grads[2], here, by_query[..., 2].reshape(shape), problem.location_dtype)
     if total:
         total.finish()
 

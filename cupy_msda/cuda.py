@@ -13,7 +13,7 @@ from . import interop, kernels, plan
 from .backward import PreparedBackward
 from .interop import View
 from .launch import PreparedLaunch
-from .problem import Operands, Problem
+from .problem import ALL, Operands, Problem, Wanted
 
 
 class Gradients(NamedTuple):
@@ -45,21 +45,21 @@ def forward(problem: Problem, operands: Operands) -> Any:
     return output.finish()
 
 
-def backward(problem: Problem, operands: Operands, *, grad_value: bool = True, grad_samples: bool = True) -> Gradients:
-    """The gradients that are wanted; `grad_samples` is those of locations and weights, which come together."""
+def backward(problem: Problem, operands: Operands, wanted: Wanted = ALL) -> Gradients:
+    """The gradients that are wanted."""
     like = operands.value
     value_shape = (problem.N, problem.S, problem.M, problem.D)
     with _Session(problem, operands) as session:
-        value = _Result(value_shape, problem.value_dtype, like) if grad_value else None
-        locations = _Result(operands.locations.shape, problem.location_dtype, like) if grad_samples else None
-        weights = _Result(operands.weights.shape, problem.location_dtype, like) if grad_samples else None
+        value = _Result(value_shape, problem.value_dtype, like) if wanted.value else None
+        locations = _Result(operands.locations.shape, problem.location_dtype, like) if wanted.locations else None
+        weights = _Result(operands.weights.shape, problem.location_dtype, like) if wanted.weights else None
         if problem.empty:
             for result in (value, locations, weights):
                 if result is not None:
                     session.zero(result)
-        elif grad_value or grad_samples:
+        elif any(wanted):
             alignment = _alignment(session.value, session.grad_output)
-            steps = prepare_backward(problem, alignment, session.stream, grad_value, grad_samples)
+            steps = prepare_backward(problem, alignment, session.stream, wanted)
             workspace = _Result((steps.workspace // 4,), "float32", like) if steps.workspace else None
             steps.run(
                 session.stream,
@@ -147,19 +147,16 @@ def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLa
     return _remembered((problem, alignment), make)
 
 
-def prepare_backward(
-    problem: Problem, alignment: int, stream: int, grad_value: bool, grad_samples: bool
-) -> PreparedBackward:
+def prepare_backward(problem: Problem, alignment: int, stream: int, wanted: Wanted) -> PreparedBackward:
     """The backward's launches, in their order."""
     device = problem.device[1]
 
     def make() -> PreparedBackward:
-        wanted = {"grad_value": grad_value, "grad_samples": grad_samples}
         return PreparedBackward(
-            problem, alignment, multiprocessors(device), lambda launch: _prepare(launch, device, stream), **wanted
+            problem, alignment, multiprocessors(device), wanted, lambda launch: _prepare(launch, device, stream)
         )
 
-    return _remembered((problem, alignment, grad_value, grad_samples), make)
+    return _remembered((problem, alignment, wanted), make)
 
 
 def _remembered(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:

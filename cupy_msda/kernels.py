@@ -18,6 +18,7 @@ _HEADERS = {
     "backward": (*_COMMON, "atomics.cuh"),
     "round": _TYPES,
     "sort": (*_COMMON, "bins.cuh"),
+    "count": (*_COMMON, "bins.cuh"),
     "sum": (*_COMMON, "bins.cuh"),
     "add": (*_COMMON, "bins.cuh"),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from .interop import item_size
-from .problem import SIXTEEN_BIT, Problem, accumulator_of
+from .problem import ALL, SIXTEEN_BIT, Problem, Wanted, accumulator_of
 
 VECTOR_BYTES = 16
 # Shared memory of a warp's samples: little, because what a block does not take is left to L1.
@@ -57,7 +57,8 @@ class KernelKey:
     band: int
     levels_on_device: bool
     grad_value: bool = False
-    grad_samples: bool = False
+    grad_locations: bool = False
+    grad_weights: bool = False
     points: tuple[int, ...] = ()
     nearest: bool = False
     border: bool = False
@@ -134,14 +135,7 @@ def merges(problem: Problem) -> bool:
     return problem.Q * problem.K >= MERGED * problem.S
 
 
-def backward(
-    problem: Problem,
-    alignment: int,
-    multiprocessors: int = 132,
-    *,
-    grad_value: bool = True,
-    grad_samples: bool = True,
-) -> Launch:
+def backward(problem: Problem, alignment: int, multiprocessors: int = 132, wanted: Wanted = ALL) -> Launch:
     """Launch of the backward kernel, for the gradients that are wanted.
 
     Merged (many samples a row of value): 64 queries a block and 1024 keys. encoder_800x1333 on an H200: 381 us in
@@ -152,22 +146,22 @@ def backward(
     73 with 12; in float16 no difference.
     """
     vec, lanes, turns = lanes_of_gradient(problem, alignment)
-    wanted = {"grad_value": grad_value, "grad_samples": grad_samples}
+    grads = {f"grad_{name}": asked for name, asked in wanted._asdict().items()}
     choices = {"warps": 4, "min_blocks": 8, "unroll": 2}
     if turns > 4:
         choices |= _MANY_TURNS
-    elif not grad_value:
+    elif not wanted.value:
         choices["min_blocks"] = 10
     elif merges(problem):
         min_blocks = 5 if problem.value_dtype in SIXTEEN_BIT else 4
         merged = {"warps": 8, "min_blocks": min_blocks, "unroll": 2, "merge": MERGED_KEYS}
         rounds = max(1, MERGED_QUERIES * lanes // (8 * 32))
-        launch = _launch(problem, "backward", vec, lanes, rounds=rounds, **merged, **wanted)
+        launch = _launch(problem, "backward", vec, lanes, rounds=rounds, **merged, **grads)
         if launch.shared <= SHARED_WITHOUT_OPT_IN:
             return launch
     elif _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors:
         choices["warps"] = 2
-    return _launch(problem, "backward", vec, lanes, rounds=1, **choices, **wanted)
+    return _launch(problem, "backward", vec, lanes, rounds=1, **choices, **grads)
 
 
 def _warps_needed(problem: Problem, lanes: int) -> int:
@@ -246,12 +240,14 @@ def sample_bytes(index_64: bool, accumulator_dtype: str) -> int:
 
 
 def shared_bytes(key: KernelKey) -> int:
-    """Size of the kernels' `msda_shared`, `msda_chunk` (of the sum) or `msda_tile` (of each warp that adds)."""
+    """Size of the kernels' `msda_shared`, `msda_chunk` (of the sum), `msda_tile` (of each warp that adds) or counts."""
     accumulator = item_size(accumulator_of(key.value_dtype))
     if key.kind == "sum":
-        keys, numbers = key.rows + 1, (key.rows + 2) * (1 + key.warps) + key.warps + 3 * 32 * key.warps
+        keys, numbers = key.rows + 1, (key.rows + 2) * (1 + key.warps) + key.warps + 3 * 32 * key.warps + 1
         partial = (keys + key.warps * key.queries) * 2 * key.lanes * key.vec
         return -(-((4 * key.chunk + partial) * accumulator + 4 * numbers) // 16) * 16
+    if key.kind == "count":
+        return 8 * 32 * key.warps
     if key.kind == "add":
         step = key.lanes * key.vec
         sums = key.rows * -(-key.D // step) * step * accumulator

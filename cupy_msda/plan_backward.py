@@ -17,7 +17,7 @@ from typing import Any
 from . import plan
 from .interop import item_size
 from .plan import KernelKey, Launch, lanes_of_gradient, levels_by_value, shared_bytes
-from .problem import SIXTEEN_BIT, Problem
+from .problem import ALL, SIXTEEN_BIT, Problem, Wanted
 
 # Rows of value, of all images and heads, from which on lists pay for their launches: of 32 bits and more, and of 16,
 # which atomics have to round as well. H100, microseconds, lists against atomics, before the last 15 % of the lists:
@@ -34,7 +34,9 @@ MAX_ROWS, MAX_BINS = 32, 1024
 MAX_SLABS = 4
 # Parts of a run in shared memory, in bytes.
 SORT_BYTES = 48 * 1024
-# Bytes between the launches, unless one head needs more: heads are done in groups.
+# Parts that a block sums: a bin of more is summed in pieces of this many, a multiple of what it sorts at a time.
+PIECE = 8 * 1024
+# Bytes of parts between the launches, unless one head needs more: heads are done in groups.
 WORKSPACE = 256 << 20
 
 
@@ -43,17 +45,29 @@ class Summation:
     """The launches of a sum in lists, and the memory between them.
 
     `heads` of N * M and `rows` of S are done at a time. Each head has `runs` of at most `capacity` entries, which stand
-    at byte `entries` of the workspace of `nbytes`; the beginnings of their lists come before.
+    at byte `entries` of the workspace of `nbytes`; the beginnings of their lists come before. Where a bin can have more
+    than `piece` parts, `count` lists its pieces: what the kernels call `msda_counts` is at byte `counts`, the list at
+    `pieces`, and the sums of each piece at `sums`.
     """
 
     sort: Launch
+    count: Launch | None
     sum: Launch
     heads: int
     rows: int
     runs: int
     capacity: int
+    piece: int
     entries: int
+    counts: int
+    pieces: int
+    sums: int
     nbytes: int
+
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        """In their order."""
+        return (self.sort, self.count, self.sum) if self.count else (self.sort, self.sum)
 
 
 @dataclass(frozen=True)
@@ -73,23 +87,21 @@ class Backward:
     @property
     def launches(self) -> tuple[Launch, ...]:
         """All of them."""
-        sums = (self.summation.sort, self.summation.sum) if self.summation else ()
+        sums = self.summation.launches if self.summation else ()
         return tuple(launch for launch in (self.samples, *sums, self.atomics, self.rounding) if launch)
 
 
-def backward(
-    problem: Problem, alignment: int, multiprocessors: int = 132, *, grad_value: bool = True, grad_samples: bool = True
-) -> Backward:
+def backward(problem: Problem, alignment: int, multiprocessors: int = 132, wanted: Wanted = ALL) -> Backward:
     """The launches for the gradients that are wanted; `alignment` is what all value-like addresses are multiples of."""
     samples = None
-    if grad_samples:
-        samples = plan.backward(problem, alignment, multiprocessors, grad_value=False)
-    if not grad_value:
+    if wanted.samples:
+        samples = plan.backward(problem, alignment, multiprocessors, wanted._replace(value=False))
+    if not wanted.value:
         return Backward(samples)
     if in_lists(problem):
         summed = summation(problem, alignment)
         return Backward(samples, summed, workspace=summed.nbytes)
-    atomics = plan.backward(problem, alignment, multiprocessors, grad_samples=grad_samples)
+    atomics = plan.backward(problem, alignment, multiprocessors, wanted)
     if problem.value_dtype not in SIXTEEN_BIT:
         return Backward(atomics=atomics)
     count = problem.N * problem.S * problem.M * problem.D
@@ -121,20 +133,40 @@ def summation(problem: Problem, alignment: int) -> Summation:
     entry = entry_bytes(problem.value_dtype)
     pitch = 2 * (2 * bins + 2)  # bytes of the beginnings of a run's lists
     heads = max(1, min(problem.N * problem.M, WORKSPACE // (runs * (pitch + capacity * entry))))
-    entries = -(-heads * runs * pitch // 256) * 256
+    entries = _aligned(heads * runs * pitch)
+    counts = entries + heads * runs * capacity * entry
+    count, most, of_piece = None, 0, 0
+    if of_sum.kind == "sum" and 2 * parts * samples > PIECE:
+        # A part that reaches into the next bin is in both, and a bin of more than a piece has less than twice as many
+        # pieces as its parts would fill.
+        most = 2 * heads * (2 * parts * samples // PIECE)
+        of_piece = of_sum.rows * -(-problem.D // (of_sum.lanes * of_sum.vec)) * of_sum.lanes * of_sum.vec
+        of_count = _key("count", warps=8, rows=of_sum.rows)
+        count = Launch(of_count, heads * -(-bins // 32), 32 * of_count.warps, shared_bytes(of_count))
+    pieces = _aligned(counts + (16 + 8 * heads * bins if count else 0))
+    sums = _aligned(pieces + 16 * most)
     levels = problem.L * (16 if of_sort.index_64 else 12)
     sorted_bytes = -(-max(capacity * entry, of_sort.warps * pitch) // 16) * 16
     bins_of_block = 1 if of_sum.kind == "sum" else of_sum.warps
     return Summation(
         Launch(of_sort, heads * runs, 32 * of_sort.warps, sorted_bytes + levels + 4 * of_sort.warps + pitch),
+        count,
         Launch(of_sum, heads * -(-bins // bins_of_block), 32 * of_sum.warps, shared_bytes(of_sum)),
         heads=heads,
         rows=bins * of_sum.rows,
         runs=runs,
         capacity=capacity,
+        piece=PIECE,
         entries=entries,
-        nbytes=entries + heads * runs * capacity * entry,
+        counts=counts,
+        pieces=pieces,
+        sums=sums,
+        nbytes=sums + most * of_piece * item_size(problem.accumulator_dtype),
     )
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 256) * 256
 
 
 def _sum_key(problem: Problem, alignment: int, dense: bool) -> KernelKey:

@@ -55,6 +55,22 @@ class Variant(NamedTuple):
 PLAIN = Variant()
 
 
+class Wanted(NamedTuple):
+    """Which gradients a backward computes."""
+
+    value: bool = True
+    locations: bool = True
+    weights: bool = True
+
+    @property
+    def samples(self) -> bool:
+        """Whether there are any of the samples, for which the rows of value are read."""
+        return self.locations or self.weights
+
+
+ALL = Wanted()
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call: its sizes in the contract's notation, dtypes, device and flags.

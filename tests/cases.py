@@ -1,11 +1,14 @@
 """Inputs for the tests: sizes chosen so that each code path runs, numbers drawn fresh from a seed."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import reference
+
+from cupy_msda.problem import Wanted
 
 DTYPE_PAIRS = (
     ("float64", "float64"),
@@ -133,3 +136,9 @@ VARIANTS = (
         variant={"num_points": (4, 1), "padding_mode": "border"},
     ),
 )
+# Which gradients are wanted, where that is not all of them.
+WANTED = [Wanted(*asked) for asked in itertools.product((True, False), repeat=3) if any(asked) and not all(asked)]
+
+
+def name_of(wanted):
+    return ", ".join(name for name, asked in wanted._asdict().items() if asked) or "nothing"

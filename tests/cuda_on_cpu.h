@@ -249,6 +249,8 @@ inline const char* launch(void (*entry)(void*), void* arguments, int grid, int b
     emulator::exchange(x, emulator::current % 32 < (by) ? emulator::current % 32 : emulator::current % 32 - (by), __LINE__)
 
 template <typename T> inline T __ldg(const T* p) { return *p; }
+template <typename T> inline T __ldcg(const T* p) { return *p; }
+inline void __threadfence() {}
 template <typename T> inline T __ldcs(const T* p) { return *p; }
 template <typename T> inline void __stcs(T* p, T x) { *p = x; }
 template <typename T> inline T atomicAdd(T* p, T x) { const T old = *p; *p = old + x; return old; }

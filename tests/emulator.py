@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from cupy_msda import kernels, plan, plan_backward, problem
 
 HERE = Path(__file__).parent
 HEADERS = ("cuda_on_cpu.h", "emulator_harness.h")
-KINDS = {"forward": 0, "backward": 1, "round": 2, "sort": 3, "sum": 4, "add": 5}
+KINDS = {"forward": 0, "backward": 1, "round": 2, "sort": 3, "sum": 4, "add": 5, "count": 6}
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 CACHE = Path(tempfile.gettempdir()) / f"cupy_msda_emulator_{os.getuid()}"
 COMPILER = shutil.which("g++")
@@ -47,11 +48,11 @@ def build(key, text=None, sanitize=False):
     return target
 
 
-def launch(described, arrays, S, Q, more=(0,) * 6, *, text=None, sanitize=False, order=0):
+def launch(described, arrays, S, Q, more=(0,) * 7, *, text=None, sanitize=False, order=0):
     """Run `described` (a plan.Launch) on `arrays` in place; None stands for a null pointer.
 
     `more` are the sizes that only the kernels of a summation have: runs, capacity, first
-    head, heads, first row, rows.
+    head, heads, first row, rows, parts of a piece.
     """
     target = build(described.key, text, sanitize)
     sizes = [-1 if array is None else array.nbytes for array in arrays]
@@ -127,19 +128,19 @@ def backward(
     starts=None,
     multiprocessors=132,
     variant=None,
-    grad_value=True,
-    grad_samples=True,
+    wanted=problem.ALL,
     **options,
 ):
     """The backward kernels on NumPy inputs: gradients of value, locations and weights, as in cuda.py."""
     found = prepare(inputs, levels_on_device, variant)
-    described = plan.backward(found, 16, multiprocessors, grad_value=grad_value, grad_samples=grad_samples)
+    described = plan.backward(found, 16, multiprocessors, wanted)
     metadata, device = _metadata(found, described, inputs, shapes, starts)
-    total = np.zeros(inputs.value.shape, found.accumulator_dtype) if grad_value else None
-    grads = [_poisoned(a.shape, a.dtype) if grad_samples else None for a in (inputs.locations, inputs.weights)]
+    total = np.zeros(inputs.value.shape, found.accumulator_dtype) if wanted.value else None
+    samples = zip((inputs.locations, inputs.weights), wanted[1:], strict=True)
+    grads = [_poisoned(a.shape, a.dtype) if asked else None for a, asked in samples]
     arrays = [inputs.value, metadata, inputs.locations, inputs.weights, inputs.grad_output, total, *grads, *device]
     launch(described, arrays, found.S, found.Q, **options)
-    if grad_value and inputs.value.dtype in (np.float16, ml_dtypes.bfloat16):
+    if wanted.value and inputs.value.dtype in (np.float16, ml_dtypes.bfloat16):
         options.pop("text", None)
         rounded = _poisoned(inputs.value.shape, inputs.value.dtype)
         launch(plan.round_gradient(found.value_dtype, total.size), [total, rounded], total.size, 0, **options)
@@ -155,12 +156,17 @@ def summation(inputs, *, levels_on_device=False, shapes=None, starts=None, varia
     result = _poisoned(inputs.value.shape, inputs.value.dtype)
     begins = _poisoned((planned.heads, planned.runs, 2 * (planned.rows // planned.sum.key.rows) + 2), np.uint16)
     entries = _poisoned((planned.heads, planned.runs, planned.capacity, 4), found.accumulator_dtype)
+    bounds = (planned.counts, planned.pieces, planned.sums, planned.nbytes)
+    lists = [_poisoned(to - at, np.uint8) if planned.count else None for at, to in itertools.pairwise(bounds)]
     for head in range(0, found.N * found.M, planned.heads):
         for row in range(0, found.S, planned.rows):
-            more = (planned.runs, planned.capacity, head, found.N * found.M, row, planned.rows)
-            arrays = [inputs.locations, metadata, inputs.weights, begins, entries, *device]
+            more = (planned.runs, planned.capacity, head, found.N * found.M, row, planned.rows, planned.piece)
+            arrays = [inputs.locations, metadata, inputs.weights, begins, entries, lists[0], *device]
             launch(planned.sort, arrays, found.S, found.Q, more, text=(texts or {}).get("sort"), **options)
-            arrays = [inputs.grad_output, entries, begins, result]
+            if planned.count:
+                text = (texts or {}).get("count")
+                launch(planned.count, [begins, *lists[:2]], found.S, found.Q, more, text=text, **options)
+            arrays = [inputs.grad_output, entries, begins, result, *lists]
             launch(planned.sum, arrays, found.S, found.Q, more, text=(texts or {}).get(planned.sum.key.kind), **options)
     return result
 

@@ -1,6 +1,6 @@
 // Entry points around one kernel: copies every array into an allocation of exactly its size, so that the address
 // sanitizer sees an access beyond it, launches, and copies the results back. EMULATED_KIND: 0 forward, 1 backward,
-// 2 round, 3 sort, 4 sum, 5 add. Arrays in the order of the kernel's parameters, then spatial_shapes and level_start_index
+// 2 round, 3 sort, 4 sum, 5 add, 6 count. Arrays in the order of the kernel's parameters, then spatial_shapes and level_start_index
 // where the levels are on the device (a size of -1 is a null pointer).
 #pragma once
 
@@ -19,15 +19,18 @@ inline void enter(void* pointer) {
     std::vector<void*>& a = call.arrays;
 #if EMULATED_KIND == 2
     msda_round((const float*)a[0], (msda_value*)a[1], call.S);
-#elif EMULATED_KIND >= 4
-#if EMULATED_KIND == 4
-    auto total = msda_sum;
-#else
-    auto total = msda_add;
-#endif
+#elif EMULATED_KIND == 4
     const long long* more = call.more;
-    total((const msda_value*)a[0], (const msda_entry*)a[1], (const unsigned short*)a[2], (msda_value*)a[3], call.S, call.Q,
-          more[0], more[1], more[2], more[3], more[4], more[5]);
+    msda_sum((const msda_value*)a[0], (const msda_entry*)a[1], (const unsigned short*)a[2], (msda_value*)a[3], call.S,
+             call.Q, more[0], more[1], more[2], more[3], more[4], more[5], (msda_counts*)a[4], (const msda_piece*)a[5],
+             (msda_acc*)a[6], more[6]);
+#elif EMULATED_KIND == 5
+    const long long* more = call.more;
+    msda_add((const msda_value*)a[0], (const msda_entry*)a[1], (const unsigned short*)a[2], (msda_value*)a[3], call.S,
+             call.Q, more[0], more[1], more[2], more[3], more[4], more[5]);
+#elif EMULATED_KIND == 6
+    msda_count((const unsigned short*)a[0], (msda_counts*)a[1], (msda_piece*)a[2], call.more[0], call.more[5],
+               call.more[6]);
 #else
     msda_metadata metadata;
 #if MSDA_LEVELS_ON_DEVICE
@@ -42,7 +45,7 @@ inline void enter(void* pointer) {
 #elif EMULATED_KIND == 3
     const long long* more = call.more;
     msda_sort((const msda_location*)a[0], metadata, (const msda_location*)a[2], (unsigned short*)a[3], (msda_entry*)a[4],
-              call.S, call.Q, more[2], more[3], more[4], more[5]);
+              (msda_counts*)a[5], call.S, call.Q, more[2], more[3], more[4], more[5]);
 #else
     msda_backward((const msda_value*)a[0], metadata, (const msda_location*)a[2], (const msda_location*)a[3],
                   (const msda_value*)a[4], (msda_acc*)a[5], (msda_location*)a[6], (msda_location*)a[7], call.S, call.Q);
@@ -52,15 +55,15 @@ inline void enter(void* pointer) {
 
 }  // namespace emulator
 
-// numbers: count of arrays, S, Q, grid, block, shared bytes, order, six more sizes (runs, capacity, first head, heads,
-// first row, rows), then the size of each array in bytes.
+// numbers: count of arrays, S, Q, grid, block, shared bytes, order, seven more sizes (runs, capacity, first head, heads,
+// first row, rows, parts of a piece), then the size of each array in bytes.
 extern "C" const char* emulate(const long long* numbers, void** arrays) {
     emulator::Call call;
     call.S = numbers[1];
     call.Q = numbers[2];
     call.more = numbers + 7;
     for (int i = 0; i < numbers[0]; ++i) {
-        const long long size = numbers[13 + i];
+        const long long size = numbers[14 + i];
         void* copy = size < 0 ? nullptr : malloc(size ? (size_t)size : 1);
         if (size > 0) memcpy(copy, arrays[i], (size_t)size);
         call.arrays.push_back(copy);
@@ -68,7 +71,7 @@ extern "C" const char* emulate(const long long* numbers, void** arrays) {
     const char* wrong = emulator::launch(emulator::enter, &call, (int)numbers[3], (int)numbers[4], (size_t)numbers[5],
                                          (int)numbers[6]);
     for (int i = 0; i < numbers[0]; ++i) {
-        if (numbers[13 + i] > 0) memcpy(arrays[i], call.arrays[i], (size_t)numbers[13 + i]);
+        if (numbers[14 + i] > 0) memcpy(arrays[i], call.arrays[i], (size_t)numbers[14 + i]);
         free(call.arrays[i]);
     }
     return wrong;
@@ -78,15 +81,15 @@ extern "C" const char* emulate(const long long* numbers, void** arrays) {
 // argv[1]: the numbers and the arrays, one after the other; written back in place.
 int main(int, char** argv) {
     FILE* file = fopen(argv[1], "r+b");
-    long long head[13];
-    if (!file || fread(head, 8, 13, file) != 13) return 4;
-    std::vector<long long> numbers(head, head + 13);
-    numbers.resize((size_t)(13 + head[0]));
-    if (fread(&numbers[13], 8, (size_t)head[0], file) != (size_t)head[0]) return 4;
+    long long head[14];
+    if (!file || fread(head, 8, 14, file) != 14) return 4;
+    std::vector<long long> numbers(head, head + 14);
+    numbers.resize((size_t)(14 + head[0]));
+    if (fread(&numbers[14], 8, (size_t)head[0], file) != (size_t)head[0]) return 4;
     std::vector<std::vector<char>> data;
     std::vector<void*> arrays;
     for (int i = 0; i < head[0]; ++i) {
-        data.emplace_back((size_t)(numbers[13 + i] > 0 ? numbers[13 + i] : 0));
+        data.emplace_back((size_t)(numbers[14 + i] > 0 ? numbers[14 + i] : 0));
         if (!data.back().empty() && fread(data.back().data(), 1, data.back().size(), file) != data.back().size()) return 4;
     }
     for (auto& array : data) arrays.push_back(array.data());

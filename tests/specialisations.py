@@ -13,16 +13,18 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import cases
 from cases import DTYPE_PAIRS
 
 from cupy_msda import kernels, plan, plan_backward
-from cupy_msda.problem import Problem, Variant
+from cupy_msda.problem import ALL, Problem, Variant
 
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
 BUDGET = Path(__file__).with_name("kernel_budget.json")
 CACHE = Path(tempfile.gettempdir()) / f"cupy_msda_compiled_{os.getuid()}"
 LEVELS = ((100, 167, 0), (50, 84, 16700), (25, 42, 20900), (13, 21, 21950))
 
+WANTED = {cases.name_of(wanted): wanted for wanted in (ALL, *cases.WANTED)}
 # The axes of a problem that the planner looks at, with values on both sides of each of its decisions.
 AXES = {
     "pair": DTYPE_PAIRS,
@@ -32,7 +34,7 @@ AXES = {
     "queries": ("few", "many", "pixels"),
     "levels": ("by value", "on the device"),
     "size": ("32 bits", "64 bits"),
-    "wanted": ("output", "value and samples", "value", "samples", "value in order: sort", "value in order: sum"),
+    "wanted": ("output", *WANTED, "value in order: sort", "value in order: sum"),
     "variant": ("plain", "points", "nearest", "border", "align corners", "border, align corners", "nearest, points"),
 }
 
@@ -62,7 +64,7 @@ def launch_of(pair, D, alignment, points, queries, levels, size, wanted, variant
     if "in order" in wanted:
         summation = plan_backward.summation(found, alignment)
         return summation.sort if "sort" in wanted else summation.sum
-    return plan.backward(found, alignment, grad_value="value" in wanted, grad_samples="samples" in wanted)
+    return plan.backward(found, alignment, wanted=WANTED[wanted])
 
 
 def every():

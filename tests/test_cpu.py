@@ -3,6 +3,7 @@
 import concurrent.futures
 import tracemalloc
 
+import cases
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tolerance import assert_close
 
 import cupy_msda
 from cupy_msda import api, cpu, cpu_backward, cpu_cells, problem
+from cupy_msda.problem import Wanted
 from cupy_msda.torch.compositions import gather_composition
 
 MANY = cpu_backward.JOINED_SAMPLES + 1
@@ -170,14 +172,14 @@ def test_memory_beside_the_outputs_is_bounded(monkeypatch, dtype, N, Q):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("Q", [7, 3000])
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("wanted", [*cases.WANTED, Wanted(False, False, False)], ids=cases.name_of)
 def test_only_the_gradients_that_are_wanted(dtype, Q, wanted):
     value, levels, _, locations, weights, grad_output = inputs(Q=Q)
     arrays = [array.astype(dtype) for array in (value, locations, weights, grad_output)]
     found, operands = problem.read(arrays[0], levels, None, *arrays[1:3], 64, arrays[3])
     every = api.backward(found, operands)
-    some = api.backward(found, operands, grad_value=wanted[0], grad_samples=wanted[1])
-    for grad, want, asked in zip(some, every, (wanted[0], wanted[1], wanted[1]), strict=True):
+    some = api.backward(found, operands, wanted)
+    for grad, want, asked in zip(some, every, wanted, strict=True):
         if asked:
             np.testing.assert_array_equal(grad, want)
         else:

@@ -9,6 +9,7 @@ from tolerance import assert_close
 
 import cupy_msda
 from cupy_msda import plan_backward
+from cupy_msda.problem import ALL
 
 pytestmark = pytest.mark.gpu
 BACKEND = TorchBackend("cuda")
@@ -101,17 +102,17 @@ def test_graph_of_a_backward(case):
         assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize(("value", "samples"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("wanted", [ALL, *cases.WANTED], ids=cases.name_of)
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_only_the_gradients_that_are_wanted(case, deterministic, value, samples):
+def test_only_the_gradients_that_are_wanted(case, deterministic, wanted):
     import torch
 
     from cupy_msda.torch import ms_deform_attn
 
     put = [BACKEND.put(array) for array in case.inputs(seed=5)]
     all_three = cupy_msda.ms_deform_attn_backward(*put, 64, deterministic=True)
-    leaves = [put[0].requires_grad_(value), put[3].requires_grad_(samples), put[4].requires_grad_(samples)]
+    leaves = [leaf.requires_grad_(asked) for leaf, asked in zip((put[0], *put[3:5]), wanted, strict=True)]
     output = ms_deform_attn(leaves[0], *put[1:3], *leaves[1:], deterministic=deterministic)
     output.backward(put[5])
     for leaf, want in zip(leaves, all_three, strict=True):

@@ -102,12 +102,12 @@ def test_order_of_threads_does_not_matter(order):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["value", "samples"])
+@pytest.mark.parametrize("wanted", cases.WANTED, ids=cases.name_of)
 def test_some_gradients(wanted):
     inputs = PATHS[1].inputs(seed=3)
     _, want = cases.expected(inputs)
-    grads = emulator.backward(inputs, grad_value=wanted[0], grad_samples=wanted[1])
-    for grad, exact, asked in zip(grads, want, (wanted[0], wanted[1], wanted[1]), strict=True):
+    grads = emulator.backward(inputs, wanted=wanted)
+    for grad, exact, asked in zip(grads, want, wanted, strict=True):
         if asked:
             assert_close(grad, exact, "float32")
         else:
@@ -138,6 +138,20 @@ def test_sum_in_lists_does_not_depend_on_the_order_of_threads(case):
     one = emulator.summation(inputs, variant=case.variant)
     for order in (1, 7, 12):
         np.testing.assert_array_equal(emulator.summation(inputs, variant=case.variant, order=order), one)
+
+
+@pytest.mark.parametrize("order", [0, 1, 7])
+@pytest.mark.parametrize("where", [None, 0.37])
+def test_pieces_of_large_bins(monkeypatch, where, order):
+    """Bins of up to twelve pieces, and others of one."""
+    monkeypatch.setattr(plan_backward, "PIECE", 512)
+    inputs = Case("pieces", levels=((9, 11), (5, 6)), N=1, M=2, D=32, P=4, queries=400).inputs(seed=9)
+    if where is not None:
+        inputs.locations[:, ::2, 0] = where
+    assert plan_backward.summation(emulator.prepare(inputs, False, None), 16).count
+    got = emulator.summation(inputs, sanitize=True, order=order)
+    assert_close(got, cases.expected(inputs)[1][0], "float32")
+    np.testing.assert_array_equal(emulator.summation(inputs), got)
 
 
 def test_slabs_and_groups_of_heads_change_nothing(monkeypatch):

@@ -7,8 +7,9 @@ from cases import CASES, DTYPE_PAIRS
 
 from cupy_msda import plan, plan_backward
 from cupy_msda.interop import item_size
-from cupy_msda.problem import Problem, Variant
+from cupy_msda.problem import Problem, Variant, Wanted
 
+VALUE = Wanted(True, False, False)
 LEVELS = ((100, 167, 0), (50, 84, 16700), (25, 42, 20900), (13, 21, 21950))
 
 
@@ -100,11 +101,12 @@ def test_a_fixed_order_has_no_atomics():
 
 def test_only_what_is_wanted_is_planned():
     lists = replace(problem(), deterministic=True)
-    assert plan_backward.backward(lists, 16, grad_value=False).summation is None
-    assert plan_backward.backward(lists, 16, grad_samples=False).samples is None
-    atomics = plan_backward.backward(problem(N=1), 16, grad_samples=False).atomics
+    assert plan_backward.backward(lists, 16, wanted=Wanted(value=False)).summation is None
+    assert plan_backward.backward(lists, 16, wanted=VALUE).samples is None
+    atomics = plan_backward.backward(problem(N=1), 16, wanted=VALUE).atomics
     assert atomics.key.grad_value
-    assert not atomics.key.grad_samples
+    assert not atomics.key.grad_locations
+    assert not atomics.key.grad_weights
 
 
 def test_sixteen_bits_are_rounded_once_unless_summed_in_lists():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..problem import PLAIN, Variant, read_variant
+from ..problem import PLAIN, Variant, Wanted, read_variant
 from . import quick
 from .compositions import grid_sample_composition
 from .operators import (
@@ -178,27 +178,25 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         value, locations, weights = ctx.saved_tensors
         recipe, _, shapes, starts, im2col_step, deterministic, _, variant = ctx.call
-        of_value, of_locations, of_weights, _ = ctx.needs_input_grad
+        wanted = Wanted(*ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() or type(grad_output) is not Tensor or _dispatch_modes():
-            mask = [of_value, of_locations, of_weights]
             metadata = [_metadata_tensor(part, value) for part in (shapes, starts)]
             grads = backward_operator(
-                grad_output, value, *metadata, locations, weights, im2col_step, deterministic, mask, *variant
+                grad_output, value, *metadata, locations, weights, im2col_step, deterministic, list(wanted), *variant
             )
         else:
             grads = None
             if recipe is not None:
-                repeat = recipe.backward(of_value, of_locations or of_weights)
+                repeat = recipe.backward(wanted)
                 grads = repeat(grad_output, value, shapes, starts, locations, weights)
             if grads is None:
                 grads = quick.backward(
-                    grad_output, value, shapes, starts, locations, weights, im2col_step, deterministic, variant,
-                    of_value, of_locations or of_weights,
+                    grad_output, value, shapes, starts, locations, weights, im2col_step, deterministic, variant, wanted
                 )  # fmt: skip
         return (
-            grads[0] if of_value else None,
-            grads[1] if of_locations else None,
-            grads[2] if of_weights else None,
+            grads[0] if wanted.value else None,
+            grads[1] if wanted.locations else None,
+            grads[2] if wanted.weights else None,
             None,
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import PLAIN, Variant, read_variant
+from ..problem import PLAIN, Variant, Wanted, read_variant
 from . import quick
 from .compositions import gather_composition
 
@@ -66,8 +66,7 @@ def _backward(
         im2col_step,
         deterministic,
         _read(variant, shapes),
-        output_mask[0],
-        output_mask[1] or output_mask[2],
+        Wanted(*output_mask),
     )
     return tuple(grad if wanted else value.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True))
 

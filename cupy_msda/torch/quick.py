@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import api, cuda, interop, plan, problem
-from ..problem import PLAIN, Operands, Problem, Variant
+from ..problem import PLAIN, Operands, Problem, Variant, Wanted
 
 # What the vectors of the kernels want, and what torch's allocator gives.
 _ALIGNMENT = 16
@@ -44,18 +44,18 @@ class Recipe:
     def __init__(self, found: Problem, value: Tensor, deterministic: bool | None) -> None:
         self.problem, self.deterministic = found, deterministic
         self.levels = () if found.levels is None else cuda.levels_by_value(found.levels)
-        self.backwards: dict[tuple[bool, bool, bool], Callable[..., Gradients | None]] = {}
+        self.backwards: dict[tuple[Wanted, bool], Callable[..., Gradients | None]] = {}
         # One element, seen as an output: `empty_like` of it is 1 us cheaper than `new_empty`.
         self.forward = self._forward(value.detach().new_empty(()).expand(found.output_shape))
 
-    def backward(self, grad_value: bool, grad_samples: bool) -> Callable[..., Gradients | None]:
+    def backward(self, wanted: Wanted) -> Callable[..., Gradients | None]:
         """``backward(grad_output, value, shapes, starts, locations, weights)`` -> the gradients that are wanted, or
         None where a saved tensor came back with strides, or an address is not aligned.
         """
         fixed_order = self.deterministic
         if fixed_order is None:  # torch's own switch, as it stands when the backward runs
             fixed_order = _wants_fixed_order()
-        key = (grad_value, grad_samples, fixed_order)
+        key = (wanted, fixed_order)
         repeat = self.backwards.get(key)
         if repeat is None:
             repeat = self.backwards[key] = self._backward(*key)
@@ -86,14 +86,15 @@ class Recipe:
 
         return forward
 
-    def _backward(self, grad_value: bool, grad_samples: bool, fixed_order: bool) -> Callable[..., Gradients | None]:
+    def _backward(self, wanted: Wanted, fixed_order: bool) -> Callable[..., Gradients | None]:
         levels, device = self.levels, self.problem.device[1]
         found = replace(self.problem, deterministic=fixed_order)
         get_device, set_device = _device_functions()
         empty_like, empty, stream_of = torch.empty_like, torch.empty, torch._C._cuda_getCurrentRawStream
         with cuda.on_device(device):
-            steps = cuda.prepare_backward(found, _ALIGNMENT, stream_of(device), grad_value, grad_samples)
+            steps = cuda.prepare_backward(found, _ALIGNMENT, stream_of(device), wanted)
         run, need = steps.run, steps.workspace
+        grad_value, grad_locations, grad_weights = wanted
 
         def backward(
             grad_output: Tensor, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor
@@ -113,9 +114,12 @@ class Recipe:
             if need:
                 workspace = empty(need, dtype=torch.uint8, device=value.device)
                 at_workspace = workspace.data_ptr()
-            if grad_samples:
-                of_locations, of_weights = empty_like(locations), empty_like(weights)
-                at_grad_locations, at_grad_weights = of_locations.data_ptr(), of_weights.data_ptr()
+            if grad_locations:
+                of_locations = empty_like(locations)
+                at_grad_locations = of_locations.data_ptr()
+            if grad_weights:
+                of_weights = empty_like(weights)
+                at_grad_weights = of_weights.data_ptr()
             metadata = levels or (shapes.data_ptr(), starts.data_ptr())
             before = get_device()
             set_device(device)
@@ -281,13 +285,12 @@ def backward(
     im2col_step: int,
     deterministic: bool | None,
     variant: Variant,
-    grad_value: bool,
-    grad_samples: bool,
+    wanted: Wanted,
 ) -> Gradients:
-    """Gradients of value, locations and weights, those that are wanted: the last two come together."""
+    """Gradients of value, locations and weights, those that are wanted."""
     recipe = recipes.get(key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant))
     if recipe is not None and grad_output.dtype is value.dtype:
-        repeat = recipe.backward(grad_value, grad_samples)
+        repeat = recipe.backward(wanted)
         grads = repeat(grad_output, value, shapes, starts, locations, weights)
         if grads is not None:
             return grads
@@ -295,7 +298,7 @@ def backward(
         value, shapes, starts, locations, weights, im2col_step, grad_output, deterministic=deterministic,
         variant=variant,
     )  # fmt: skip
-    return api.backward(found, operands, grad_value=grad_value, grad_samples=grad_samples)
+    return api.backward(found, operands, wanted)
 
 
 def _repeatable(found: Problem, operands: Operands) -> bool:
