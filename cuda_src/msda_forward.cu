@@ -2,7 +2,8 @@
 //
 // A warp takes MSDA_QUERIES queries of one head at a time. Its lanes first work out the samples, one each, into shared
 // memory; then MSDA_LANES lanes a query read the four rows of each sample and accumulate MSDA_VEC channels each in
-// registers. Warps share the levels and the list of queries, made once at the start, so
+// registers. Where there are few queries, MSDA_SPLIT groups of lanes share the samples of a query, and add up their sums at
+// the end. Warps share the levels and the list of queries, made once at the start, so
 // none waits for another after that.
 
 __device__ __forceinline__ void msda_accumulate(
@@ -44,7 +45,8 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
     msda_begin(shared, work, metadata, S, Q);
     locations += 2 * msda_first_sample(work, Q_);
     weights += msda_first_sample(work, Q_);
-    const int local = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
+    const int group = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
+    const int local = group / MSDA_SPLIT, turn_of_group = group % MSDA_SPLIT;
     msda_sample* samples = shared.samples[threadIdx.x / 32];
     const msda_address image =
         (msda_address)value + (work.image * S * (MSDA_M * MSDA_D) + lane * MSDA_VEC) * sizeof(msda_value);
@@ -72,7 +74,9 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
             }
             if (active) {
 #pragma unroll msda_unroll
-                for (int k = 0; k < MSDA_CHUNK; ++k) {
+                for (int step = 0; step < MSDA_CHUNK; step += MSDA_SPLIT) {
+                    const int k = step + turn_of_group;
+                    if (MSDA_CHUNK % MSDA_SPLIT != 0 && k >= MSDA_CHUNK) break;
                     const int level = MSDA_CHUNK >= MSDA_K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
                     const msda_address below =
                         (msda_address)shared.levels[level].w * (MSDA_M * MSDA_D * sizeof(msda_value));
@@ -82,7 +86,13 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
             __syncwarp();
         }
 
-        if (active) {
+#pragma unroll
+        for (int mask = MSDA_LANES; mask < MSDA_LANES * MSDA_SPLIT; mask *= 2)
+#pragma unroll
+            for (int turn = 0; turn < MSDA_TURNS; ++turn)
+#pragma unroll
+                for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] += __shfl_xor_sync(0xffffffffu, sum[turn][v], mask);
+        if (active && turn_of_group == 0) {
             msda_value* target = output + ((work.image * Q + q) * MSDA_M + work.m) * MSDA_D;
 #pragma unroll
             for (int turn = 0; turn < MSDA_TURNS; ++turn) {

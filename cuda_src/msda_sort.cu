@@ -57,7 +57,6 @@ extern "C" __global__ void MSDA_BOUNDS msda_sort(
         msda_counts* counts, long long S, long long Q, long long first_head, long long heads, long long first_row,
         long long rows) {
     MSDA_SHARED_MEMORY(msda_memory);
-    if (counts && blockIdx.x == 0 && threadIdx.x == 0) counts->pieces = 0;     // for msda_count.cu
     const msda_slab slab = {(msda_index)first_row, (msda_index)rows};
     const int bins = (int)(slab.rows / MSDA_ROWS), lists = 2 * bins + 1, pitch = msda_pitch_of(bins);
     // The sorted parts take the place of the counters once each part knows its own.
@@ -173,4 +172,5 @@ extern "C" __global__ void MSDA_BOUNDS msda_sort(
     __syncthreads();
     entries += ((long long)head_here * runs + run) * (in_block * MSDA_PARTS);
     for (unsigned i = threadIdx.x; i < all; i += MSDA_THREADS) msda_copy(sorted[i], entries[i]);
+    if (counts && blockIdx.x == 0 && threadIdx.x == 0) counts->pieces = 0;     // for msda_count.cu
 }

@@ -19,6 +19,7 @@ struct msda_chunk {
     unsigned place[MSDA_WARPS][MSDA_KEYS + 1];
     unsigned of_warps[MSDA_WARPS];
     unsigned end[MSDA_THREADS], own[MSDA_THREADS], in_run[MSDA_THREADS];    // of MSDA_THREADS runs at a time
+    long long from, to;                                         // parts of the bin that the block sums
     bool last;                                                  // whether all other pieces of the bin are done
 };
 
@@ -151,9 +152,10 @@ __device__ __forceinline__ void msda_add_chunk(
     if (key >= 0) msda_leave(shared, key + group, lane, here, after);
 }
 
-// Writes the sums of the bin's parts [from, to) to `sums`, or where that is null to grad_value.
-__device__ __forceinline__ void msda_sum_parts(
-        msda_chunk& shared, const msda_bin& bin, long long from, long long to, msda_acc* sums) {
+// Writes the sums of all parts of the bin to grad_value, or where it is not `whole` those of the parts
+// [shared.from, shared.to) to `sums`.
+template <bool whole>
+__device__ __forceinline__ void msda_sum_parts(msda_chunk& shared, const msda_bin& bin, msda_acc* sums) {
     const int group = threadIdx.x / MSDA_LANES, lane = threadIdx.x % MSDA_LANES;
 #pragma unroll 1
     for (int turn = 0; turn < MSDA_TURNS; ++turn) {
@@ -165,9 +167,9 @@ __device__ __forceinline__ void msda_sum_parts(
 #pragma unroll
             for (int v = 0; v < MSDA_VEC; ++v) sum[owned][v] = 0;
 
-        long long before = 0;       // parts of the runs before these
+        [[maybe_unused]] long long before = 0;      // parts of the runs before these
 #pragma unroll 1
-        for (long long run = 0; run < bin.runs && before < to; run += MSDA_THREADS) {
+        for (long long run = 0; run < bin.runs && (whole || before < shared.to); run += MSDA_THREADS) {
             const msda_stretch stretch = msda_stretch_of(bin, run + threadIdx.x);
             const unsigned count = stretch.count();
             unsigned total;
@@ -176,9 +178,11 @@ __device__ __forceinline__ void msda_sum_parts(
             shared.own[threadIdx.x] = begin + (stretch.own - stretch.from);
             shared.in_run[threadIdx.x] = stretch.from - begin;
             __syncthreads();
-            const unsigned last = (unsigned)min(to - before, (long long)total);
+            const unsigned last = whole ? total : (unsigned)min(shared.to - before, (long long)total);
+            unsigned at = 0;
+            if (!whole && shared.from > before) at = (unsigned)min(shared.from - before, (long long)total);
 #pragma unroll 1
-            for (unsigned at = from > before ? (unsigned)min(from - before, (long long)total) : 0; at < last; at += MSDA_CHUNK) {
+            for (; at < last; at += MSDA_CHUNK) {
                 const unsigned in_chunk = min(last - at, (unsigned)MSDA_CHUNK);
                 const unsigned share = (in_chunk + MSDA_GROUPS - 1) / MSDA_GROUPS;
                 msda_sort_chunk(shared, bin, run, at, at + in_chunk);
@@ -194,7 +198,7 @@ __device__ __forceinline__ void msda_sum_parts(
                 }
                 __syncthreads();
             }
-            before += total;
+            if (!whole) before += total;
             __syncthreads();
         }
 
@@ -202,7 +206,7 @@ __device__ __forceinline__ void msda_sum_parts(
         for (int owned = 0; owned < MSDA_OWNED; ++owned) {
             const int row = owned * MSDA_GROUPS + group;
             if (row >= MSDA_ROWS || row >= bin.rows || idle) continue;
-            if (!sums) {
+            if (whole) {
                 msda_write_row(bin, row, channel, sum[owned]);
                 continue;
             }
@@ -244,34 +248,37 @@ extern "C" __global__ void MSDA_BOUNDS msda_sum(
     MSDA_SHARED_MEMORY(msda_memory);
     msda_chunk& shared = *reinterpret_cast<msda_chunk*>(msda_memory);
     const unsigned bins = (unsigned)(rows / MSDA_ROWS), in_launch = gridDim.x / bins;
+    // Pieces of large bins first, as far as there are any.
     const unsigned listed = counts ? counts->pieces : 0;
-    // Pieces of large bins first, as far as there are any, then one bin that is not large.
 #pragma unroll 1
-    for (unsigned at = blockIdx.x;; at += gridDim.x) {
-        const bool whole = at >= listed;
-        // Last bins first: those of the coarse levels hold the most parts.
-        msda_piece one = {blockIdx.x % in_launch * bins + (bins - 1 - blockIdx.x / in_launch), 0, 1, 0};
-        if (!whole) one = pieces[at];
-        else if (counts && counts->of_bin[one.bin].pieces > 1) return;
+    for (unsigned at = blockIdx.x; at < listed; at += gridDim.x) {
+        const msda_piece one = pieces[at];
         const msda_bin bin = msda_bin_at(
                 grad_output, entries, starts, grad_value, S, Q, runs, capacity, first_head, heads, first_row, rows,
                 one.bin / bins, one.bin % bins);
-        if (bin.rows > 0) {
-            msda_acc* of_bin = whole ? nullptr : sums + (long long)one.first * (MSDA_ROWS * MSDA_PADDED);
-            const long long from = one.number * piece, to = whole ? 0x7fffffffffffffffLL : from + piece;
-            msda_sum_parts(shared, bin, from, to, whole ? nullptr : of_bin + one.number * (MSDA_ROWS * MSDA_PADDED));
-            if (!whole) {
-                __threadfence();
-                __syncthreads();
-                if (threadIdx.x == 0)
-                    shared.last = atomicAdd(&counts->of_bin[one.bin].done, 1u) == one.pieces - 1;
-                __syncthreads();
-                if (shared.last) {
-                    __threadfence();
-                    msda_add_pieces(bin, of_bin, one.pieces);
-                }
-            }
+        if (bin.rows == 0) continue;
+        if (threadIdx.x == 0) {
+            shared.from = one.number * piece;
+            shared.to = shared.from + piece;
         }
-        if (whole) return;
+        __syncthreads();
+        msda_acc* of_bin = sums + (long long)one.first * (MSDA_ROWS * MSDA_PADDED);
+        msda_sum_parts<false>(shared, bin, of_bin + one.number * (MSDA_ROWS * MSDA_PADDED));
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) shared.last = atomicAdd(&counts->of_bin[one.bin].done, 1u) == one.pieces - 1;
+        __syncthreads();
+        if (shared.last) {
+            __threadfence();
+            msda_add_pieces(bin, of_bin, one.pieces);
+        }
     }
+
+    // Last bins first: those of the coarse levels hold the most parts.
+    const unsigned head_here = blockIdx.x % in_launch, number = bins - 1 - blockIdx.x / in_launch;
+    if (counts && counts->of_bin[head_here * bins + number].pieces > 1) return;
+    const msda_bin bin = msda_bin_at(
+            grad_output, entries, starts, grad_value, S, Q, runs, capacity, first_head, heads, first_row, rows, head_here,
+            number);
+    if (bin.rows > 0) msda_sum_parts<true>(shared, bin, nullptr);
 }

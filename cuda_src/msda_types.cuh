@@ -9,6 +9,7 @@
 //   MSDA_BORDER, MSDA_ALIGN_CORNERS  as padding_mode and align_corners of grid_sample
 //   MSDA_VEC          channels a lane moves at once
 //   MSDA_LANES        lanes of a warp that share the channels of one (n, q, m)
+//   MSDA_SPLIT        groups of MSDA_LANES lanes that share the samples of one (n, q, m), in the forward; 1 elsewhere
 //   MSDA_CHUNK        samples of a query that are in shared memory at a time
 //   MSDA_WARPS        warps of a block, all on one head
 //   MSDA_ROUNDS       groups of queries that a warp takes one after the other
@@ -69,7 +70,7 @@ typedef msda_acc msda_location;
 #define MSDA_RESIDENT (2048 / MSDA_THREADS)
 #endif
 #define MSDA_BOUNDS __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS < MSDA_RESIDENT ? MSDA_MIN_BLOCKS : MSDA_RESIDENT)
-#define MSDA_QUERIES (32 / MSDA_LANES)                         // queries that a warp works on at a time
+#define MSDA_QUERIES (32 / (MSDA_LANES * MSDA_SPLIT))          // queries that a warp works on at a time
 #ifdef MSDA_POINTS
 #define MSDA_K (msda_first_point.of[MSDA_L])
 #else

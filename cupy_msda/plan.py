@@ -15,6 +15,8 @@ VECTOR_BYTES = 16
 WARP_SHARED_BUDGET = 5 * 1024
 # Samples that a lane holds in registers between loading and preparing them.
 MAX_FILLS = 4
+# Lanes that share the samples of a query where queries are not pixels.
+LANES_A_QUERY = 16
 # Warps a multiprocessor below which the latency of the forward counts, not its throughput.
 WARPS_THAT_FILL = 16
 # Rows of the patch of pixels that shares a block where queries are pixels.
@@ -65,6 +67,7 @@ class KernelKey:
     align_corners: bool = False
     rows: int = 0
     merge: int = 0
+    split: int = 1
 
     @property
     def K(self) -> int:
@@ -74,7 +77,7 @@ class KernelKey:
     @property
     def queries(self) -> int:
         """Queries that a warp works on at a time."""
-        return 32 // self.lanes
+        return 32 // (self.lanes * self.split)
 
     def macros(self) -> dict[str, int | str]:
         """Preprocessor definitions, without dtypes, that the sources document."""
@@ -108,26 +111,37 @@ def levels_by_value(problem: Problem) -> bool:
 def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Launch:
     """Launch of the forward kernel; `alignment` is the bytes that all value-like addresses are multiples of.
 
-    Three shapes, each the fastest of a sweep on an H200 (benchmarks/NOTES.md): where queries are pixels, large blocks
-    share a patch in L1; where they are not, small blocks finish independently; where there are too few to fill the
-    GPU, two warps a block spread over all of it, with registers for the rows of four samples in flight.
+    Where queries are pixels, large blocks share a patch in L1. Where they are not, small blocks finish independently,
+    and the samples of a query are shared by LANES_A_QUERY lanes, or of 16 bits by half of them where there are many
+    queries. On an H100, microseconds, against a row's lanes alone: decoder_300 9.2 and 9.6 in float32, 6.7 and 8.0 in
+    float16; decoder_900 58.5 and 60.2, 38.2 and 38.1; rtdetr_640 37.7 and 39.1, 25.0 and 25.8.
     """
     itemsize = item_size(problem.value_dtype)
     vec = _vector(problem.D, itemsize, min(alignment, VECTOR_BYTES))
     lanes, turns = _lanes(problem.D // vec)
+    few = _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors
     if turns > 4:
         choices = {"warps": 8} | _MANY_TURNS
     elif itemsize == 8:
         choices = {"warps": 8, "min_blocks": 3, "unroll": 2}
-    elif _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors:
-        choices = {"warps": 2, "min_blocks": 6, "unroll": 4}
-    elif itemsize == 2:
-        choices = {"warps": 8, "min_blocks": 5, "unroll": 4}
-    elif problem.Q == problem.S:
-        choices = {"warps": 16, "min_blocks": 3, "unroll": 4}
+    elif problem.Q == problem.S and not few:
+        choices = {"warps": 8, "min_blocks": 5} if itemsize == 2 else {"warps": 16, "min_blocks": 3}
+        choices["unroll"] = 4
+    elif itemsize == 2 and not few:
+        split = _split(LANES_A_QUERY // 2, lanes, problem.K)
+        choices = {"warps": 4, "min_blocks": 8, "unroll": max(1, 2 // split), "split": split}
     else:
-        choices = {"warps": 4, "min_blocks": 10, "unroll": 4}
+        split = _split(LANES_A_QUERY, lanes, problem.K)
+        unroll = 4 if itemsize == 2 else max(1, 4 // split)
+        choices = {"warps": 2, "min_blocks": 6, "unroll": unroll, "split": split}
     return _launch(problem, "forward", vec, lanes, rounds=1, **choices)
+
+
+def _split(wanted: int, lanes: int, K: int) -> int:
+    """Groups of `lanes` lanes that share the samples of a query: `wanted` lanes in all, if there is work for them."""
+    if lanes & (lanes - 1):
+        return 1  # the shuffles that add up their sums need a power of two
+    return max(1, min(wanted // lanes, 1 << (K.bit_length() - 1)))
 
 
 def merges(problem: Problem) -> bool:
@@ -204,7 +218,8 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
     widest = max(problem.S * problem.M * problem.D // vec * 32, problem.Q * problem.M * K * 2)
     index_64 = widest >= 2**31
     entry = sample_bytes(index_64, problem.accumulator_dtype)
-    most = max(1, min(WARP_SHARED_BUDGET // (32 // lanes * entry) - 1, MAX_FILLS * lanes))
+    queries = 32 // (lanes * choices.get("split", 1))
+    most = max(1, min(WARP_SHARED_BUDGET // (queries * entry) - 1, MAX_FILLS * lanes * choices.get("split", 1)))
     chunk = -(-K // -(-K // most))
     key = KernelKey(
         kind,
@@ -243,9 +258,10 @@ def shared_bytes(key: KernelKey) -> int:
     """Size of the kernels' `msda_shared`, `msda_chunk` (of the sum), `msda_tile` (of each warp that adds) or counts."""
     accumulator = item_size(accumulator_of(key.value_dtype))
     if key.kind == "sum":
-        keys, numbers = key.rows + 1, (key.rows + 2) * (1 + key.warps) + key.warps + 3 * 32 * key.warps + 1
+        keys, numbers = key.rows + 1, (key.rows + 2) * (1 + key.warps) + key.warps + 3 * 32 * key.warps
         partial = (keys + key.warps * key.queries) * 2 * key.lanes * key.vec
-        return -(-((4 * key.chunk + partial) * accumulator + 4 * numbers) // 16) * 16
+        of_chunk = (4 * key.chunk + partial) * accumulator + -(-4 * numbers // 8) * 8 + 2 * 8
+        return -(-(of_chunk + 1) // 16) * 16
     if key.kind == "count":
         return 8 * 32 * key.warps
     if key.kind == "add":

@@ -36,6 +36,8 @@ MAX_SLABS = 4
 SORT_BYTES = 48 * 1024
 # Parts that a block sums: a bin of more is summed in pieces of this many, a multiple of what it sorts at a time.
 PIECE = 8 * 1024
+# Warps of a block that counts: they share the runs of 32 bins.
+COUNT_WARPS = 32
 # Bytes of parts between the launches, unless one head needs more: heads are done in groups.
 WORKSPACE = 256 << 20
 
@@ -141,7 +143,7 @@ def summation(problem: Problem, alignment: int) -> Summation:
         # pieces as its parts would fill.
         most = 2 * heads * (2 * parts * samples // PIECE)
         of_piece = of_sum.rows * -(-problem.D // (of_sum.lanes * of_sum.vec)) * of_sum.lanes * of_sum.vec
-        of_count = _key("count", warps=8, rows=of_sum.rows)
+        of_count = _key("count", warps=COUNT_WARPS, rows=of_sum.rows)
         count = Launch(of_count, heads * -(-bins // 32), 32 * of_count.warps, shared_bytes(of_count))
     pieces = _aligned(counts + (16 + 8 * heads * bins if count else 0))
     sums = _aligned(pieces + 16 * most)

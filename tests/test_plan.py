@@ -144,10 +144,17 @@ def test_key_does_not_know_how_many_queries_pixels_or_images():
     assert [launch.key for launch in both(one)] == [launch.key for launch in both(other)]
 
 
-def test_few_queries_keep_more_rows_in_flight():
-    few, many = plan.forward(problem(Q=300), 16, 132), plan.forward(problem(Q=3000), 16, 132)
-    assert few.key.min_blocks * few.key.warps < many.key.min_blocks * many.key.warps
-    assert plan.forward(problem(Q=300), 16, 16).key == many.key
+def test_few_queries_are_shared_by_more_lanes():
+    few, many = (plan.forward(problem("float16", Q=Q), 16, 132).key for Q in (300, 3000))
+    assert (few.lanes * few.split, many.lanes * many.split) == (16, 8)
+    assert few.min_blocks * few.warps < many.min_blocks * many.warps
+    assert plan.forward(problem("float16", Q=300), 16, 16).key == many
+    assert plan.forward(problem(Q=22223), 16).key.split == 1
+
+
+@pytest.mark.parametrize(("D", "P", "split"), [(32, 4, 2), (4, 4, 16), (4, 1, 4), (64, 4, 1), (48, 4, 1)])
+def test_no_group_of_lanes_is_without_samples(D, P, split):
+    assert plan.forward(problem(D=D, P=P), 16).key.split == split
 
 
 def test_planning_is_pure():

@@ -41,6 +41,8 @@ FAMILIES = (
 _LAYER = "MultiScaleDeformableAttention"
 # Under this name some layers keep the function that they found when they were made.
 _KEPT = "ms_deformable_attn_core"
+# And under this one, while they are served, the function that they answer with.
+_SERVED = "_cupy_msda_core"
 _METHODS = {"default": "bilinear", "discrete": "nearest"}
 
 
@@ -149,6 +151,7 @@ def _serve_function(done: Patch, module: ModuleType, name: str) -> None:
     done.replace(module, name, ours)
     for layer in vars(module).values():
         if isinstance(layer, type) and layer.__module__ == module.__name__ and _keeps_function(layer):
+            done.add(layer, _SERVED, staticmethod(ours))
             done.add(layer, _KEPT, _served_attribute(original, ours))
 
 
@@ -157,16 +160,20 @@ def _keeps_function(layer: type) -> bool:
 
 
 def _served_attribute(original: Callable[..., Tensor], ours: Callable[..., Tensor]) -> property:
-    """An attribute of layers that keeps the original, and answers with ours."""
+    """An attribute of layers that keeps the original, and answers with ours, or with what it has been given since.
 
-    def get(layer: nn.Module) -> Callable[..., Tensor]:
-        kept = layer.__dict__[_KEPT]
-        return ours if kept is original else kept
+    The answer has a name of its own: torch 2.11's compiler takes a look into ``layer.__dict__`` for this attribute, and
+    never ends.
+    """
 
     def keep(layer: nn.Module, function: Callable[..., Tensor]) -> None:
         layer.__dict__[_KEPT] = original if function is ours else function
+        if function in (original, ours):
+            layer.__dict__.pop(_SERVED, None)
+        else:
+            layer.__dict__[_SERVED] = function
 
-    return property(get, keep)
+    return property(lambda layer: getattr(layer, _SERVED), keep)
 
 
 def _check_signature(theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
