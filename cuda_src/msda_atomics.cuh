@@ -42,7 +42,7 @@ __device__ __forceinline__ int msda_key(const msda_cell& cell, int level) {
 
 // Fills the samples of all rounds and sorts them; returns how many count.
 __device__ __forceinline__ unsigned msda_fill_sorted(
-        msda_shared& shared, const msda_work& work, int k0, const msda_location* __restrict__ locations,
+        msda_shared& shared, int k0, const msda_location* __restrict__ locations,
         const msda_location* __restrict__ weights) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int key = threadIdx.x; key < 1 << MSDA_MERGE; key += MSDA_THREADS) shared.begin[key] = 0;
@@ -64,7 +64,7 @@ __device__ __forceinline__ unsigned msda_fill_sorted(
             if (q >= 0 && k < MSDA_K) {
                 const int level = MSDA_LEVEL_OF(k);
                 const msda_acc x = msda_load(raw[round].xy[fill].element[0]), y = msda_load(raw[round].xy[fill].element[1]);
-                sample = msda_prepare(x, y, msda_load(raw[round].attention[fill]), shared.levels[level], work.m);
+                sample = msda_prepare(x, y, msda_load(raw[round].attention[fill]), shared.levels[level]);
                 if (sample.place & 15) {
                     const int key = msda_key(msda_locate(x, y, shared.levels[level]), level);
                     key_and_rank[round][fill] = (unsigned)key << 16 | atomicAdd(shared.begin + key, 1u);
@@ -118,7 +118,7 @@ __device__ __forceinline__ void msda_end_run(
         const msda_shared& shared, const msda_run& run, bool stays, msda_acc* grad_value) {
     const int inside = (int)run.place;
     const long long below = (long long)shared.levels[run.level].w * (MSDA_M * MSDA_D);
-    msda_acc* corner = grad_value + (long long)(run.place >> 4) * MSDA_VEC;
+    msda_acc* corner = grad_value + (long long)(run.place >> 4) * (MSDA_M * MSDA_D);
 #pragma unroll
     for (int c = 0; c < MSDA_CORNERS; ++c)
         msda_add_if((inside >> c & 1) && !(c % 2 && stays), corner + (c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below,
@@ -152,7 +152,7 @@ __device__ __forceinline__ void msda_add_merged(
             if (sample[u].place != run.place || level[u] != run.level) {
                 const bool stays = MSDA_CORNERS == 4 && level[u] == run.level && (run.place & 10) != 0 &&
                                    (sample[u].place & 5) != 0 &&
-                                   (sample[u].place >> 4) - (run.place >> 4) == MSDA_M * MSDA_D / MSDA_VEC;
+                                   (sample[u].place >> 4) - (run.place >> 4) == 1;
                 if (run.place & 15) msda_end_run(shared, run, stays, grad_value);
 #pragma unroll
                 for (int c = 0; c < MSDA_CORNERS; ++c)

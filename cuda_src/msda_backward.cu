@@ -55,10 +55,17 @@ __device__ __forceinline__ void msda_write_samples(
         const int i = fill * 32 + threadIdx.x % 32;
         const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
         const msda_index q = msda_query_of(shared, round, local);
-        if (q < 0 || k >= MSDA_K) continue;
-        const msda_index index = msda_in_image(q, k);
+        if (msda_number(q) < 0 || k >= MSDA_K) continue;
+        const msda_index index = msda_in_image(msda_number(q), k);
         const msda_level level = shared.levels[MSDA_LEVEL_OF(k)];
         msda_vector<msda_location, 2> xy = raw.xy[fill];
+        if (MSDA_PADDED && q < 0) {
+            msda_store((msda_acc)0, xy.element[0]);
+            msda_store((msda_acc)0, xy.element[1]);
+            if (MSDA_GRAD_LOCATIONS) reinterpret_cast<decltype(xy.word)*>(grad_locations)[index] = xy.word;
+            if (MSDA_GRAD_WEIGHTS) msda_store((msda_acc)0, grad_weights[index]);
+            continue;
+        }
         const msda_cell cell = msda_locate(msda_load(xy.element[0]), msda_load(xy.element[1]), level);
         const msda_acc nothing = level.w > 0 ? (msda_acc)0 : msda_nan();
         const msda_acc* dot = reinterpret_cast<const msda_acc*>(samples + local * MSDA_PITCH + i % MSDA_CHUNK);
@@ -107,18 +114,18 @@ __device__ __forceinline__ msda_held msda_hold(const msda_value* incoming, int l
 
 #if MSDA_GRAD_SAMPLES || !MSDA_MERGE
 // The products of grad_output with the rows of the warp's samples [k0, k0 + MSDA_CHUNK), into the places of the samples,
-// and what each sample adds to grad_value unless that is merged.
+// and what each sample adds to grad_value unless that is merged. `value` and `grad_value` begin at row 0 of the image, at
+// the channels of this lane.
 __device__ __forceinline__ void msda_multiply_chunk(
         const msda_shared& shared, msda_sample* samples, int k0, const msda_value* incoming, msda_held& held,
-        const msda_value* __restrict__ value, msda_acc* __restrict__ grad_value, long long first) {
+        const msda_value* __restrict__ value, msda_acc* __restrict__ grad_value) {
     const int local = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
 #pragma unroll msda_unroll
     for (int k = 0; k < MSDA_CHUNK; ++k) {
         const msda_sample sample = samples[local * MSDA_PITCH + k];
         const int inside = (int)sample.place;
         const int level = min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
-        const long long below = (long long)shared.levels[level].w * (MSDA_M * MSDA_D);
-        const long long corner = first + msda_offset(sample);
+        const long long width = shared.levels[level].w;
 #if MSDA_GRAD_VALUE && !MSDA_MERGE
         msda_acc weight[4];
         msda_weights(sample, weight);
@@ -135,9 +142,9 @@ __device__ __forceinline__ void msda_multiply_chunk(
 #pragma unroll
             for (int c = 0; c < MSDA_CORNERS; ++c) {
                 const bool present = inside >> c & 1;
-                const long long at = corner + (c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below + channel;
+                const long long at = msda_row(sample) + (c & 1) + (c >> 1) * width;
 #if MSDA_GRAD_SAMPLES
-                const msda_values row = msda_read_if(present, (msda_address)value + at * sizeof(msda_value));
+                const msda_values row = msda_read_if(present, (msda_address)(value + at * MSDA_STRIDE + channel));
                 msda_acc x[MSDA_VEC];
                 msda_unpack(row, x);
 #pragma unroll
@@ -147,7 +154,7 @@ __device__ __forceinline__ void msda_multiply_chunk(
                 msda_acc part[MSDA_VEC];
 #pragma unroll
                 for (int v = 0; v < MSDA_VEC; ++v) part[v] = weight[c] * grad[v];
-                msda_add_if(present, grad_value + at, part);
+                msda_add_if(present, grad_value + at * (MSDA_M * MSDA_D) + channel, part);
 #endif
             }
         }
@@ -184,15 +191,16 @@ __device__ __forceinline__ void msda_multiply_chunk(
 extern "C" __global__ void MSDA_BOUNDS msda_backward(
         const msda_value* __restrict__ value, const __grid_constant__ msda_metadata metadata,
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
-        const msda_value* __restrict__ grad_output, msda_acc* __restrict__ grad_value,
-        msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights,
-        long long S, long long Q_) {
+        const long long* __restrict__ lengths, const msda_value* __restrict__ grad_output,
+        msda_acc* __restrict__ grad_value, msda_location* __restrict__ grad_locations,
+        msda_location* __restrict__ grad_weights, long long S, long long Q_, long long image_stride,
+        long long head_stride) {
     MSDA_SHARED_MEMORY(msda_memory);
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
     const msda_index Q = (msda_index)Q_;
 
     const msda_work work = msda_work_of_block(Q);
-    msda_begin(shared, work, metadata, S, Q);
+    msda_begin(shared, work, metadata, lengths, S, Q);
     locations += 2 * msda_first_sample(work, Q_);
     weights += msda_first_sample(work, Q_);
 #if MSDA_GRAD_SAMPLES
@@ -201,18 +209,19 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
 #endif
     [[maybe_unused]] const int local = threadIdx.x % 32 / MSDA_LANES;
     const int lane = threadIdx.x % 32 % MSDA_LANES;
-    const long long first = work.image * S * (MSDA_M * MSDA_D) + lane * MSDA_VEC;
+    value += work.image * image_stride + work.m * head_stride + lane * MSDA_VEC;
+    if (MSDA_GRAD_VALUE) grad_value += (work.image * S * MSDA_M + work.m) * MSDA_D + lane * MSDA_VEC;
 
 #if MSDA_MERGE
 #pragma unroll 1
     for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-        const unsigned count = msda_fill_sorted(shared, work, k0, locations, weights);
+        const unsigned count = msda_fill_sorted(shared, k0, locations, weights);
 #pragma unroll 1
         for (int turn = 0; turn < MSDA_TURNS; ++turn) {
             const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
             if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
             msda_add_merged(shared, count, k0, grad_output + (work.image * Q_ * MSDA_M + work.m) * MSDA_D + channel,
-                            grad_value + first + turn * MSDA_STEP);
+                            grad_value + turn * MSDA_STEP);
         }
         __syncthreads();
 #if MSDA_GRAD_SAMPLES
@@ -224,7 +233,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
             msda_raw raw;
             msda_load_raw(raw, shared, round, k0, locations, weights);
             msda_sample* samples = shared.samples[round * MSDA_WARPS + threadIdx.x / 32];
-            msda_multiply_chunk(shared, samples, k0, incoming, held, value, grad_value, first);
+            msda_multiply_chunk(shared, samples, k0, incoming, held, value, grad_value);
             __syncwarp();
             msda_write_samples(samples, shared, raw, round, k0, grad_locations, grad_weights);
         }
@@ -244,9 +253,9 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
 
 #pragma unroll 1
         for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-            msda_fill(samples, shared, raw, work, round, k0);
+            msda_fill(samples, shared, raw, round, k0);
             __syncwarp();
-            msda_multiply_chunk(shared, samples, k0, incoming, held, value, grad_value, first);
+            msda_multiply_chunk(shared, samples, k0, incoming, held, value, grad_value);
             __syncwarp();
 #if MSDA_GRAD_SAMPLES
             msda_write_samples(samples, shared, raw, round, k0, grad_locations, grad_weights);

@@ -223,8 +223,8 @@ __device__ __forceinline__ int msda_inside(const msda_cell& cell, const msda_lev
 __device__ __forceinline__ msda_acc msda_nan() { return (msda_acc)__int_as_float(0x7fc00000); }
 
 // What the lanes of a query need of one sample, in 16 bytes for float32: every lane reads all of it, and shared memory
-// hands out 4 bytes a lane and clock. `place` is 16 * (offset of the neighbour (y0, x0) in vectors) + bits of
-// msda_inside; that neighbour may lie outside, even before the image. `attention` is 0 where the sample does not
+// hands out 4 bytes a lane and clock. `place` is 16 * (row of value of the neighbour (y0, x0)) + bits of msda_inside; that
+// neighbour may lie outside, even before the image. `attention` is 0 where the sample does not
 // count, so that a NaN weight does not leak, and NaN in a level that does not fit.
 struct alignas(16) msda_sample {
     msda_index place;
@@ -232,11 +232,11 @@ struct alignas(16) msda_sample {
 };
 
 __device__ __forceinline__ msda_sample msda_prepare(
-        msda_acc x, msda_acc y, msda_acc attention, const msda_level& level, int m) {
+        msda_acc x, msda_acc y, msda_acc attention, const msda_level& level) {
     const msda_cell cell = msda_locate(x, y, level);
     const msda_index pixel = level.start + (msda_index)cell.y0 * level.w + cell.x0;
     msda_sample sample;
-    sample.place = (pixel * (MSDA_M * MSDA_D / MSDA_VEC) + m * (MSDA_D / MSDA_VEC)) * 16 + msda_inside(cell, level);
+    sample.place = pixel * 16 + msda_inside(cell, level);
     sample.ax = cell.counts ? cell.ax : 0;
     sample.ay = cell.counts ? cell.ay : 0;
     sample.attention = cell.counts ? attention : level.w > 0 ? (msda_acc)0 : msda_nan();
@@ -256,10 +256,8 @@ __device__ __forceinline__ void msda_weights(const msda_sample& sample, msda_acc
 #endif
 }
 
-// Offset of the neighbour (y0, x0) in the image, in elements.
-__device__ __forceinline__ long long msda_offset(const msda_sample& sample) {
-    return (long long)(sample.place >> 4) * MSDA_VEC;
-}
+// Row of value of the neighbour (y0, x0), in 64 bits: what it is multiplied with becomes an address.
+__device__ __forceinline__ long long msda_row(const msda_sample& sample) { return sample.place >> 4; }
 
 // ---- the work of a warp ------------------------------------------------------------------------------------
 
@@ -276,7 +274,7 @@ __device__ __forceinline__ long long msda_offset(const msda_sample& sample) {
 struct msda_shared {
     msda_sample samples[MSDA_HELD][MSDA_QUERIES * MSDA_PITCH];
     msda_level levels[MSDA_L];
-    msda_index query[MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES];   // -1 past the last one
+    msda_index query[MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES];   // -1 past the last one, -2 - q where q does not count
 #if MSDA_MERGE
     alignas(16) unsigned of_warps[MSDA_WARPS];                      // aligned: read 16 bytes at a time, and no more
     unsigned begin[1 << MSDA_MERGE];                                // of each key in `order`; counts at first
@@ -302,24 +300,42 @@ __device__ __forceinline__ msda_work msda_work_of_block(msda_index Q) {
     return work;
 }
 
+// Queries of an image that count.
+__device__ __forceinline__ msda_index msda_length(const long long* __restrict__ lengths, long long image, msda_index Q) {
+#if MSDA_PADDED
+    const long long length = __ldg(lengths + image);
+    return length < 0 ? 0 : length < Q ? (msda_index)length : Q;
+#else
+    return Q;
+#endif
+}
+
 // What a block shares: its levels and its queries. By the whole block, not by each warp for its own few queries: that
 // was a tenth of all instructions.
 __device__ __forceinline__ void msda_begin(
-        msda_shared& shared, const msda_work& work, const msda_metadata& metadata, long long S, msda_index Q) {
+        msda_shared& shared, const msda_work& work, const msda_metadata& metadata, const long long* __restrict__ lengths,
+        long long S, msda_index Q) {
     bool packed = msda_read_levels(metadata, S, Q, shared.levels);
 #if MSDA_BAND
     packed = __syncthreads_or(packed);   // the queries need the levels
 #endif
 #pragma unroll 1
-    for (int i = threadIdx.x; i < MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES; i += MSDA_THREADS)
-        shared.query[i] = work.first + i < Q ? msda_query(work.first + i, shared.levels, packed) : -1;
+    for (int i = threadIdx.x; i < MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES; i += MSDA_THREADS) {
+        msda_index q = work.first + i < Q ? msda_query(work.first + i, shared.levels, packed) : -1;
+        if (MSDA_PADDED && q >= msda_length(lengths, work.image, Q)) q = -2 - q;
+        shared.query[i] = q;
+    }
     __syncthreads();
 }
 
 // Query `local` of this warp's `round`; only the lanes beyond the last group of a warp have a `local` that is too high.
+// Negative where there is none to work on.
 __device__ __forceinline__ msda_index msda_query_of(const msda_shared& shared, int round, int local) {
     return local < MSDA_QUERIES ? shared.query[(round * MSDA_WARPS + threadIdx.x / 32) * MSDA_QUERIES + local] : -1;
 }
+
+// The number of a query that is there, whether it counts or not; -1 past the last one.
+__device__ __forceinline__ msda_index msda_number(msda_index q) { return MSDA_PADDED && q < -1 ? -2 - q : q; }
 
 // One sample a lane and turn, from global memory. The loads of the next round are issued before the current one is
 // worked on, so that their latency is hidden.
@@ -364,7 +380,7 @@ __device__ __forceinline__ void msda_load_raw(
 
 // Raw samples to prepared ones in shared memory. Where there is none, a sample that does not count.
 __device__ __forceinline__ void msda_fill(
-        msda_sample* samples, const msda_shared& shared, const msda_raw& raw, const msda_work& work, int round, int k0) {
+        msda_sample* samples, const msda_shared& shared, const msda_raw& raw, int round, int k0) {
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
@@ -374,7 +390,7 @@ __device__ __forceinline__ void msda_fill(
             msda_sample sample = {0, 0, 0, 0};
             if (q >= 0 && k < MSDA_K)
                 sample = msda_prepare(msda_load(raw.xy[fill].element[0]), msda_load(raw.xy[fill].element[1]),
-                                      msda_load(raw.attention[fill]), shared.levels[MSDA_LEVEL_OF(k)], work.m);
+                                      msda_load(raw.attention[fill]), shared.levels[MSDA_LEVEL_OF(k)]);
             samples[local * MSDA_PITCH + i % MSDA_CHUNK] = sample;
         }
     }

@@ -11,8 +11,8 @@ __device__ __forceinline__ void msda_accumulate(
         int lane) {
     msda_acc weight[4];
     msda_weights(sample, weight);
-    const msda_address upper = image + msda_offset(sample) * sizeof(msda_value), lower = upper + below;
-    const msda_address right = MSDA_M * MSDA_D * sizeof(msda_value);
+    const msda_address upper = image + msda_row(sample) * (MSDA_STRIDE * sizeof(msda_value)), lower = upper + below;
+    const msda_address right = MSDA_STRIDE * sizeof(msda_value);
     const int inside = (int)sample.place;
 #pragma unroll
     for (int turn = 0; turn < MSDA_TURNS; ++turn) {
@@ -36,20 +36,22 @@ __device__ __forceinline__ void msda_accumulate(
 extern "C" __global__ void MSDA_BOUNDS msda_forward(
         const msda_value* __restrict__ value, const __grid_constant__ msda_metadata metadata,
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
-        msda_value* __restrict__ output, long long S, long long Q_) {
+        const long long* __restrict__ lengths, msda_value* __restrict__ output, long long S, long long Q_,
+        long long image_stride, long long head_stride) {
     MSDA_SHARED_MEMORY(msda_memory);
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
     const msda_index Q = (msda_index)Q_;
 
     const msda_work work = msda_work_of_block(Q);
-    msda_begin(shared, work, metadata, S, Q);
+    msda_begin(shared, work, metadata, lengths, S, Q);
     locations += 2 * msda_first_sample(work, Q_);
     weights += msda_first_sample(work, Q_);
     const int group = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
     const int local = group / MSDA_SPLIT, turn_of_group = group % MSDA_SPLIT;
     msda_sample* samples = shared.samples[threadIdx.x / 32];
     const msda_address image =
-        (msda_address)value + (work.image * S * (MSDA_M * MSDA_D) + lane * MSDA_VEC) * sizeof(msda_value);
+        (msda_address)value +
+        (work.image * image_stride + work.m * head_stride + lane * MSDA_VEC) * sizeof(msda_value);
 
     msda_raw raw;
     msda_load_raw(raw, shared, 0, 0, locations, weights);
@@ -65,7 +67,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
 
 #pragma unroll 1
         for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-            msda_fill(samples, shared, raw, work, round, k0);
+            msda_fill(samples, shared, raw, round, k0);
             __syncwarp();
             if (k0 + MSDA_CHUNK < MSDA_K) {
                 msda_load_raw(raw, shared, round, k0 + MSDA_CHUNK, locations, weights);
@@ -79,7 +81,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
                     if (MSDA_CHUNK % MSDA_SPLIT != 0 && k >= MSDA_CHUNK) break;
                     const int level = MSDA_CHUNK >= MSDA_K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
                     const msda_address below =
-                        (msda_address)shared.levels[level].w * (MSDA_M * MSDA_D * sizeof(msda_value));
+                        (msda_address)shared.levels[level].w * (MSDA_STRIDE * sizeof(msda_value));
                     msda_accumulate(sum, samples[local * MSDA_PITCH + k], image, below, lane);
                 }
             }
@@ -92,8 +94,8 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
             for (int turn = 0; turn < MSDA_TURNS; ++turn)
 #pragma unroll
                 for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] += __shfl_xor_sync(0xffffffffu, sum[turn][v], mask);
-        if (active && turn_of_group == 0) {
-            msda_value* target = output + ((work.image * Q + q) * MSDA_M + work.m) * MSDA_D;
+        if (msda_number(q) >= 0 && turn_of_group == 0) {
+            msda_value* target = output + ((work.image * Q + msda_number(q)) * MSDA_M + work.m) * MSDA_D;
 #pragma unroll
             for (int turn = 0; turn < MSDA_TURNS; ++turn) {
                 const int channel = turn * MSDA_STEP + lane * MSDA_VEC;

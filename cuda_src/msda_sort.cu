@@ -53,9 +53,9 @@ struct msda_lot {
 
 extern "C" __global__ void MSDA_BOUNDS msda_sort(
         const msda_location* __restrict__ locations, const __grid_constant__ msda_metadata metadata,
-        const msda_location* __restrict__ weights, unsigned short* __restrict__ starts, msda_entry* __restrict__ entries,
-        msda_counts* counts, long long S, long long Q, long long first_head, long long heads, long long first_row,
-        long long rows) {
+        const msda_location* __restrict__ weights, const long long* __restrict__ lengths,
+        unsigned short* __restrict__ starts, msda_entry* __restrict__ entries, msda_counts* counts, long long S,
+        long long Q, long long first_head, long long heads, long long first_row, long long rows) {
     MSDA_SHARED_MEMORY(msda_memory);
     const msda_slab slab = {(msda_index)first_row, (msda_index)rows};
     const int bins = (int)(slab.rows / MSDA_ROWS), lists = 2 * bins + 1, pitch = msda_pitch_of(bins);
@@ -71,12 +71,12 @@ extern "C" __global__ void MSDA_BOUNDS msda_sort(
 
     enum { in_block = MSDA_WARPS * MSDA_CHUNK };
     msda_lot lot;
-    lot.samples = Q * MSDA_K;
-    const unsigned runs = (unsigned)((lot.samples + in_block - 1) / in_block);
+    const unsigned runs = (unsigned)((Q * MSDA_K + in_block - 1) / in_block);
     const unsigned head_here = blockIdx.x / runs, run = blockIdx.x % runs;
     const long long head = first_head + head_here;
     if (head >= heads) return;
     const msda_work work = {head / MSDA_M, (int)(head % MSDA_M), 0};
+    lot.samples = (long long)msda_length(lengths, work.image, (msda_index)Q) * MSDA_K;
     locations += 2 * msda_first_sample(work, Q);
     weights += msda_first_sample(work, Q);
     lot.first = (long long)run * in_block + warp * MSDA_CHUNK + lane;

@@ -23,8 +23,8 @@ struct msda_chunk {
     bool last;                                                  // whether all other pieces of the bin are done
 };
 
-// Sums of a piece: [MSDA_ROWS][MSDA_PADDED].
-#define MSDA_PADDED (MSDA_TURNS * MSDA_STEP)
+// Sums of a piece: [MSDA_ROWS][MSDA_LINE].
+#define MSDA_LINE (MSDA_TURNS * MSDA_STEP)
 
 // Sorts the parts [from, to) of the runs from `run` on into shared.entries.
 __device__ __forceinline__ void msda_sort_chunk(
@@ -213,7 +213,7 @@ __device__ __forceinline__ void msda_sum_parts(msda_chunk& shared, const msda_bi
             msda_sums out;
 #pragma unroll
             for (int v = 0; v < MSDA_VEC; ++v) out.element[v] = sum[owned][v];
-            *reinterpret_cast<decltype(out.word)*>(sums + row * MSDA_PADDED + channel) = out.word;
+            *reinterpret_cast<decltype(out.word)*>(sums + row * MSDA_LINE + channel) = out.word;
         }
     }
 }
@@ -231,7 +231,7 @@ __device__ __forceinline__ void msda_add_pieces(const msda_bin& bin, const msda_
 #pragma unroll 4
             for (unsigned piece = 0; piece < pieces; ++piece) {
                 msda_sums x;
-                const msda_acc* of_piece = sums + (long long)piece * (MSDA_ROWS * MSDA_PADDED) + row * MSDA_PADDED;
+                const msda_acc* of_piece = sums + (long long)piece * (MSDA_ROWS * MSDA_LINE) + row * MSDA_LINE;
                 x.word = __ldcg(reinterpret_cast<const decltype(x.word)*>(of_piece + channel));
 #pragma unroll
                 for (int v = 0; v < MSDA_VEC; ++v) sum[v] += x.element[v];
@@ -262,8 +262,8 @@ extern "C" __global__ void MSDA_BOUNDS msda_sum(
             shared.to = shared.from + piece;
         }
         __syncthreads();
-        msda_acc* of_bin = sums + (long long)one.first * (MSDA_ROWS * MSDA_PADDED);
-        msda_sum_parts<false>(shared, bin, of_bin + one.number * (MSDA_ROWS * MSDA_PADDED));
+        msda_acc* of_bin = sums + (long long)one.first * (MSDA_ROWS * MSDA_LINE);
+        msda_sum_parts<false>(shared, bin, of_bin + one.number * (MSDA_ROWS * MSDA_LINE));
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) shared.last = atomicAdd(&counts->of_bin[one.bin].done, 1u) == one.pieces - 1;

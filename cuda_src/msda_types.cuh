@@ -7,6 +7,8 @@
 //   MSDA_POINTS       points of each level, by commas, where they differ; MSDA_P is 0 then
 //   MSDA_NEAREST      one pixel a sample, its index clamped into the level, instead of four
 //   MSDA_BORDER, MSDA_ALIGN_CORNERS  as padding_mode and align_corners of grid_sample
+//   MSDA_STRIDE       elements from a row of value to the next
+//   MSDA_PADDED       only the first queries of an image count, `lengths` says how many; the others get zeros
 //   MSDA_VEC          channels a lane moves at once
 //   MSDA_LANES        lanes of a warp that share the channels of one (n, q, m)
 //   MSDA_SPLIT        groups of MSDA_LANES lanes that share the samples of one (n, q, m), in the forward; 1 elsewhere

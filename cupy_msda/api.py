@@ -21,6 +21,7 @@ def ms_deform_attn(
     interpolation: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool = False,
+    query_lengths: Any = None,
     deterministic: bool | None = None,
     validate: bool = False,
 ) -> Any:
@@ -34,7 +35,10 @@ def ms_deform_attn(
     Parameters
     ----------
     value : array [N, S, M, D]
-        Feature levels, flattened: N images, S pixels, M heads, D channels. float16, bfloat16, float32, float64.
+        Feature levels, flattened: N images, S pixels, M heads, D channels. float16, bfloat16, float32, float64. Where
+        the D channels of a row follow each other, N, S and M may have any strides, without a copy: a slice of a fused
+        projection [N, S, 2, M, D], or heads first. Other layouts ([N, M, D, S], transposed) are copied on a GPU: each
+        channel would be a read of its own.
     spatial_shapes : integer array or sequence [L, 2]
         (H, W) of each level, in pixels.
     level_start_index : integer array or sequence [L], or None
@@ -58,6 +62,9 @@ def ms_deform_attn(
         gradient is 0, as :func:`torch.nn.functional.grid_sample` does; every location counts then, except for NaN.
     align_corners : bool
         px = x * (W - 1), py = y * (H - 1): 0 and 1 are the centres of the outermost pixels, not their edges.
+    query_lengths : integer array or sequence [N], optional
+        Queries of each image that count, from the first on; the others (padding, as in BEVFormer's cameras) are not
+        looked at: their output and their gradients are 0. On the GPU they are not read back, but clamped to [0, Q].
     deterministic : bool, optional
         Has no effect on the forward, which is bitwise reproducible; see :func:`ms_deform_attn_backward`.
     validate : bool
@@ -97,6 +104,7 @@ def ms_deform_attn(
             deterministic=deterministic,
             validate=validate,
             variant=Variant(num_points, interpolation, padding_mode, align_corners),
+            query_lengths=query_lengths,
         )
     )
 
@@ -139,6 +147,7 @@ def ms_deform_attn_backward(
     interpolation: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool = False,
+    query_lengths: Any = None,
     deterministic: bool | None = None,
 ) -> tuple[Any, Any, Any]:
     """The backward with the name and argument order of the operator's C++ interface.
@@ -173,6 +182,7 @@ def ms_deform_attn_backward(
         names=("sampling_loc", "attn_weight"),
         deterministic=deterministic,
         variant=Variant(num_points, interpolation, padding_mode, align_corners),
+        query_lengths=query_lengths,
     )
     return backward(found, operands)
 
@@ -182,7 +192,7 @@ def forward(found: Problem, operands: Operands) -> Any:
     if found.device[0] == "cuda":
         return cuda.forward(found, operands)
     arrays = (interop.to_numpy(view) for view in (operands.value, operands.locations, operands.weights))
-    return _from_numpy(cpu.forward(found, *arrays), operands.value)
+    return _from_numpy(cpu.forward(found, *arrays, lengths=_lengths(operands)), operands.value)
 
 
 def backward(found: Problem, operands: Operands, wanted: Wanted = ALL) -> Any:
@@ -191,8 +201,12 @@ def backward(found: Problem, operands: Operands, wanted: Wanted = ALL) -> Any:
         return tuple(cuda.backward(found, operands, wanted))
     views = (operands.value, operands.locations, operands.weights)
     arrays = [interop.to_numpy(view) for view in (*views, operands.grad_output)]
-    grads = cpu.backward(found, *arrays, wanted=wanted)
+    grads = cpu.backward(found, *arrays, lengths=_lengths(operands), wanted=wanted)
     return tuple(None if g is None else _from_numpy(g, view) for g, view in zip(grads, views, strict=True))
+
+
+def _lengths(operands: Operands) -> list[int] | None:
+    return None if operands.lengths is None else interop.to_numpy(operands.lengths).tolist()
 
 
 def _from_numpy(array: Any, like: interop.View) -> Any:

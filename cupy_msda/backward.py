@@ -18,8 +18,9 @@ class PreparedBackward:
     workspace : int
         Bytes of uninitialised device memory, aligned to 256, that a run needs beside the gradients.
     run : callable
-        ``run(stream, metadata, value, locations, weights, grad_output, grad_value, grad_locations, grad_weights,
-        workspace)``: the words of the kernels' `msda_metadata`, and addresses; 0 for what is not wanted.
+        ``run(stream, metadata, value, locations, weights, lengths, grad_output, grad_value, grad_locations,
+        grad_weights, workspace)``: the words of the kernels' `msda_metadata`, and addresses; 0 for what is not there
+        or not wanted.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class PreparedBackward:
     ) -> None:
         planned = plan_backward.backward(problem, alignment, multiprocessors, wanted)
         self.workspace = planned.workspace
-        sizes = (problem.S, problem.Q)
+        sizes = (problem.S, problem.Q, problem.strides.image, problem.strides.head)
         steps: list[Callable[..., None]] = []
         if planned.summation:
             steps.append(_summation(planned.summation, problem, prepare))
@@ -77,15 +78,16 @@ def _beside(longer: Callable[..., None], other: Callable[..., None], device: int
     return run
 
 
-def _backward(kernel: Callable[..., None], rounded: bool, sizes: tuple[int, int]) -> Callable[..., None]:
+def _backward(kernel: Callable[..., None], rounded: bool, sizes: tuple[int, ...]) -> Callable[..., None]:
     """Additions go to grad_value, or where they are `rounded` once, for 16-bit values, to float32 in the workspace."""
 
     def run(
-        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, grad_output: int,
-        grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
+        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, lengths: int,
+        grad_output: int, grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
     ) -> None:  # fmt: skip
         sums = workspace if rounded else grad_value
-        kernel(stream, value, *metadata, locations, weights, grad_output, sums, grad_locations, grad_weights, *sizes)
+        inputs = (value, *metadata, locations, weights, lengths, grad_output)
+        kernel(stream, *inputs, sums, grad_locations, grad_weights, *sizes)
 
     return run
 
@@ -94,14 +96,14 @@ def _zeros(rounded: bool, nbytes: int) -> Callable[..., None]:
     fill: Any = interop.require_cupy("an array on a CUDA device").cuda.runtime.memsetAsync
 
     def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
-        fill(addresses[-1] if rounded else addresses[4], 0, nbytes, stream)
+        fill(addresses[-1] if rounded else addresses[5], 0, nbytes, stream)
 
     return run
 
 
 def _rounding(kernel: Callable[..., None], count: int) -> Callable[..., None]:
     def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
-        kernel(stream, addresses[-1], addresses[4], count)
+        kernel(stream, addresses[-1], addresses[5], count)
 
     return run
 
@@ -123,14 +125,14 @@ def _summation(
     by_block = planned.sum.key.kind == "sum"
 
     def run(
-        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, grad_output: int,
-        grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
+        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, lengths: int,
+        grad_output: int, grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
     ) -> None:  # fmt: skip
         starts, entries = workspace, workspace + planned.entries
         counts, pieces, sums = (workspace + at if count else 0 for at in in_workspace)
         of_pieces = (counts, pieces, sums, planned.piece) if by_block else ()
         for slab in slabs:
-            sort(stream, locations, *metadata, weights, starts, entries, counts, *sizes, *slab)
+            sort(stream, locations, *metadata, weights, lengths, starts, entries, counts, *sizes, *slab)
             if count:
                 count(stream, starts, counts, pieces, planned.runs, planned.rows, planned.piece)
             total(stream, grad_output, entries, starts, grad_value, *sizes, *runs, *slab, *of_pieces)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -36,11 +37,18 @@ def num_threads() -> int:
     return int(setting)
 
 
-def forward(problem: Problem, value: np.ndarray, locations: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Output [N, Q, M*D] in value's storage dtype (uint16 bits for bfloat16)."""
+def forward(
+    problem: Problem,
+    value: np.ndarray,
+    locations: np.ndarray,
+    weights: np.ndarray,
+    lengths: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Output [N, Q, M*D] in value's storage dtype (uint16 bits for bfloat16); `lengths` are the queries that count."""
     output = np.zeros((problem.N, problem.Q, problem.M, problem.D), value.dtype)
     if not problem.empty:
-        _each_unit(problem, lambda n, heads: forward_unit(problem, value, locations, weights, output, n, heads))
+        arrays = (value, locations, weights, output)
+        _each_unit(problem, lengths, lambda of_image, n, heads: forward_unit(of_image, *arrays, n, heads))
     return output.reshape(problem.output_shape)
 
 
@@ -50,6 +58,7 @@ def backward(
     locations: np.ndarray,
     weights: np.ndarray,
     grad_output: np.ndarray,
+    lengths: Sequence[int] | None = None,
     wanted: Wanted = ALL,
 ) -> Gradients:
     """Gradients of value, locations and weights, each in its input's storage dtype; None for what is not wanted."""
@@ -57,7 +66,7 @@ def backward(
     grads = tuple(np.zeros(array.shape, array.dtype) if asked else None for array, asked in inputs)
     if not problem.empty and any(wanted):
         arrays = (value, locations, weights, grad_output.reshape(problem.N, problem.Q, problem.M, problem.D))
-        _each_unit(problem, lambda n, heads: backward_unit(problem, *arrays, grads, n, heads))
+        _each_unit(problem, lengths, lambda of_image, n, heads: backward_unit(of_image, *arrays, grads, n, heads))
     return grads
 
 
@@ -71,15 +80,19 @@ def _keep_freed_memory() -> None:
     np.empty(31 << 20, np.uint8)
 
 
-def _each_unit(problem: Problem, work: Callable[[int, slice], None]) -> None:
-    """Call `work` with every image and range of heads; two units at least, so that threads share a single image too."""
+def _each_unit(problem: Problem, lengths: Sequence[int] | None, work: Callable[[Problem, int, slice], None]) -> None:
+    """Call `work` with every image and range of heads, and the problem of the queries of that image which count.
+
+    Two units at least, so that threads share a single image too.
+    """
     _keep_freed_memory()
     M = problem.M
     few = -(-UNIT_SAMPLES // (problem.Q * problem.K))
     small = max(1, UNIT_SUM_BYTES // (problem.S * problem.D * np.dtype(problem.accumulator_dtype).itemsize))
     together = min(few, small, -(-M * problem.N // 2), M)
-    units = [(n, heads) for n in range(problem.N) for heads in chunks(M, together)]
-    waiting: SimpleQueue[tuple[int, slice]] = SimpleQueue()
+    of_images = [problem] * problem.N if lengths is None else [replace(problem, Q=length) for length in lengths]
+    units = [(of_images[n], n, heads) for n in range(problem.N) for heads in chunks(M, together) if of_images[n].Q]
+    waiting: SimpleQueue[tuple[Problem, int, slice]] = SimpleQueue()
     for unit in units:
         waiting.put(unit)
     errors: list[BaseException] = []

@@ -38,9 +38,12 @@ def forward(problem: Problem, operands: Operands) -> Any:
                 *session.metadata(),
                 session.locations.data,
                 session.weights.data,
+                session.lengths(),
                 output.data,
                 problem.S,
                 problem.Q,
+                problem.strides.image,
+                problem.strides.head,
             )
     return output.finish()
 
@@ -67,6 +70,7 @@ def backward(problem: Problem, operands: Operands, wanted: Wanted = ALL) -> Grad
                 session.value.data,
                 session.locations.data,
                 session.weights.data,
+                session.lengths(),
                 session.grad_output.data,
                 *(result.data if result else 0 for result in (value, locations, weights, workspace)),
             )
@@ -103,7 +107,8 @@ class _Session:
         with contextlib.ExitStack() as stack:  # leaves the device again should a copy fail
             stack.enter_context(on_device(self.device))
             self.stream = self.framework.stream(self.problem.device)
-            self.value = _contiguous(operands.value)
+            # Strides that would rule out vectors, and rows that are not contiguous, cost more than a copy.
+            self.value = operands.value if self.problem.value_strides else _contiguous(operands.value)
             self.locations = _contiguous(operands.locations)
             self.weights = _contiguous(operands.weights)
             self.grad_output = _contiguous(operands.grad_output) if operands.grad_output else None
@@ -126,6 +131,13 @@ class _Session:
         convert = self.framework.int64_on_cuda
         self.kept = [(0, None) if part is None else convert(part, self.problem.device) for part in parts]
         return tuple(address for address, _ in self.kept)
+
+    def lengths(self) -> int:
+        """Address of the queries that count, int64 on the device; 0 where all do."""
+        if self.operands.lengths is None:
+            return 0
+        address, self.kept_lengths = self.framework.int64_on_cuda(self.operands.lengths, self.problem.device)
+        return address
 
     def zero(self, result: _Result) -> None:
         if result.size:

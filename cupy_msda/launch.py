@@ -10,7 +10,7 @@ from importlib import import_module
 from . import kernels
 from .plan import SHARED_WITHOUT_OPT_IN, KernelKey, Launch
 
-_PARAMETERS = {"forward": 7, "backward": 10, "round": 3, "sort": 12, "count": 6, "sum": 16, "add": 12}
+_PARAMETERS = {"forward": 10, "backward": 13, "round": 3, "sort": 13, "count": 6, "sum": 16, "add": 12}
 # The kernels that read levels, as their second parameter.
 _WITH_METADATA = ("forward", "backward", "sort")
 

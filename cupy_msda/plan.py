@@ -68,6 +68,8 @@ class KernelKey:
     rows: int = 0
     merge: int = 0
     split: int = 1
+    stride: int = 0
+    padded: bool = False
 
     @property
     def K(self) -> int:
@@ -117,7 +119,7 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     float16; decoder_900 58.5 and 60.2, 38.2 and 38.1; rtdetr_640 37.7 and 39.1, 25.0 and 25.8.
     """
     itemsize = item_size(problem.value_dtype)
-    vec = _vector(problem.D, itemsize, min(alignment, VECTOR_BYTES))
+    vec = _vector(problem.D, itemsize, min(alignment, problem.stride_alignment, VECTOR_BYTES))
     lanes, turns = _lanes(problem.D // vec)
     few = _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors
     if turns > 4:
@@ -190,7 +192,7 @@ def lanes_of_gradient(problem: Problem, alignment: int) -> tuple[int, int, int]:
     """
     itemsize = item_size(problem.value_dtype)
     widest = VECTOR_BYTES // item_size(problem.accumulator_dtype) * itemsize
-    vec = _vector(problem.D, itemsize, min(alignment, widest))
+    vec = _vector(problem.D, itemsize, min(alignment, problem.stride_alignment, widest))
     lanes, turns = _lanes(problem.D // vec)
     return vec, 1 << (lanes - 1).bit_length(), turns  # the shuffles need a power of two
 
@@ -214,8 +216,8 @@ def _lanes(pieces: int) -> tuple[int, int]:
 
 def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, rounds: int, **choices: int) -> Launch:
     K, variant = problem.K, problem.variant
-    # A sample's place is 16 times an offset in vectors, and may lie a row and a pixel outside the image.
-    widest = max(problem.S * problem.M * problem.D // vec * 32, problem.Q * problem.M * K * 2)
+    # A sample's place is 16 times a row of value, and may lie a line and a pixel outside the image.
+    widest = max(problem.S * 32, problem.Q * problem.M * K * 2)
     index_64 = widest >= 2**31
     entry = sample_bytes(index_64, problem.accumulator_dtype)
     queries = 32 // (lanes * choices.get("split", 1))
@@ -241,6 +243,8 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
         nearest=variant.nearest,
         border=variant.padding_mode == "border",
         align_corners=variant.align_corners,
+        stride=problem.strides.row,
+        padded=problem.padded,
         **choices,
     )
     grid = problem.N * problem.M * -(-problem.Q // (warps * rounds * key.queries))

@@ -227,6 +227,7 @@ def _sort_key(problem: Problem, rows: int, index_64: bool) -> KernelKey:
         border=problem.variant.padding_mode == "border",
         align_corners=problem.variant.align_corners,
         rows=rows,
+        padded=problem.padded,
     )
 
 

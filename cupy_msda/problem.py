@@ -71,12 +71,21 @@ class Wanted(NamedTuple):
 ALL = Wanted()
 
 
+class Strides(NamedTuple):
+    """Elements of value from an image to the next, from a row to the next, and from a head to the next."""
+
+    image: int
+    row: int
+    head: int
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call: its sizes in the contract's notation, dtypes, device and flags.
 
     `levels` holds (H, W, start) of each level, or is None where the metadata stays on the GPU and the
-    kernels check it. P is 0 where the number of points differs from level to level.
+    kernels check it. P is 0 where the number of points differs from level to level. `value_strides` is None where value
+    is contiguous, or has to be made so; `padded` says that only the first queries of each image count.
     """
 
     N: int
@@ -93,6 +102,21 @@ class Problem:
     im2col_step: int = 64
     deterministic: bool = False
     variant: Variant = PLAIN
+    value_strides: Strides | None = None
+    padded: bool = False
+
+    @property
+    def strides(self) -> Strides:
+        """Those of value as the kernels read it."""
+        return self.value_strides or Strides(self.S * self.M * self.D, self.M * self.D, self.D)
+
+    @property
+    def stride_alignment(self) -> int:
+        """Bytes, a power of two up to 16, that every row of value begins at a multiple of, if value does."""
+        if self.value_strides is None:
+            return 16
+        steps = [step * interop.item_size(self.value_dtype) for step in self.value_strides]
+        return min((step & -step) or 16 for step in (*steps, 16))
 
     @property
     def points(self) -> tuple[int, ...]:
@@ -129,6 +153,7 @@ class Operands:
     shapes: View | None = None
     starts: View | None = None
     grad_output: View | None = None
+    lengths: View | None = None
 
 
 def read(
@@ -144,6 +169,7 @@ def read(
     deterministic: Any = None,
     validate: bool = False,
     variant: Variant = PLAIN,
+    query_lengths: Any = None,
 ) -> tuple[Problem, Operands]:
     """Check everything that the contract promises to check; `names` are those of the caller's parameters."""
     arrays = {"value": value, names[0]: sampling_locations, names[1]: attention_weights}
@@ -185,6 +211,7 @@ def read(
     if not (deterministic is None or isinstance(deterministic, bool)):
         raise TypeError(f"deterministic: expected True, False or None, got {type(deterministic).__name__}")
 
+    lengths = None if query_lengths is None else _read_lengths(query_lengths, N, Q, value_view.device)
     problem = Problem(
         N, S, M, D, L, P, Q,
         value_dtype=value_view.dtype,
@@ -194,6 +221,8 @@ def read(
         im2col_step=_positive_int("im2col_step", im2col_step),
         deterministic=value_view.framework.wants_fixed_order() if deterministic is None else deterministic,
         variant=variant,
+        value_strides=_strides(value_view),
+        padded=lengths is not None,
     )  # fmt: skip
     operands = Operands(
         value_view,
@@ -202,6 +231,7 @@ def read(
         shapes if levels is None else None,
         starts if levels is None else None,
         views.get("grad_output"),
+        lengths,
     )
     return problem, operands
 
@@ -298,6 +328,29 @@ def _read_metadata(name: str, metadata: Any) -> View:
     if not view.dtype.startswith(("int", "uint")):
         raise TypeError(f"{name}: expected an integer dtype, got {view.dtype}")
     return view
+
+
+def _read_lengths(query_lengths: Any, N: int, Q: int, device: Device) -> View:
+    """A View of the queries that count; on the host it is checked, on a GPU the kernels clamp it."""
+    lengths = _read_metadata("query_lengths", query_lengths)
+    if lengths.shape != (N,):
+        raise ValueError(f"query_lengths: expected shape [N] with N = {N}, got {list(lengths.shape)}")
+    if lengths.device[0] == "cuda" and device[0] == "cuda":
+        return lengths
+    for image, length in enumerate(interop.to_numpy(lengths).tolist()):
+        if not 0 <= length <= Q:
+            raise ValueError(f"query_lengths: expected 0 to Q = {Q}, got {length} for image {image}")
+    return lengths
+
+
+def _strides(value: View) -> Strides | None:
+    """How a value that is not contiguous lies in memory, where its rows of D channels are; None otherwise."""
+    N, S, M, D = value.shape
+    image, row, head, channel = value.strides
+    if value.contiguous or (D > 1 and channel != 1) or min(value.strides) < 0:
+        return None
+    # A dimension of one has no stride to speak of.
+    return Strides(image if N > 1 else 0, row if S > 1 else M * D, head if M > 1 else D)
 
 
 def packed_starts(sizes: Sequence[Sequence[int]]) -> list[int]:

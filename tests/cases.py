@@ -142,3 +142,15 @@ WANTED = [Wanted(*asked) for asked in itertools.product((True, False), repeat=3)
 
 def name_of(wanted):
     return ", ".join(name for name, asked in wanted._asdict().items() if asked) or "nothing"
+
+
+def expected_of_first(inputs, lengths, **variant):
+    """The same where only the first queries of each image count: nothing comes from the others, or goes to them."""
+    padding = np.arange(inputs.locations.shape[1]) >= np.array(lengths)[:, None]
+    inputs = inputs._replace(weights=inputs.weights.copy())
+    inputs.weights[padding] = 0
+    output, grads = expected(inputs, **variant)
+    output[padding] = 0
+    for grad in grads[1:]:
+        grad[padding] = 0
+    return output, grads

@@ -48,13 +48,15 @@ def build(key, text=None, sanitize=False):
     return target
 
 
-def launch(described, arrays, S, Q, more=(0,) * 7, *, text=None, sanitize=False, order=0):
+def launch(described, arrays, S, Q, more=(0,) * 7, *, strides=None, text=None, sanitize=False, order=0):
     """Run `described` (a plan.Launch) on `arrays` in place; None stands for a null pointer.
 
-    `more` are the sizes that only the kernels of a summation have: runs, capacity, first
+    `strides` are those of value. `more` are the sizes that only the kernels of a summation have: runs, capacity, first
     head, heads, first row, rows, parts of a piece.
     """
     target = build(described.key, text, sanitize)
+    if strides is not None:
+        more = (strides.image, strides.head, *more[2:])
     sizes = [-1 if array is None else array.nbytes for array in arrays]
     numbers = np.array(
         [len(arrays), S, Q, described.grid, described.block, described.shared, order, *more, *sizes], np.int64
@@ -86,11 +88,25 @@ def _run_executable(target, numbers, arrays):
             offset += array.nbytes
 
 
-def prepare(inputs, levels_on_device, variant):
+def prepare(inputs, levels_on_device, variant, lengths=None):
     variant = problem.PLAIN._replace(**(variant or {}))
-    found, _ = problem.read(*inputs[:5], 64, inputs.grad_output, variant=variant)
+    found, _ = problem.read(*inputs[:5], 64, inputs.grad_output, variant=variant, query_lengths=lengths)
     levels = None if levels_on_device else found.levels
     return dataclasses.replace(found, device=("cuda", 0), levels=levels)
+
+
+def _memory(value):
+    """What lies in memory from the first element of a slice to its last."""
+    if value.flags.c_contiguous:
+        return value
+    whole = value.base.reshape(-1)
+    first = (value.ctypes.data - whole.ctypes.data) // value.itemsize
+    last = sum((n - 1) * step for n, step in zip(value.shape, value.strides, strict=True)) // value.itemsize
+    return whole[first : first + last + 1].copy()
+
+
+def lengths_of(lengths):
+    return None if lengths is None else np.array(lengths, np.int64)
 
 
 def _metadata(found, described, inputs, shapes, starts):
@@ -109,14 +125,24 @@ def _poisoned(shape, dtype):
     return array
 
 
-def forward(inputs, *, levels_on_device=False, shapes=None, starts=None, multiprocessors=132, variant=None, **options):
+def forward(
+    inputs,
+    *,
+    levels_on_device=False,
+    shapes=None,
+    starts=None,
+    multiprocessors=132,
+    variant=None,
+    lengths=None,
+    **options,
+):
     """The forward kernel on NumPy inputs; `shapes` and `starts` replace the device metadata without any check."""
-    found = prepare(inputs, levels_on_device, variant)
+    found = prepare(inputs, levels_on_device, variant, lengths)
     described = plan.forward(found, 16, multiprocessors)
     metadata, device = _metadata(found, described, inputs, shapes, starts)
     output = _poisoned(found.output_shape, inputs.value.dtype)
-    arrays = [inputs.value, metadata, inputs.locations, inputs.weights, output, *device]
-    launch(described, arrays, found.S, found.Q, **options)
+    arrays = [_memory(inputs.value), metadata, inputs.locations, inputs.weights, lengths_of(lengths), output, *device]
+    launch(described, arrays, found.S, found.Q, strides=found.strides, **options)
     return output
 
 
@@ -128,18 +154,20 @@ def backward(
     starts=None,
     multiprocessors=132,
     variant=None,
+    lengths=None,
     wanted=problem.ALL,
     **options,
 ):
     """The backward kernels on NumPy inputs: gradients of value, locations and weights, as in cuda.py."""
-    found = prepare(inputs, levels_on_device, variant)
+    found = prepare(inputs, levels_on_device, variant, lengths)
     described = plan.backward(found, 16, multiprocessors, wanted)
     metadata, device = _metadata(found, described, inputs, shapes, starts)
     total = np.zeros(inputs.value.shape, found.accumulator_dtype) if wanted.value else None
     samples = zip((inputs.locations, inputs.weights), wanted[1:], strict=True)
     grads = [_poisoned(a.shape, a.dtype) if asked else None for a, asked in samples]
-    arrays = [inputs.value, metadata, inputs.locations, inputs.weights, inputs.grad_output, total, *grads, *device]
-    launch(described, arrays, found.S, found.Q, **options)
+    arrays = [_memory(inputs.value), metadata, inputs.locations, inputs.weights, lengths_of(lengths)]
+    arrays += [inputs.grad_output, total, *grads, *device]
+    launch(described, arrays, found.S, found.Q, strides=found.strides, **options)
     if wanted.value and inputs.value.dtype in (np.float16, ml_dtypes.bfloat16):
         options.pop("text", None)
         rounded = _poisoned(inputs.value.shape, inputs.value.dtype)
@@ -148,9 +176,11 @@ def backward(
     return total, *grads
 
 
-def summation(inputs, *, levels_on_device=False, shapes=None, starts=None, variant=None, texts=None, **options):
+def summation(
+    inputs, *, levels_on_device=False, shapes=None, starts=None, variant=None, lengths=None, texts=None, **options
+):
     """The gradient of value without atomics, as in cupy_msda/backward.py."""
-    found = prepare(inputs, levels_on_device, variant)
+    found = prepare(inputs, levels_on_device, variant, lengths)
     planned = plan_backward.summation(found, 16)
     metadata, device = _metadata(found, planned.sort, inputs, shapes, starts)
     result = _poisoned(inputs.value.shape, inputs.value.dtype)
@@ -161,7 +191,16 @@ def summation(inputs, *, levels_on_device=False, shapes=None, starts=None, varia
     for head in range(0, found.N * found.M, planned.heads):
         for row in range(0, found.S, planned.rows):
             more = (planned.runs, planned.capacity, head, found.N * found.M, row, planned.rows, planned.piece)
-            arrays = [inputs.locations, metadata, inputs.weights, begins, entries, lists[0], *device]
+            arrays = [
+                inputs.locations,
+                metadata,
+                inputs.weights,
+                lengths_of(lengths),
+                begins,
+                entries,
+                lists[0],
+                *device,
+            ]
             launch(planned.sort, arrays, found.S, found.Q, more, text=(texts or {}).get("sort"), **options)
             if planned.count:
                 text = (texts or {}).get("count")

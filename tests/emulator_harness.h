@@ -41,14 +41,15 @@ inline void enter(void* pointer) {
 #endif
 #if EMULATED_KIND == 0
     msda_forward((const msda_value*)a[0], metadata, (const msda_location*)a[2], (const msda_location*)a[3],
-                 (msda_value*)a[4], call.S, call.Q);
+                 (const long long*)a[4], (msda_value*)a[5], call.S, call.Q, call.more[0], call.more[1]);
 #elif EMULATED_KIND == 3
     const long long* more = call.more;
-    msda_sort((const msda_location*)a[0], metadata, (const msda_location*)a[2], (unsigned short*)a[3], (msda_entry*)a[4],
-              (msda_counts*)a[5], call.S, call.Q, more[2], more[3], more[4], more[5]);
+    msda_sort((const msda_location*)a[0], metadata, (const msda_location*)a[2], (const long long*)a[3],
+              (unsigned short*)a[4], (msda_entry*)a[5], (msda_counts*)a[6], call.S, call.Q, more[2], more[3], more[4], more[5]);
 #else
     msda_backward((const msda_value*)a[0], metadata, (const msda_location*)a[2], (const msda_location*)a[3],
-                  (const msda_value*)a[4], (msda_acc*)a[5], (msda_location*)a[6], (msda_location*)a[7], call.S, call.Q);
+                  (const long long*)a[4], (const msda_value*)a[5], (msda_acc*)a[6], (msda_location*)a[7],
+                  (msda_location*)a[8], call.S, call.Q, call.more[0], call.more[1]);
 #endif
 #endif
 }
@@ -56,7 +57,7 @@ inline void enter(void* pointer) {
 }  // namespace emulator
 
 // numbers: count of arrays, S, Q, grid, block, shared bytes, order, seven more sizes (runs, capacity, first head, heads,
-// first row, rows, parts of a piece), then the size of each array in bytes.
+// first row, rows, parts of a piece; of the forward and the backward: value's image and head stride), then the size of each array in bytes.
 extern "C" const char* emulate(const long long* numbers, void** arrays) {
     emulator::Call call;
     call.S = numbers[1];

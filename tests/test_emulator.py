@@ -114,6 +114,46 @@ def test_some_gradients(wanted):
             assert grad is None
 
 
+@pytest.mark.parametrize("case", [PATHS[0], PATHS[1], PATHS[3]], ids=str)
+def test_strides_of_value_under_the_sanitizers(case):
+    inputs = case.inputs(seed=10)
+    N, S, M, D = inputs.value.shape
+    wide = np.full((N, 2, M, S, 2 * D), np.nan, np.float32)
+    wide[:, 1, :, :, D:] = inputs.value.swapaxes(1, 2)
+    strided = inputs._replace(value=wide[:, 1, :, :, D:].swapaxes(1, 2))
+    want_output, want_grads = cases.expected(inputs)
+    assert_close(emulator.forward(strided, sanitize=True), want_output, "float32")
+    for grad, want in zip(emulator.backward(strided, sanitize=True), want_grads, strict=True):
+        assert_close(grad, want, "float32")
+
+
+@pytest.mark.parametrize("case", [PATHS[0], PATHS[2], PATHS[7], VARIANTS[-1]], ids=str)
+def test_query_lengths_under_the_sanitizers(case):
+    inputs = replace(case, N=3).inputs(seed=11)
+    Q = inputs.locations.shape[1]
+    lengths = (Q // 2, 0, Q)
+    want_output, want_grads = cases.expected_of_first(inputs, lengths, **case.variant)
+    for array in (inputs.locations, inputs.weights, inputs.grad_output):
+        array[0, Q // 2 :] = array[1] = np.nan
+    options = {"lengths": lengths, "variant": case.variant, "sanitize": True}
+    assert_close(emulator.forward(inputs, **options), want_output, "float32")
+    for grad, want in zip(emulator.backward(inputs, **options), want_grads, strict=True):
+        assert_close(grad, want, "float32")
+    assert_close(emulator.summation(inputs, **options), want_grads[0], "float32")
+
+
+@pytest.mark.parametrize("hostile", [-(2**63), -1, 2**31, 2**63 - 1])
+def test_hostile_lengths_under_the_sanitizers(hostile):
+    inputs = CASES[0].inputs(seed=12)
+    lengths = (0, 5) if hostile < 0 else (5, 5)
+    described = emulator.lengths_of
+    want = emulator.forward(inputs, lengths=lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emulator, "lengths_of", lambda _: described((hostile, 5)))
+        np.testing.assert_array_equal(emulator.forward(inputs, lengths=lengths, sanitize=True), want)
+        emulator.summation(inputs, lengths=lengths, sanitize=True)
+
+
 def crowded(where, queries=150, S=None):
     """All samples on one pixel, so that a warp, or with little value a block, gets them all."""
     levels = ((20, 26), (13, 13)) if S is None else ((2, 3),)

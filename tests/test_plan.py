@@ -59,9 +59,9 @@ def test_every_query_has_a_warp(Q):
         assert (launch.grid // 16 - 1) * in_block < Q <= launch.grid // 16 * in_block
 
 
-@pytest.mark.parametrize(("S", "wide"), [(2**20 - 1, False), (2**20, True)])
+@pytest.mark.parametrize(("S", "wide"), [(2**26 - 1, False), (2**26, True)])
 def test_index_width(S, wide):
-    """32 bits hold 16 places for each vector of an image, with room for a row outside it."""
+    """32 bits hold 16 places for each row of an image, with room for a line outside it."""
     assert [launch.key.index_64 for launch in both(problem(S=S))] == [wide, wide]
 
 

@@ -78,7 +78,16 @@ FAULTS = {
         "+ lane * MSDA_VEC) * sizeof(msda_value);",
         "+ lane * MSDA_VEC) * sizeof(msda_value) + sizeof(msda_value);",
     ),
-    "forgotten head": ("backward", "+ m * (MSDA_D / MSDA_VEC)) * 16", ") * 16"),
+    "forgotten head": (
+        "backward",
+        "value += work.image * image_stride + work.m * head_stride",
+        "value += work.image * image_stride",
+    ),
+    "forgotten head of the forward": (
+        "forward",
+        "work.image * image_stride + work.m * head_stride",
+        "work.image * image_stride",
+    ),
     "gradient of the other axis": (
         "backward",
         "msda_store(grad_x, xy.element[0]);",
@@ -116,6 +125,16 @@ VARIANT_FAULTS = {
     "edges for centres": ("forward", {"align_corners": True}, "MSDA_ALIGN_CORNERS ? size - 1 : size", "size"),
     "half a pixel": ("backward", {"align_corners": True}, "MSDA_ALIGN_CORNERS ? (msda_acc)0 :", ""),
 }  # fmt: skip
+# Where only the first queries of each image count: (kernel, text of the source, what it becomes).
+PADDED_FAULTS = {
+    "padding that counts": ("forward", "q >= msda_length(lengths, work.image, Q)) q = -2 - q;", "q > Q) q = -2 - q;"),
+    "padding of another image": ("forward", "msda_length(lengths, work.image, Q)) q", "msda_length(lengths, 0, Q)) q"),
+    "padding without an output": ("forward", "if (msda_number(q) >= 0 && turn", "if (q >= 0 && turn"),
+    "padding without gradients": ("backward", "if (msda_number(q) < 0 ||", "if (q < 0 ||"),
+    "padding in the lists": (
+        "sort", "msda_length(lengths, work.image, (msda_index)Q) * MSDA_K;", "Q * MSDA_K;",
+    ),
+}  # fmt: skip
 # In the kernels that sum without atomics, and where samples are merged.
 SUM_FAULTS = {
     "part of the last row of a bin in the bin's own list": (
@@ -149,6 +168,12 @@ SUM_FAULTS = {
     "run that is not found": ("add", "if (__shfl_sync(0xffffffffu, end, of + step - 1) <= i) of += step;", ""),
     "row of another group": ("add", "at + 1 >= low && at + 1 < high", "at + 1 >= low"),
     "part added by every group": ("add", "if (group == 0) {", "{"),
+    "piece that begins at the bin's first part": ("sum", "if (!whole && shared.from > before)", "if (false)"),
+    "sums of the first piece alone": ("sum", "piece < pieces; ++piece", "piece < 1; ++piece"),
+    "missing barrier before the last piece is known": (
+        "sum", "one.pieces - 1;\n        __syncthreads();", "one.pieces - 1;",
+    ),
+    "runs of one warp alone": ("count", "w < MSDA_WARPS; ++w) total", "w < 1; ++w) total"),
 }  # fmt: skip
 MERGE_FAULTS = {
     "cells told apart by nothing but their place": ("|| level[u] != run.level", ""),
@@ -226,11 +251,37 @@ def test_fault_planted_into_a_variant_is_caught(name):
         run(kind, faulty, in_variant(variant))
 
 
+def run_padded(kind, text):
+    case = Case("padded", levels=((9, 11), (4, 5)), N=2, M=2, D=8, queries=None)
+    inputs, lengths = case.inputs(seed=24), (50, 119)
+    want_output, want_grads = cases.expected_of_first(inputs, lengths)
+    for array in (inputs.locations, inputs.weights, inputs.grad_output):
+        array[0, 50:] = 0.4  # in the image, so that it would count
+    options = {"lengths": lengths, "sanitize": True}
+    if kind == "forward":
+        assert_close(emulator.forward(inputs, text=text, **options), want_output, "float32")
+    elif kind == "backward":
+        for grad, want in zip(emulator.backward(inputs, text=text, **options), want_grads, strict=True):
+            assert_close(grad, want, "float32")
+    else:
+        assert_close(emulator.summation(inputs, texts={kind: text}, **options), want_grads[0], "float32")
+
+
+@pytest.mark.parametrize("name", PADDED_FAULTS)
+def test_fault_planted_where_queries_are_padded_is_caught(name):
+    kind, *fault = PADDED_FAULTS[name]
+    faulty = planted(kind, *fault)
+    run_padded(kind, kernels.source(kind))
+    with pytest.raises(AssertionError):
+        run_padded(kind, faulty)
+
+
 SUMMED = (
     Case("dense", levels=((9, 11), (4, 5)), N=1, M=2, D=8, queries=None),
     Case("sparse", levels=((20, 26), (13, 13)), N=1, M=2, D=32, queries=320),
     Case("crowded", levels=((20, 26), (13, 13)), N=1, M=1, D=32, queries=60),
     Case("slabs", levels=((9, 11), (4, 5)), N=1, M=1, D=8, queries=20),
+    Case("pieces", levels=((9, 11), (4, 5)), N=1, M=2, D=8, queries=800),
 )
 
 
@@ -239,10 +290,14 @@ def run_sum(kind, text):
         inputs = case.inputs(seed=31)
         if case.name == "crowded":
             inputs.locations[:] = 0.37
+        elif case.name == "pieces":
+            inputs.locations[:, :, :, 0] = 0.63
         want = cases.expected(inputs)[1][0]
         with pytest.MonkeyPatch.context() as patch:
             if case.name == "slabs":
                 patch.setattr(plan_backward, "MAX_BINS", 1)
+            elif case.name == "pieces":
+                patch.setattr(plan_backward, "PIECE", 512)
             for order in (0, 1):
                 got = emulator.summation(inputs, texts={kind: text} if text else None, sanitize=True, order=order)
                 assert_close(got, want, "float32")
@@ -300,11 +355,11 @@ def far_level(key_index_64, text=None):
 
 def test_product_that_overflows_32_bits_is_caught():
     far_level(True)
-    place = "sample.place = (pixel * (MSDA_M * MSDA_D / MSDA_VEC) + m * (MSDA_D / MSDA_VEC)) * 16"
+    place = "sample.place = pixel * 16"
     source = kernels.source("forward")
     assert source.count(place) == 1
     with pytest.raises(emulator.EmulatorError, match="overflow"):
-        far_level(True, source.replace(place, place.replace("(pixel *", "((int)pixel *")))
+        far_level(True, source.replace(place, "sample.place = (int)pixel * 16"))
 
 
 def test_planner_that_forgets_64_bits_is_caught(monkeypatch):

@@ -100,7 +100,9 @@ def test_cpu_tensors_share_their_memory(monkeypatch):
 
     seen = []
     forward = cpu.forward
-    monkeypatch.setattr(cpu, "forward", lambda problem, *arrays: seen.extend(arrays) or forward(problem, *arrays))
+    monkeypatch.setattr(
+        cpu, "forward", lambda problem, *arrays, **o: seen.extend(arrays) or forward(problem, *arrays, **o)
+    )
     leaves, shapes, _ = tensors(CASES[0].inputs(), "cpu")
     ms_deform_attn(leaves[0], shapes, None, *leaves[1:])
     assert [array.ctypes.data for array in seen] == [leaf.data_ptr() for leaf in leaves]

@@ -52,6 +52,16 @@ def grid_sample_composition(
     return output.view(N, M * D, Q).transpose(1, 2).contiguous()
 
 
+def without_padding(locations: Tensor, weights: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Locations and weights by which the queries of each image from its number in `lengths` on give zeros."""
+    if lengths is None:
+        return locations, weights
+    query = torch.arange(locations.shape[1], device=locations.device)
+    counts = query < lengths.to(locations.device)[:, None]
+    counts = counts.view(*counts.shape, *(1,) * (weights.ndim - 2))
+    return torch.where(counts[..., None], locations, 0.5), torch.where(counts, weights, 0)
+
+
 def gather_composition(
     value: Tensor,
     shapes: Tensor,

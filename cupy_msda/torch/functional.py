@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from ..problem import PLAIN, Variant, Wanted, read_variant
 from . import quick
-from .compositions import grid_sample_composition
+from .compositions import grid_sample_composition, without_padding
 from .operators import (
     TransformedFunction,
     agreed_dtypes,
@@ -53,6 +53,7 @@ def ms_deform_attn(
     interpolation: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool = False,
+    query_lengths: Any = None,
     deterministic: bool | None = None,
     validate: bool = False,
 ) -> Tensor:
@@ -74,7 +75,7 @@ def ms_deform_attn(
                 "sampling_locations: expected a tensor that requires no gradient beside interpolation='nearest', which "
                 "has none for it: detach() it"
             )
-    elif not (torch.compiler.is_compiling() or validate or _decomposed or _observed()):
+    elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or _decomposed or _observed()):
         for matches, recipe, step, fixed_order, differentiable in quick.recent:
             if (
                 step is im2col_step
@@ -90,7 +91,7 @@ def ms_deform_attn(
                 break
     return _dispatch(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step, deterministic,
-        validate, variant,
+        validate, variant, query_lengths,
     )  # fmt: skip
 
 
@@ -104,10 +105,13 @@ def _dispatch(
     deterministic: bool | None,
     validate: bool,
     variant: Variant,
+    query_lengths: Any,
 ) -> Tensor:
     """A call that is not just like a recent one."""
-    if _is_plain(value, sampling_locations, attention_weights) and dtypes_agree(
-        value, sampling_locations, attention_weights
+    if (
+        query_lengths is None
+        and _is_plain(value, sampling_locations, attention_weights)
+        and dtypes_agree(value, sampling_locations, attention_weights)
     ):
         call = (spatial_shapes, level_start_index, im2col_step, deterministic, variant)
         key = quick.key_of(value, sampling_locations, attention_weights, *call)
@@ -129,7 +133,9 @@ def _dispatch(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if _decomposed or torch.onnx.is_in_onnx_export():
-        return _compose(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, variant)
+        return _compose(
+            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, variant, query_lengths
+        )
     operator = forward_operator
     if not torch.compiler.is_compiling():
         _refuse_tangents(value, sampling_locations, attention_weights)
@@ -144,6 +150,7 @@ def _dispatch(
         im2col_step,
         deterministic,
         *variant,
+        _metadata_tensor(query_lengths, value),
     )
 
 
@@ -191,7 +198,8 @@ class _Function(torch.autograd.Function):
                 grads = repeat(grad_output, value, shapes, starts, locations, weights)
             if grads is None:
                 grads = quick.backward(
-                    grad_output, value, shapes, starts, locations, weights, im2col_step, deterministic, variant, wanted
+                    grad_output, value, shapes, starts, locations, weights, im2col_step, deterministic, variant, None,
+                    wanted,
                 )  # fmt: skip
         return (
             grads[0] if wanted.value else None,
@@ -250,11 +258,14 @@ def _refuse_tangents(*tensors: Tensor) -> None:
         )
 
 
-def _compose(value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor, variant: Variant) -> Tensor:
+def _compose(
+    value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor, variant: Variant, lengths: Any
+) -> Tensor:
     levels = [tuple(row) for row in (shapes.tolist() if hasattr(shapes, "tolist") else shapes)]
     firsts = starts.tolist() if hasattr(starts, "tolist") else starts
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     locations, weights = agreed_dtypes(value, locations, weights)
+    locations, weights = without_padding(locations, weights, _metadata_tensor(lengths, value))
     # grid_sample promises nothing for NaN; what lies this far outside is the same as at infinity.
     nothing = locations.isnan().any(-1)
     locations = torch.where(nothing[..., None], -1, locations).clamp(-1, 2)

@@ -14,14 +14,17 @@ from torch import Tensor
 
 from ..problem import PLAIN, Variant, Wanted, read_variant
 from . import quick
-from .compositions import gather_composition
+from .compositions import gather_composition, without_padding
 
 FORWARD, BACKWARD = "cupy_msda::ms_deform_attn", "cupy_msda::ms_deform_attn_backward"
 _INPUTS = (
     "Tensor value, Tensor spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, "
     "Tensor attention_weights, int im2col_step"
 )
-_VARIANT = 'int[]? num_points=None, str interpolation="bilinear", str padding_mode="zeros", bool align_corners=False'
+_VARIANT = (
+    'int[]? num_points=None, str interpolation="bilinear", str padding_mode="zeros", bool align_corners=False, '
+    "Tensor? query_lengths=None"
+)
 torch.library.define(FORWARD, f"({_INPUTS}=64, bool? deterministic=None, {_VARIANT}) -> Tensor")
 # Entries of the result that output_mask leaves out are empty tensors.
 torch.library.define(
@@ -35,12 +38,15 @@ backward_operator = torch.ops.cupy_msda.ms_deform_attn_backward.default
 
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
 def _forward(value: Tensor, shapes: Tensor, *others: Any) -> Tensor:
-    """`others` are those of ``quick.forward`` and then the variant's, without defaults at the end."""
-    return quick.forward(value, shapes, *others[:5], variant=_read(others[5:], shapes))
+    """`others` are those of ``quick.forward`` and then the form's, without defaults at the end."""
+    variant, lengths = _read(others[5:], shapes)
+    return quick.forward(value, shapes, *others[:5], variant=variant, lengths=lengths)
 
 
-def _read(variant: tuple[Any, ...], shapes: Tensor) -> Variant:
-    return read_variant(Variant(*variant), shapes.shape[0]) if variant else PLAIN
+def _read(form: tuple[Any, ...], shapes: Tensor) -> tuple[Variant, Tensor | None]:
+    """The variant and the lengths of queries out of what follows the other arguments of an operator."""
+    variant, lengths = form[:4], form[4] if len(form) > 4 else None
+    return read_variant(Variant(*variant), shapes.shape[0]) if variant else PLAIN, lengths
 
 
 @torch.library.impl(BACKWARD, ("cpu", "cuda"))
@@ -54,7 +60,7 @@ def _backward(
     im2col_step: int,
     deterministic: bool | None,
     output_mask: list[bool],
-    *variant: Any,
+    *form: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = quick.backward(
         grad_output,
@@ -65,7 +71,7 @@ def _backward(
         weights,
         im2col_step,
         deterministic,
-        _read(variant, shapes),
+        *_read(form, shapes),
         Wanted(*output_mask),
     )
     return tuple(grad if wanted else value.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True))
@@ -129,7 +135,7 @@ def _backward_fake(
 
 
 def save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, shapes, starts, locations, weights, ctx.im2col_step, ctx.deterministic, *ctx.variant = inputs
+    value, shapes, starts, locations, weights, ctx.im2col_step, ctx.deterministic, *ctx.form = inputs
     ctx.save_for_backward(value, shapes, starts, locations, weights)
 
 
@@ -137,13 +143,13 @@ def differentiate_forward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None,
     needs = ctx.needs_input_grad
     mask = [needs[0], needs[3], needs[4]]
     operator = _TransformedBackward.apply if under_transform() else backward_operator
-    grads = operator(grad_output, *ctx.saved_tensors, ctx.im2col_step, ctx.deterministic, mask, *ctx.variant)
+    grads = operator(grad_output, *ctx.saved_tensors, ctx.im2col_step, ctx.deterministic, mask, *ctx.form)
     of_value, of_locations, of_weights = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
-    return of_value, None, None, of_locations, of_weights, None, None, *(None for _ in ctx.variant)
+    return of_value, None, None, of_locations, of_weights, None, None, *(None for _ in ctx.form)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_output, value, shapes, starts, locations, weights, _, _, ctx.mask, *ctx.variant = inputs
+    grad_output, value, shapes, starts, locations, weights, _, _, ctx.mask, *ctx.form = inputs
     ctx.save_for_backward(grad_output, value, shapes, starts, locations, weights)
 
 
@@ -154,10 +160,12 @@ def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     """
     grad_output, value, shapes, starts, locations, weights = ctx.saved_tensors
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    variant, lengths = Variant(*ctx.form[:4]), ctx.form[4] if len(ctx.form) > 4 else None
 
     def gradients(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         _, pull_back = torch.func.vjp(
-            lambda v, *samples: gather_composition(v, shapes, starts, *samples, Variant(*ctx.variant)), *inputs
+            lambda v, *samples: gather_composition(v, shapes, starts, *without_padding(*samples, lengths), variant),
+            *inputs,
         )
         return pull_back(grad_output)
 
@@ -170,7 +178,7 @@ def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     of_output, of_value, of_locations, of_weights = (
         grad.to(source.dtype) for grad, source in zip(pull_back(tuple(incoming)), sources, strict=True)
     )
-    none = (None for _ in ctx.variant)
+    none = (None for _ in ctx.form)
     return of_output, of_value, None, None, of_locations, of_weights, None, None, None, *none
 
 

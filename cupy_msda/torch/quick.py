@@ -39,10 +39,11 @@ class Recipe:
         The words of metadata that came from the host; empty where it is on the device.
     """
 
-    __slots__ = ("backwards", "deterministic", "forward", "levels", "problem")
+    __slots__ = ("backwards", "deterministic", "forward", "levels", "problem", "strides")
 
     def __init__(self, found: Problem, value: Tensor, deterministic: bool | None) -> None:
         self.problem, self.deterministic = found, deterministic
+        self.strides = None if value.is_contiguous() else value.stride()
         self.levels = () if found.levels is None else cuda.levels_by_value(found.levels)
         self.backwards: dict[tuple[Wanted, bool], Callable[..., Gradients | None]] = {}
         # One element, seen as an output: `empty_like` of it is 1 us cheaper than `new_empty`.
@@ -62,7 +63,8 @@ class Recipe:
         return repeat
 
     def _forward(self, like_output: Tensor) -> Callable[..., Tensor | None]:
-        levels, sizes, device = self.levels, (self.problem.S, self.problem.Q), self.problem.device[1]
+        levels, device = self.levels, self.problem.device[1]
+        sizes = (self.problem.S, self.problem.Q, self.problem.strides.image, self.problem.strides.head)
         get_device, set_device = _device_functions()
         empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
         with cuda.on_device(device):
@@ -78,7 +80,7 @@ class Recipe:
             before = get_device()
             set_device(device)
             try:
-                run(stream_of(device), at_value, *metadata, at_locations, at_weights, output.data_ptr(), *sizes)
+                run(stream_of(device), at_value, *metadata, at_locations, at_weights, 0, output.data_ptr(), *sizes)
             finally:
                 if before != device:
                     set_device(before)
@@ -94,12 +96,15 @@ class Recipe:
         with cuda.on_device(device):
             steps = cuda.prepare_backward(found, _ALIGNMENT, stream_of(device), wanted)
         run, need = steps.run, steps.workspace
+        strides, contiguous = self.strides, torch.contiguous_format
         grad_value, grad_locations, grad_weights = wanted
 
         def backward(
             grad_output: Tensor, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor
         ) -> Gradients | None:
-            if not (value.is_contiguous() and locations.is_contiguous() and weights.is_contiguous()):
+            if not (locations.is_contiguous() and weights.is_contiguous()):
+                return None
+            if not value.is_contiguous() if strides is None else value.stride() != strides:
                 return None
             grad_output = grad_output.contiguous()
             at_value, at_locations, at_weights = value.data_ptr(), locations.data_ptr(), weights.data_ptr()
@@ -109,7 +114,7 @@ class Recipe:
             of_value = of_locations = of_weights = None
             at_grad_value = at_grad_locations = at_grad_weights = at_workspace = 0
             if grad_value:
-                of_value = empty_like(value)
+                of_value = empty_like(value, memory_format=contiguous)
                 at_grad_value = of_value.data_ptr()
             if need:
                 workspace = empty(need, dtype=torch.uint8, device=value.device)
@@ -125,7 +130,7 @@ class Recipe:
             set_device(device)
             try:
                 run(
-                    stream_of(device), metadata, at_value, at_locations, at_weights, at_grad_output, at_grad_value,
+                    stream_of(device), metadata, at_value, at_locations, at_weights, 0, at_grad_output, at_grad_value,
                     at_grad_locations, at_grad_weights, at_workspace,
                 )  # fmt: skip
             finally:
@@ -190,7 +195,7 @@ def key_of(
     variant: Variant,
 ) -> tuple[Any, ...] | None:
     """What a recipe for this call depends on; None where there can be none."""
-    if not (value.is_contiguous() and locations.is_contiguous() and weights.is_contiguous()):
+    if not (locations.is_contiguous() and weights.is_contiguous()):
         return None
     if not (type(im2col_step) is int and (deterministic is None or type(deterministic) is bool)):
         return None
@@ -205,7 +210,7 @@ def key_of(
         if metadata is None:
             return None
     return (
-        value.shape, value.dtype, value.get_device(),
+        value.shape, value.dtype, value.get_device(), None if value.is_contiguous() else value.stride(),
         locations.shape, locations.dtype, locations.get_device(),
         weights.shape, weights.dtype, weights.get_device(),
         metadata, im2col_step, deterministic, variant,
@@ -234,8 +239,16 @@ def forward(
     im2col_step: int = 64,
     deterministic: bool | None = None,
     variant: Variant = PLAIN,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """The output, recording no gradient; arguments and errors of :func:`cupy_msda.ms_deform_attn`."""
+    if lengths is not None:
+        return api.forward(
+            *problem.read(
+                value, shapes, starts, locations, weights, im2col_step, deterministic=deterministic, variant=variant,
+                query_lengths=lengths,
+            )
+        )  # fmt: skip
     key = key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant)
     call = (shapes, starts, locations, weights, im2col_step, deterministic, False, variant)
     return follow(recipes.get(key), key, value, *call)
@@ -285,24 +298,27 @@ def backward(
     im2col_step: int,
     deterministic: bool | None,
     variant: Variant,
+    lengths: Tensor | None,
     wanted: Wanted,
 ) -> Gradients:
     """Gradients of value, locations and weights, those that are wanted."""
     recipe = recipes.get(key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant))
-    if recipe is not None and grad_output.dtype is value.dtype:
+    if lengths is None and recipe is not None and grad_output.dtype is value.dtype:
         repeat = recipe.backward(wanted)
         grads = repeat(grad_output, value, shapes, starts, locations, weights)
         if grads is not None:
             return grads
     found, operands = problem.read(
         value, shapes, starts, locations, weights, im2col_step, grad_output, deterministic=deterministic,
-        variant=variant,
+        variant=variant, query_lengths=lengths,
     )  # fmt: skip
     return api.backward(found, operands, wanted)
 
 
 def _repeatable(found: Problem, operands: Operands) -> bool:
-    """Whether launches need no more than addresses: no empty problem, no metadata to convert or to copy."""
+    """Whether launches need no more than addresses: no empty problem, no metadata to convert, and no value to copy."""
     if found.device[0] != "cuda" or found.empty or found.L > plan.MAX_LEVELS_BY_VALUE:
+        return False
+    if not operands.value.contiguous and found.value_strides is None:
         return False
     return found.levels is not None or operands.shapes.dtype == operands.starts.dtype == "int64"
