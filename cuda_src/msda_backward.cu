@@ -73,7 +73,8 @@ __device__ __forceinline__ void msda_write_samples(
         msda_store(cell.counts ? dot[0] : nothing, grad_weights[index]);
 #else
         const msda_acc attention = msda_load(raw.attention[fill]);
-        msda_acc grad_x = nothing, grad_y = nothing, grad_attention = nothing;
+        msda_acc grad_x = nothing, grad_y = nothing;
+        [[maybe_unused]] msda_acc grad_attention = nothing;
         if (cell.counts) {
             const msda_acc upper = fma(cell.ax, dot[1] - dot[0], dot[0]);
             const msda_acc lower = fma(cell.ax, dot[3] - dot[2], dot[2]);

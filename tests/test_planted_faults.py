@@ -14,12 +14,12 @@ pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 
 CHECKED = [
     Case("encoder_order", levels=((9, 11), (4, 5), (2, 2)), N=1, M=2, D=8, queries=None),
-    Case("tail_and_chunks", levels=((4, 5), (3, 3), (2, 2)), N=2, M=2, D=32, P=12, queries=5),
+    Case("tail_and_chunks", levels=((4, 5), (3, 3), (2, 2)), N=2, M=2, D=32, P=24, queries=5),
 ]
-FILL = "msda_fill(samples, shared, raw, work, round, k0);\n            __syncwarp();"
+FILL = "msda_fill(samples, shared, raw, round, k0);\n            __syncwarp();"
 SUM = "sum[turn][v] = fma(weight[c], x[v], sum[turn][v]);"
 HALF_SUM = "{ msda_f16 half; msda_store(fma(weight[c], x[v], sum[turn][v]), half); sum[turn][v] = msda_load(half); }"
-QUERIES = "msda_query(work.first + i, shared.levels, packed) : -1;\n    __syncthreads();"
+QUERIES = "shared.query[i] = q;\n    }\n    __syncthreads();"
 
 # name: (kernel, text of the source, what it becomes)
 FAULTS = {
@@ -30,8 +30,8 @@ FAULTS = {
     "missing barrier after the fill of the backward": ("backward", FILL, FILL.replace("__syncwarp();", "")),
     "missing barrier before the next chunk": (
         "forward",
-        "            __syncwarp();\n        }\n\n        if (active)",
-        "        }\n\n        if (active)",
+        "            __syncwarp();\n        }\n\n#pragma unroll\n        for (int mask",
+        "        }\n\n#pragma unroll\n        for (int mask",
     ),
     "missing barrier before the gradients": (
         "backward",
@@ -53,8 +53,8 @@ FAULTS = {
     ),
     "swapped corners of the backward": (
         "backward",
-        "(c & 1) * (MSDA_M * MSDA_D) + (c >> 1) * below + channel",
-        "(c >> 1) * (MSDA_M * MSDA_D) + (c & 1) * below + channel",
+        "msda_row(sample) + (c & 1) + (c >> 1) * width",
+        "msda_row(sample) + (c >> 1) + (c & 1) * width",
     ),
     "dropped tail guard": ("forward", "work.first + i < Q ? msda_query", "true ? msda_query"),
     "dropped channel guard": (
@@ -173,7 +173,7 @@ SUM_FAULTS = {
     "missing barrier before the last piece is known": (
         "sum", "one.pieces - 1;\n        __syncthreads();", "one.pieces - 1;",
     ),
-    "runs of one warp alone": ("count", "w < MSDA_WARPS; ++w) total", "w < 1; ++w) total"),
+    "last piece that is not full": ("count", "(unsigned)((total + piece - 1) / piece)", "(unsigned)(total / piece)"),
 }  # fmt: skip
 MERGE_FAULTS = {
     "cells told apart by nothing but their place": ("|| level[u] != run.level", ""),
@@ -348,8 +348,8 @@ def far_level(key_index_64, text=None):
     assert described.key.index_64 == key_index_64
     locations, weights = np.full((1, 3, 1, 1, 1, 2), 9, np.float32), np.ones((1, 3, 1, 1, 1), np.float32)
     output = np.full((1, 3, 1), np.nan, np.float32)
-    arrays = [np.zeros(1, np.float32), np.array(problem.levels, np.int64), locations, weights, output]
-    emulator.launch(described, arrays, problem.S, problem.Q, text=text, sanitize=True)
+    arrays = [np.zeros(1, np.float32), np.array(problem.levels, np.int64), locations, weights, None, output]
+    emulator.launch(described, arrays, problem.S, problem.Q, strides=problem.strides, text=text, sanitize=True)
     assert not output.any()
 
 
@@ -376,7 +376,7 @@ def test_shared_memory_that_is_too_small_is_caught(monkeypatch):
 
 def test_half_accumulation_of_float16_is_caught():
     source = kernels.source("forward").replace(SUM, HALF_SUM)
-    case = Case("float16", levels=((9, 11), (4, 5)), N=1, M=2, D=32, P=8, queries=20)
+    case = Case("float16", levels=((9, 11), (4, 5)), N=1, M=2, D=32, P=32, queries=20)
     inputs = case.inputs("float16", seed=23)
     want, _ = cases.expected(inputs)
     assert_close(emulator.forward(inputs), want, "float16")
