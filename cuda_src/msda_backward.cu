@@ -119,14 +119,19 @@ __device__ __forceinline__ msda_held msda_hold(const msda_value* incoming, int l
 // the channels of this lane.
 __device__ __forceinline__ void msda_multiply_chunk(
         const msda_shared& shared, msda_sample* samples, int k0, const msda_value* incoming, msda_held& held,
-        const msda_value* __restrict__ value, msda_acc* __restrict__ grad_value) {
+        msda_address value, msda_address grad_value) {
     const int local = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
 #pragma unroll msda_unroll
     for (int k = 0; k < MSDA_CHUNK; ++k) {
         const msda_sample sample = samples[local * MSDA_PITCH + k];
         const int inside = (int)sample.place;
         const int level = min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
-        const long long width = shared.levels[level].w;
+        // Of the upper rows, and what the lower ones are further on.
+        const long long row = msda_row(sample), width = shared.levels[level].w;
+        const msda_address upper = value + row * (MSDA_STRIDE * sizeof(msda_value));
+        const msda_address below = width * (MSDA_STRIDE * sizeof(msda_value));
+        [[maybe_unused]] const msda_address upper_grad = grad_value + row * MSDA_GRAD_STRIDE;
+        [[maybe_unused]] const msda_address below_grad = width * MSDA_GRAD_STRIDE;
 #if MSDA_GRAD_VALUE && !MSDA_MERGE
         msda_acc weight[4];
         msda_weights(sample, weight);
@@ -143,11 +148,10 @@ __device__ __forceinline__ void msda_multiply_chunk(
 #pragma unroll
             for (int c = 0; c < MSDA_CORNERS; ++c) {
                 const bool present = inside >> c & 1;
-                const long long at = msda_row(sample) + (c & 1) + (c >> 1) * width;
 #if MSDA_GRAD_SAMPLES
-                const msda_values row = msda_read_if(present, (msda_address)(value + at * MSDA_STRIDE + channel));
+                const msda_address right = (c & 1) * MSDA_STRIDE + channel;
                 msda_acc x[MSDA_VEC];
-                msda_unpack(row, x);
+                msda_unpack(msda_read_if(present, upper + (c >> 1) * below + right * sizeof(msda_value)), x);
 #pragma unroll
                 for (int v = 0; v < MSDA_VEC; ++v) dot[c] = fma(grad[v], x[v], dot[c]);
 #endif
@@ -155,7 +159,8 @@ __device__ __forceinline__ void msda_multiply_chunk(
                 msda_acc part[MSDA_VEC];
 #pragma unroll
                 for (int v = 0; v < MSDA_VEC; ++v) part[v] = weight[c] * grad[v];
-                msda_add_if(present, grad_value + at * (MSDA_M * MSDA_D) + channel, part);
+                const msda_address right_grad = (c & 1) * MSDA_GRAD_STRIDE + channel * sizeof(msda_acc);
+                msda_add_if(present, upper_grad + (c >> 1) * below_grad + right_grad, part);
 #endif
             }
         }
@@ -210,8 +215,12 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
 #endif
     [[maybe_unused]] const int local = threadIdx.x % 32 / MSDA_LANES;
     const int lane = threadIdx.x % 32 % MSDA_LANES;
-    value += work.image * image_stride + work.m * head_stride + lane * MSDA_VEC;
-    if (MSDA_GRAD_VALUE) grad_value += (work.image * S * MSDA_M + work.m) * MSDA_D + lane * MSDA_VEC;
+    const msda_address image =
+        (msda_address)value +
+        (work.image * image_stride + work.m * head_stride + lane * MSDA_VEC) * sizeof(msda_value);
+    const msda_address image_grad =
+        (msda_address)grad_value +
+        (work.image * S * (MSDA_M * MSDA_D) + work.m * MSDA_D + lane * MSDA_VEC) * sizeof(msda_acc);
 
 #if MSDA_MERGE
 #pragma unroll 1
@@ -222,7 +231,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
             const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
             if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
             msda_add_merged(shared, count, k0, grad_output + (work.image * Q_ * MSDA_M + work.m) * MSDA_D + channel,
-                            grad_value + turn * MSDA_STEP);
+                            image_grad + turn * MSDA_STEP * sizeof(msda_acc));
         }
         __syncthreads();
 #if MSDA_GRAD_SAMPLES
@@ -234,7 +243,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
             msda_raw raw;
             msda_load_raw(raw, shared, round, k0, locations, weights);
             msda_sample* samples = shared.samples[round * MSDA_WARPS + threadIdx.x / 32];
-            msda_multiply_chunk(shared, samples, k0, incoming, held, value, grad_value);
+            msda_multiply_chunk(shared, samples, k0, incoming, held, image, image_grad);
             __syncwarp();
             msda_write_samples(samples, shared, raw, round, k0, grad_locations, grad_weights);
         }
@@ -256,7 +265,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
         for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
             msda_fill(samples, shared, raw, round, k0);
             __syncwarp();
-            msda_multiply_chunk(shared, samples, k0, incoming, held, value, grad_value);
+            msda_multiply_chunk(shared, samples, k0, incoming, held, image, image_grad);
             __syncwarp();
 #if MSDA_GRAD_SAMPLES
             msda_write_samples(samples, shared, raw, round, k0, grad_locations, grad_weights);

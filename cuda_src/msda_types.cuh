@@ -81,6 +81,7 @@ typedef msda_acc msda_location;
 #define MSDA_CORNERS (MSDA_NEAREST ? 1 : 4)
 #define MSDA_STEP (MSDA_LANES * MSDA_VEC)                      // channels between two turns of a lane
 #define MSDA_TURNS ((MSDA_D + MSDA_STEP - 1) / MSDA_STEP)
+#define MSDA_GRAD_STRIDE (MSDA_M * MSDA_D * sizeof(msda_acc))  // bytes from a row of the sums of grad_value to the next
 enum { msda_unroll = MSDA_UNROLL };                            // a pragma's macros are not expanded everywhere
 
 // ---- conversions: 16-bit numbers travel as bits, arithmetic is msda_acc -------------------------------------
@@ -175,6 +176,13 @@ __device__ __forceinline__ void msda_unpack(const msda_vector<msda_bf16, N>& v, 
         x[i + 1] = __uint_as_float(v.pair[i / 2] & 0xffff0000u);
     }
     if (N % 2) x[N - 1] = msda_load(v.element[N - 1]);
+}
+
+// Keeps an address in its register: the compiler may not work it out again wherever it is used.
+__device__ __forceinline__ void msda_keep(msda_address& address) {
+#if MSDA_PTX
+    asm volatile("" : "+l"(address));
+#endif
 }
 
 // Read-only data, through L1.

@@ -53,8 +53,8 @@ FAULTS = {
     ),
     "swapped corners of the backward": (
         "backward",
-        "msda_row(sample) + (c & 1) + (c >> 1) * width",
-        "msda_row(sample) + (c >> 1) + (c & 1) * width",
+        "upper + (c >> 1) * below + right * sizeof(msda_value)",
+        "upper + (c & 1) * below + right * sizeof(msda_value)",
     ),
     "dropped tail guard": ("forward", "work.first + i < Q ? msda_query", "true ? msda_query"),
     "dropped channel guard": (
@@ -78,11 +78,7 @@ FAULTS = {
         "+ lane * MSDA_VEC) * sizeof(msda_value);",
         "+ lane * MSDA_VEC) * sizeof(msda_value) + sizeof(msda_value);",
     ),
-    "forgotten head": (
-        "backward",
-        "value += work.image * image_stride + work.m * head_stride",
-        "value += work.image * image_stride",
-    ),
+    "forgotten head": ("backward", "work.image * image_stride + work.m * head_stride", "work.image * image_stride"),
     "forgotten head of the forward": (
         "forward",
         "work.image * image_stride + work.m * head_stride",
