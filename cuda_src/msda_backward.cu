@@ -128,8 +128,8 @@ __device__ __forceinline__ void msda_multiply_chunk(
         const int level = min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
         // Of the upper rows, and what the lower ones are further on.
         const long long row = msda_row(sample), width = shared.levels[level].w;
-        const msda_address upper = value + row * (MSDA_STRIDE * sizeof(msda_value));
-        const msda_address below = width * (MSDA_STRIDE * sizeof(msda_value));
+        [[maybe_unused]] const msda_address upper = value + row * (MSDA_STRIDE * sizeof(msda_value));
+        [[maybe_unused]] const msda_address below = width * (MSDA_STRIDE * sizeof(msda_value));
         [[maybe_unused]] const msda_address upper_grad = grad_value + row * MSDA_GRAD_STRIDE;
         [[maybe_unused]] const msda_address below_grad = width * MSDA_GRAD_STRIDE;
 #if MSDA_GRAD_VALUE && !MSDA_MERGE
