@@ -215,10 +215,10 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
 #endif
     [[maybe_unused]] const int local = threadIdx.x % 32 / MSDA_LANES;
     const int lane = threadIdx.x % 32 % MSDA_LANES;
-    const msda_address image =
+    [[maybe_unused]] const msda_address image =
         (msda_address)value +
         (work.image * image_stride + work.m * head_stride + lane * MSDA_VEC) * sizeof(msda_value);
-    const msda_address image_grad =
+    [[maybe_unused]] const msda_address image_grad =
         (msda_address)grad_value +
         (work.image * S * (MSDA_M * MSDA_D) + work.m * MSDA_D + lane * MSDA_VEC) * sizeof(msda_acc);
 
