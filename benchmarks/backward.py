@@ -24,6 +24,15 @@ from .provenance import provenance
 from .run import DTYPES
 from .timing import Timer, summary
 
+# Which gradients, where not all of them.
+SOME = {
+    "value": Wanted(True, False, False),
+    "locations": Wanted(False, True, False),
+    "weights": Wanted(False, False, True),
+    "samples": Wanted(False, True, True),
+    "value, weights": Wanted(True, False, True),
+    "value, locations": Wanted(True, True, False),
+}
 SKEWS = ("one pixel", "half padded", "outside")
 RUNS = 50
 
@@ -81,9 +90,9 @@ def measure(workload: cases.Workload, dtype: str, rounds: int) -> dict[str, Any]
     ways = {
         "default": [ours(inputs, deterministic=False) for inputs in sets],
         "deterministic": [ours(inputs, deterministic=True) for inputs in sets],
-        "value": [ours(inputs, deterministic=False, samples=False) for inputs in sets],
-        "samples": [ours(inputs, deterministic=False, value=False) for inputs in sets],
     }
+    for name, wanted in SOME.items():
+        ways[name] = [ours(inputs, deterministic=False, wanted=wanted) for inputs in sets]
     for kind in SKEWS:
         inputs = skewed(sets[0], kind)
         ways[f"default, {kind}"] = [ours(inputs, deterministic=False)]
