@@ -1,6 +1,6 @@
 """python -m benchmarks.checks: the tests on this machine's GPU, plain and under compute-sanitizer, as a JSON record.
 
-Files run side by side, each in a process of its own.
+Files run side by side, each in a process of its own, those that need much memory after the others.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ SANITIZED = (
     "test_torch.py",
     "test_torch_cuda.py",
 )
+# Files that need most of a GPU's memory: after the others, one by one.
+ALONE = ("test_gpu.py",)
 # Every array in an allocation of its own: inside a pool the sanitizer takes a neighbour's bytes for ours.
 EXACT_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUPY_MSDA_TEST_EXACT_ALLOCATIONS": "1"}
 
@@ -107,8 +109,11 @@ def main(arguments: list[str] | None = None) -> int:
         log = options.out / f"{re.sub('[^a-z_]+', '_', described[0])}.txt"
         return run(*described, log, options.timeout)
 
+    every = list(commands(options.sanitizer))
+    alone = [described for described in every if described[0].endswith(ALONE)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        records = list(pool.map(check, commands(options.sanitizer)))
+        records = list(pool.map(check, [described for described in every if described not in alone]))
+    records += map(check, alone)
     result = {"provenance": provenance("cuda"), "checks": records}
     (options.out / "checks.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(record["exit"] == 0 for record in records) else 1

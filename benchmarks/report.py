@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import detector, scaling
+from . import detector, models_report, scaling
 from .backward import SKEWS
 
 RESULTS = Path(__file__).with_name("results")
@@ -19,6 +19,7 @@ PARTS = {
     "backward": "backward_*.json",
     "cpu": "cpu_*.json",
     "overhead": "overhead_*.json",
+    "models": "models_*.json",
 }
 OURS, BASELINE, CPU_BASELINE = "cupy_msda", "torch-ms-deform-attn", "grid_sample"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -92,7 +93,8 @@ def backward_table(path: Path, result: dict[str, Any]) -> str:
     """Markdown: the default and the deterministic backward, what only some gradients take, and memory."""
     records = {(record["workload"], record["dtype"]): record for record in result["records"]}
     heads = [f"{way} {dtype}" for dtype in ("float32", "float16") for way in ("default", "deterministic")]
-    heads += ["value alone float32", "samples alone float32", "MiB beside the gradients, float16"]
+    heads += [f"{name} alone float32" for name in ("value", "samples", "weights")]
+    heads += ["MiB beside the gradients, float16"]
     lines = [f"| workload | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     for workload in dict.fromkeys(name for name, _ in records):
         cells = []
@@ -102,7 +104,7 @@ def backward_table(path: Path, result: dict[str, Any]) -> str:
                 times = f"{ways['baseline'] / ways[way]:.1f}x"
                 cells.append(f"{ways[way]:.{0 if ways[way] >= 20 else 1}f} ({times})")
         ways = records[workload, "float32"]["ways"]
-        cells += [f"{ways[way]['median_us']:.0f}" for way in ("value", "samples")]
+        cells += [f"{ways[way]['median_us']:.0f}" for way in ("value", "samples", "weights")]
         held = {way: found["extra_bytes"] / 2**20 for way, found in records[workload, "float16"]["memory"].items()}
         cells.append(f"{held['default']:.0f} / {held['deterministic']:.0f} / {held['baseline']:.0f}")
         lines.append(f"| {workload} | {' | '.join(cells)} |")
@@ -135,10 +137,15 @@ def overhead_table(path: Path, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def models_table(path: Path, result: dict[str, Any]) -> str:
+    """Markdown: models of transformers from end to end."""
+    return models_report.table(result, recorded(path, result["provenance"]))
+
+
 def enclosed(part: str) -> str:
     """A part of the README with its markers."""
     begin, end = markers(part)
-    make = {"overhead": overhead_table, "backward": backward_table}.get(part, table)
+    make = {"overhead": overhead_table, "backward": backward_table, "models": models_table}.get(part, table)
     return f"{begin}\n{make(*latest(PARTS[part]))}\n{end}"
 
 
@@ -241,6 +248,7 @@ def main() -> None:
     plot(latest(PARTS["benchmark"])[1], RESULTS / "benchmark.png")
     plot_backward(latest(PARTS["backward"])[1], RESULTS / "backward.png")
     plot_overhead(latest(PARTS["overhead"])[1], RESULTS / "overhead.png")
+    models_report.plot(latest(PARTS["models"])[1], RESULTS / "models.png")
     scaling.plot(latest("scaling_*.json")[1], RESULTS / "scaling.png")
     detector.plot(latest("detector_*.json")[1], RESULTS / "detector.png")
 
