@@ -29,11 +29,12 @@ def table(result: dict[str, Any], recorded: str) -> str:
         shares = (pair[served].get("share_of_operator") for served in (False, True))
         cells += ["" if share is None else f"{100 * share:.1f} %" for share in shares]
         lines.append(f"| {model}, {dtype}, {mode} | {' | '.join(cells)} |")
-    worst = max(pair[True]["largest_difference"] for (_, dtype, _), pair in by_row(result).items() if dtype == "float32")
+    pairs = by_row(result).items()
+    worst = max(pair[True]["largest_difference"] for (_, dtype, _), pair in pairs if dtype == "float32")
     lines += [
         "",
-        "Models of transformers with random weights, as they are and inside `cupy_msda.torch.transformers.patch()`; float32 "
-        "is TF32 in matrix products. In float32 no output differs by more than "
+        "Models of transformers with random weights, as they are and inside `cupy_msda.torch.transformers.patch()`; "
+        "float32 is TF32 in matrix products. In float32 no output differs by more than "
         f"{worst:.0e} of its norm. Eager models of this size are bound by the host. {recorded}",
     ]
     return "\n".join(lines)

@@ -2,8 +2,8 @@
 //
 // A warp takes MSDA_QUERIES queries of one head at a time. Its lanes first work out the samples, one each, into shared
 // memory; then MSDA_LANES lanes a query read the four rows of each sample and accumulate MSDA_VEC channels each in
-// registers. Where there are few queries, MSDA_SPLIT groups of lanes share the samples of a query, and add up their sums at
-// the end. Warps share the levels and the list of queries, made once at the start, so
+// registers. Where queries are not pixels, MSDA_SPLIT groups of lanes share the samples of a query, and add up their sums
+// at the end. Warps share the levels and the list of queries, made once at the start, so
 // none waits for another after that.
 
 __device__ __forceinline__ void msda_accumulate(

@@ -168,8 +168,8 @@ def ms_deform_attn_backward(
     the other two gradients, and everything on the CPU, are the same to the last bit every time. With `deterministic`
     True, grad_value is too (on one kind of GPU with one version of this package). None asks the framework: torch's
     ``torch.use_deterministic_algorithms``. Memory beside the gradients: float32 sums for a 16-bit grad_value; where
-    sums have a fixed order, or value is large and samples are few, instead 32 bytes a sample (64 in float64) and a fifth
-    more for lists and large bins, for as many heads at a time as 256 MiB hold, but at least one.
+    sums have a fixed order, or value is large and samples are few, instead 32 bytes a sample (64 in float64) and a
+    fifth more for lists and large bins, for as many heads at a time as 256 MiB hold, but at least one.
     """
     found, operands = problem.read(
         value,

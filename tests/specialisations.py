@@ -17,7 +17,7 @@ import cases
 from cases import DTYPE_PAIRS
 
 from cupy_msda import kernels, plan, plan_backward
-from cupy_msda.problem import ALL, Problem, Variant
+from cupy_msda.problem import ALL, Problem, Strides, Variant
 
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
 BUDGET = Path(__file__).with_name("kernel_budget.json")
@@ -35,6 +35,7 @@ AXES = {
     "levels": ("by value", "on the device"),
     "size": ("32 bits", "64 bits"),
     "wanted": ("output", *WANTED, "value in order: sort", "value in order: sum"),
+    "layout": ("contiguous", "strided", "padded"),
     "variant": ("plain", "points", "nearest", "border", "align corners", "border, align corners", "nearest, points"),
 }
 
@@ -49,7 +50,7 @@ def variant_of(described, L, P):
     )
 
 
-def launch_of(pair, D, alignment, points, queries, levels, size, wanted, variant):
+def launch_of(pair, D, alignment, points, queries, levels, size, wanted, layout, variant):
     """The planner's answer to a problem with these properties."""
     L, P = points
     form = variant_of(variant, L, P)
@@ -57,7 +58,8 @@ def launch_of(pair, D, alignment, points, queries, levels, size, wanted, variant
     Q = {"few": 50, "many": 20000, "pixels": S}[queries]
     found = Problem(
         2, S, 8, D, L, 0 if form.num_points else P, Q, *pair, ("cuda", 0), LEVELS[:L] if levels == "by value" else None,
-        variant=form,
+        variant=form, value_strides=Strides(16 * S * D, 16 * D, D) if layout == "strided" else None,
+        padded=layout == "padded",
     )  # fmt: skip
     if wanted == "output":
         return plan.forward(found, alignment)
@@ -68,12 +70,13 @@ def launch_of(pair, D, alignment, points, queries, levels, size, wanted, variant
 
 
 def every():
-    """All keys; variants only with the alignment and the sizes that they usually come with."""
+    """All keys; variants and layouts only with the alignment and the sizes that they usually come with."""
     names = list(AXES)
     keys = set()
     for combination in itertools.product(*AXES.values()):
         of = dict(zip(names, combination, strict=True))
-        if of["variant"] == "plain" or (of["alignment"], of["size"]) == (16, "32 bits"):
+        usual = (of["alignment"], of["size"]) == (16, "32 bits")
+        if usual or (of["variant"], of["layout"]) == ("plain", "contiguous"):
             keys.add(launch_of(*combination).key)
     return sorted(keys | rounding(), key=str)
 
