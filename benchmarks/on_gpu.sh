@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: the tests (and compute-sanitizer's tools, where $SANITIZER names some), then the
-# benchmark, the ways of the backward, the cost of the torch operator on the host, and the training of a small detector.
-# Writes checks.json, benchmark.json, backward.json, overhead.json and detector.json to a folder.
+# benchmark, the ways of the backward, the cost of the torch operator on the host, the training of a small detector, and
+# models of transformers from end to end.
+# Writes checks.json, benchmark.json, backward.json, overhead.json, detector.json and models.json to a folder.
 # usage: [SANITIZER="memcheck racecheck"] benchmarks/on_gpu.sh FOLDER [arguments of benchmarks.run]
 set -u
 out=$(realpath -m "${1:?usage: benchmarks/on_gpu.sh FOLDER [arguments of benchmarks.run]}")
@@ -19,4 +20,6 @@ python3 -m benchmarks.overhead --out "$out/overhead.json"
 overhead=$?
 python3 -m benchmarks.detector --device cuda --out "$out/detector.json"
 detector=$?
-[ "$checks$bench$backward$overhead$detector" = 00000 ]
+python3 -m benchmarks.models --modes eager --out "$out/models.json"
+models=$?
+[ "$checks$bench$backward$overhead$detector$models" = 000000 ]
