@@ -134,9 +134,12 @@ class _Session:
 
     def lengths(self) -> int:
         """Address of the queries that count, int64 on the device; 0 where all do."""
-        if self.operands.lengths is None:
+        lengths: Any = self.operands.lengths
+        if lengths is None:
             return 0
-        address, self.kept_lengths = self.framework.int64_on_cuda(self.operands.lengths, self.problem.device)
+        if lengths.device[0] == "cpu":  # as NumPy's, for a copy by value's framework on the stream of this call
+            lengths = np.ascontiguousarray(interop.to_numpy(lengths), np.int64)
+        address, self.kept_lengths = self.framework.int64_on_cuda(lengths, self.problem.device)
         return address
 
     def zero(self, result: _Result) -> None:

@@ -68,6 +68,17 @@ def test_the_same_for_all_queries_as_without(main_backend):
 
 
 @pytest.mark.gpu
+def test_lengths_from_the_host_arrive_on_a_side_stream():
+    import torch
+
+    backend = TorchBackend("cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(20):
+            check(backend, *PADDED[0], put_lengths=list)
+
+
+@pytest.mark.gpu
 def test_lengths_on_the_gpu_are_clamped():
     backend = TorchBackend("cuda")
     check(backend, PADDED[0][0], (37, 0, 5, 20), put_lengths=lambda n: backend.put(np.array((99, -7, 5, 20))))
