@@ -20,7 +20,8 @@ _MANY = 8
 class Sizes:
     """The sizes of a call in the notation of the contract: `levels` of (H, W); Q None stands for Q = S, an encoder.
 
-    The last four are those of :func:`cupy_msda.ms_deform_attn`; with `num_points`, P says nothing.
+    `num_points` to `align_corners` are those of :func:`cupy_msda.ms_deform_attn`; with `num_points`, P says nothing.
+    `padded` stands for calls with `query_lengths`.
     """
 
     levels: Sequence[tuple[int, int]]
@@ -33,6 +34,7 @@ class Sizes:
     interpolation: str = "bilinear"
     padding_mode: str = "zeros"
     align_corners: bool = False
+    padded: bool = False
 
     @property
     def S(self) -> int:
@@ -52,7 +54,8 @@ def warmup(
 
     A kernel serves many sizes (it depends on dtypes, L, P, M and D, and on whether Q = S and the GPU is filled), so one
     entry a layer of a model is enough. Covers locations in value's dtype and in float32, metadata on the host and on
-    the GPU, and the backward with all gradients, `deterministic` or not.
+    the GPU, and the backward with all gradients, `deterministic` or not. A value with strides has kernels of its own, which
+    the first call compiles.
 
     Parameters
     ----------
@@ -126,7 +129,7 @@ def launches(
             call = Problem(
                 size.N, S, size.M, size.D, len(levels), P, S if size.Q is None else size.Q,
                 value_dtype=dtype, location_dtype=location_dtype, device=("cuda", device),
-                levels=levels if by_value else None, variant=variant,
+                levels=levels if by_value else None, variant=variant, padded=size.padded,
             )  # fmt: skip
             found.append(plan.forward(call, plan.VECTOR_BYTES, multiprocessors))
             if backward:

@@ -74,3 +74,9 @@ def test_variants_are_compiled_ahead():
     }
     with pytest.raises(ValueError, match=r"num_points: .*L = 2"):
         keys([Sizes(ENCODER.levels, num_points=[1])], ["float32"])
+
+
+def test_calls_with_query_lengths_are_compiled_ahead():
+    chosen = keys([Sizes(ENCODER.levels, padded=True)], ["float32"])
+    assert {key.padded for key in chosen if key.kind in ("forward", "backward", "sort")} == {True}
+    assert not any(key.padded for key in keys([ENCODER], ["float32"]))
