@@ -54,8 +54,8 @@ def warmup(
 
     A kernel serves many sizes (it depends on dtypes, L, P, M and D, and on whether Q = S and the GPU is filled), so one
     entry a layer of a model is enough. Covers locations in value's dtype and in float32, metadata on the host and on
-    the GPU, and the backward with all gradients, `deterministic` or not. A value with strides has kernels of its own, which
-    the first call compiles.
+    the GPU, and the backward with all gradients, `deterministic` or not. A value with strides has kernels of its own,
+    which the first call compiles.
 
     Parameters
     ----------
