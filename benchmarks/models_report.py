@@ -21,7 +21,8 @@ def table(result: dict[str, Any], recorded: str) -> str:
     """Markdown: images a second, memory and the operator's share, as the model is and served."""
     heads = ["images", "images / s", "served", "peak MiB", "served", "operator's share of the GPU's time", "served"]
     lines = [f"| model | {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 1)}"]
-    for (model, dtype, mode), pair in by_row(result).items():
+    rows = by_row(result)
+    for (model, dtype, mode), pair in rows.items():
         H, W = pair[False]["size"]
         cells = [f"{pair[False]['N']} of {H}x{W}"]
         cells += [f"{pair[served]['images_per_second']:.1f}" for served in (False, True)]
@@ -29,8 +30,7 @@ def table(result: dict[str, Any], recorded: str) -> str:
         shares = (pair[served].get("share_of_operator") for served in (False, True))
         cells += ["" if share is None else f"{100 * share:.1f} %" for share in shares]
         lines.append(f"| {model}, {dtype}, {mode} | {' | '.join(cells)} |")
-    pairs = by_row(result).items()
-    worst = max(pair[True]["largest_difference"] for (_, dtype, _), pair in pairs if dtype == "float32")
+    worst = max(pair[True]["largest_difference"] for (_, dtype, _), pair in rows.items() if dtype == "float32")
     lines += [
         "",
         "Models of transformers with random weights, as they are and inside `cupy_msda.torch.transformers.patch()`; "

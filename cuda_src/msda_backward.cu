@@ -209,10 +209,8 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
     msda_begin(shared, work, metadata, lengths, S, Q);
     locations += 2 * msda_first_sample(work, Q_);
     weights += msda_first_sample(work, Q_);
-#if MSDA_GRAD_SAMPLES
     if (MSDA_GRAD_LOCATIONS) grad_locations += 2 * msda_first_sample(work, Q_);
     if (MSDA_GRAD_WEIGHTS) grad_weights += msda_first_sample(work, Q_);
-#endif
     [[maybe_unused]] const int local = threadIdx.x % 32 / MSDA_LANES;
     const int lane = threadIdx.x % 32 % MSDA_LANES;
     [[maybe_unused]] const msda_address image =

@@ -88,16 +88,17 @@ __device__ __forceinline__ void msda_sort_chunk(
     __syncthreads();
 }
 
+__device__ __forceinline__ void msda_put(msda_acc* target, const msda_acc (&sum)[MSDA_VEC]) {
+    msda_sums x;
+#pragma unroll
+    for (int v = 0; v < MSDA_VEC; ++v) x.element[v] = sum[v];
+    *reinterpret_cast<decltype(x.word)*>(target) = x.word;
+}
+
 __device__ __forceinline__ void msda_leave(
         msda_chunk& shared, int number, int lane, const msda_acc (&first)[MSDA_VEC], const msda_acc (&second)[MSDA_VEC]) {
-    msda_sums x, y;
-#pragma unroll
-    for (int v = 0; v < MSDA_VEC; ++v) {
-        x.element[v] = first[v];
-        y.element[v] = second[v];
-    }
-    *reinterpret_cast<decltype(x.word)*>(&shared.partial[number][0][lane * MSDA_VEC]) = x.word;
-    *reinterpret_cast<decltype(y.word)*>(&shared.partial[number][1][lane * MSDA_VEC]) = y.word;
+    msda_put(&shared.partial[number][0][lane * MSDA_VEC], first);
+    msda_put(&shared.partial[number][1][lane * MSDA_VEC], second);
 }
 
 // Adds what the groups left for `key`: the sums of its own row (0) or of the row after it (1).
@@ -206,14 +207,8 @@ __device__ __forceinline__ void msda_sum_parts(msda_chunk& shared, const msda_bi
         for (int owned = 0; owned < MSDA_OWNED; ++owned) {
             const int row = owned * MSDA_GROUPS + group;
             if (row >= MSDA_ROWS || row >= bin.rows || idle) continue;
-            if (whole) {
-                msda_write_row(bin, row, channel, sum[owned]);
-                continue;
-            }
-            msda_sums out;
-#pragma unroll
-            for (int v = 0; v < MSDA_VEC; ++v) out.element[v] = sum[owned][v];
-            *reinterpret_cast<decltype(out.word)*>(sums + row * MSDA_LINE + channel) = out.word;
+            if (whole) msda_write_row(bin, row, channel, sum[owned]);
+            else msda_put(sums + row * MSDA_LINE + channel, sum[owned]);
         }
     }
 }

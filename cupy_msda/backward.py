@@ -33,19 +33,18 @@ class PreparedBackward:
     ) -> None:
         planned = plan_backward.backward(problem, alignment, multiprocessors, wanted)
         self.workspace = planned.workspace
-        sizes = (problem.S, problem.Q, problem.strides.image, problem.strides.head)
         steps: list[Callable[..., None]] = []
         if planned.summation:
             steps.append(_summation(planned.summation, problem, prepare))
         if planned.samples:
-            steps.append(_backward(prepare(planned.samples).run, False, sizes))
+            steps.append(_backward(prepare(planned.samples).run, False, problem.kernel_sizes))
         if len(steps) == 2:
             steps = [_beside(*steps, problem.device[1])]
         if planned.atomics:
             count = problem.N * problem.S * problem.M * problem.D
             rounded = planned.rounding is not None
             steps.append(_zeros(rounded, count * interop.item_size(problem.accumulator_dtype)))
-            steps.append(_backward(prepare(planned.atomics).run, rounded, sizes))
+            steps.append(_backward(prepare(planned.atomics).run, rounded, problem.kernel_sizes))
         if planned.rounding:
             steps.append(_rounding(prepare(planned.rounding).run, count))
 

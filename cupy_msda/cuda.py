@@ -40,10 +40,7 @@ def forward(problem: Problem, operands: Operands) -> Any:
                 session.weights.data,
                 session.lengths(),
                 output.data,
-                problem.S,
-                problem.Q,
-                problem.strides.image,
-                problem.strides.head,
+                *problem.kernel_sizes,
             )
     return output.finish()
 
@@ -107,7 +104,7 @@ class _Session:
         with contextlib.ExitStack() as stack:  # leaves the device again should a copy fail
             stack.enter_context(on_device(self.device))
             self.stream = self.framework.stream(self.problem.device)
-            # Strides that would rule out vectors, and rows that are not contiguous, cost more than a copy.
+            # Copied only where its rows of channels are not contiguous.
             self.value = operands.value if self.problem.value_strides else _contiguous(operands.value)
             self.locations = _contiguous(operands.locations)
             self.weights = _contiguous(operands.weights)

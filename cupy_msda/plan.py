@@ -222,8 +222,8 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
     widest = max(problem.S * 32, problem.Q * problem.M * K * 2)
     index_64 = widest >= 2**31
     entry = sample_bytes(index_64, problem.accumulator_dtype)
-    queries = 32 // (lanes * choices.get("split", 1))
-    most = max(1, min(WARP_SHARED_BUDGET // (queries * entry) - 1, MAX_FILLS * lanes * choices.get("split", 1)))
+    together = lanes * choices.get("split", 1)
+    most = max(1, min(WARP_SHARED_BUDGET // (32 // together * entry) - 1, MAX_FILLS * together))
     chunk = -(-K // -(-K // most))
     key = KernelKey(
         kind,

@@ -111,6 +111,11 @@ class Problem:
         return self.value_strides or Strides(self.S * self.M * self.D, self.M * self.D, self.D)
 
     @property
+    def kernel_sizes(self) -> tuple[int, int, int, int]:
+        """S, Q and the strides of value's images and heads: the last words of the forward and the backward kernels."""
+        return (self.S, self.Q, self.strides.image, self.strides.head)
+
+    @property
     def stride_alignment(self) -> int:
         """Bytes, a power of two up to 16, that every row of value begins at a multiple of, if value does."""
         if self.value_strides is None:

@@ -49,15 +49,14 @@ def build(key, text=None, sanitize=False):
     return target
 
 
-def launch(described, arrays, S, Q, more=(0,) * 7, *, strides=None, text=None, sanitize=False, order=0):
+def launch(described, arrays, S, Q, more=(), *, text=None, sanitize=False, order=0):
     """Run `described` (a plan.Launch) on `arrays` in place; None stands for a null pointer.
 
-    `strides` are those of value. `more` are the sizes that only the kernels of a summation have: runs, capacity, first
-    head, heads, first row, rows, parts of a piece.
+    `more` are the sizes that only some kernels have: value's image and head stride of the forward and the backward; of
+    a summation runs, capacity, first head, heads, first row, rows, parts of a piece.
     """
     target = build(described.key, text, sanitize)
-    if strides is not None:
-        more = (strides.image, strides.head, *more[2:])
+    more = (*more, *(0,) * (7 - len(more)))
     sizes = [-1 if array is None else array.nbytes for array in arrays]
     numbers = np.array(
         [len(arrays), S, Q, described.grid, described.block, described.shared, order, *more, *sizes], np.int64
@@ -143,7 +142,7 @@ def forward(
     metadata, device = _metadata(found, described, inputs, shapes, starts)
     output = _poisoned(found.output_shape, inputs.value.dtype)
     arrays = [_memory(inputs.value), metadata, inputs.locations, inputs.weights, lengths_of(lengths), output, *device]
-    launch(described, arrays, found.S, found.Q, strides=found.strides, **options)
+    launch(described, arrays, found.S, found.Q, found.kernel_sizes[2:], **options)
     return output
 
 
@@ -168,7 +167,7 @@ def backward(
     grads = [_poisoned(a.shape, a.dtype) if asked else None for a, asked in samples]
     arrays = [_memory(inputs.value), metadata, inputs.locations, inputs.weights, lengths_of(lengths)]
     arrays += [inputs.grad_output, total, *grads, *device]
-    launch(described, arrays, found.S, found.Q, strides=found.strides, **options)
+    launch(described, arrays, found.S, found.Q, found.kernel_sizes[2:], **options)
     if wanted.value and inputs.value.dtype in (np.float16, ml_dtypes.bfloat16):
         options.pop("text", None)
         rounded = _poisoned(inputs.value.shape, inputs.value.dtype)

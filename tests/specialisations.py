@@ -34,7 +34,7 @@ AXES = {
     "queries": ("few", "many", "pixels"),
     "levels": ("by value", "on the device"),
     "size": ("32 bits", "64 bits"),
-    "wanted": ("output", *WANTED, "value in order: sort", "value in order: sum"),
+    "wanted": ("output", *WANTED, *(f"value in order: {kind}" for kind in ("sort", "count", "sum"))),
     "layout": ("contiguous", "strided", "padded"),
     "variant": ("plain", "points", "nearest", "border", "align corners", "border, align corners", "nearest, points"),
 }
@@ -64,8 +64,9 @@ def launch_of(pair, D, alignment, points, queries, levels, size, wanted, layout,
     if wanted == "output":
         return plan.forward(found, alignment)
     if "in order" in wanted:
-        summation = plan_backward.summation(found, alignment)
-        return summation.sort if "sort" in wanted else summation.sum
+        launches = plan_backward.summation(found, alignment).launches
+        kinds = {"sort": launches[0], "count": launches[-2], "sum": launches[-1]}  # without a count, the sort again
+        return kinds[wanted.split()[-1]]
     return plan.backward(found, alignment, wanted=WANTED[wanted])
 
 

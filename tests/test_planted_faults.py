@@ -345,7 +345,7 @@ def far_level(key_index_64, text=None):
     locations, weights = np.full((1, 3, 1, 1, 1, 2), 9, np.float32), np.ones((1, 3, 1, 1, 1), np.float32)
     output = np.full((1, 3, 1), np.nan, np.float32)
     arrays = [np.zeros(1, np.float32), np.array(problem.levels, np.int64), locations, weights, None, output]
-    emulator.launch(described, arrays, problem.S, problem.Q, strides=problem.strides, text=text, sanitize=True)
+    emulator.launch(described, arrays, problem.S, problem.Q, problem.kernel_sizes[2:], text=text, sanitize=True)
     assert not output.any()
 
 

@@ -160,7 +160,7 @@ def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     """
     grad_output, value, shapes, starts, locations, weights = ctx.saved_tensors
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    variant, lengths = Variant(*ctx.form[:4]), ctx.form[4] if len(ctx.form) > 4 else None
+    variant, lengths = _read(ctx.form, shapes)
 
     def gradients(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         _, pull_back = torch.func.vjp(

@@ -63,8 +63,7 @@ class Recipe:
         return repeat
 
     def _forward(self, like_output: Tensor) -> Callable[..., Tensor | None]:
-        levels, device = self.levels, self.problem.device[1]
-        sizes = (self.problem.S, self.problem.Q, self.problem.strides.image, self.problem.strides.head)
+        levels, sizes, device = self.levels, self.problem.kernel_sizes, self.problem.device[1]
         get_device, set_device = _device_functions()
         empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
         with cuda.on_device(device):
@@ -302,8 +301,10 @@ def backward(
     wanted: Wanted,
 ) -> Gradients:
     """Gradients of value, locations and weights, those that are wanted."""
-    recipe = recipes.get(key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant))
-    if lengths is None and recipe is not None and grad_output.dtype is value.dtype:
+    recipe = None
+    if lengths is None:
+        recipe = recipes.get(key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant))
+    if recipe is not None and grad_output.dtype is value.dtype:
         repeat = recipe.backward(wanted)
         grads = repeat(grad_output, value, shapes, starts, locations, weights)
         if grads is not None:
