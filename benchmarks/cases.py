@@ -54,6 +54,18 @@ class Inputs(NamedTuple):
     grad_output: Tensor
 
 
+class FrontInputs(NamedTuple):
+    """One set of arguments of the operator with its front end, offsets in pixels."""
+
+    value: Tensor
+    spatial_shapes: Tensor
+    level_start_index: Tensor
+    reference_points: Tensor
+    sampling_offsets: Tensor
+    attention_logits: Tensor
+    grad_output: Tensor
+
+
 def load(path: Path = WORKLOADS) -> dict[str, Workload]:
     """The workloads of a file of the form of ``workloads.json``."""
     found = {}
@@ -74,37 +86,76 @@ def on_cpu(workload: Workload) -> Workload:
 
 def make_inputs(workload: Workload, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     """Inputs drawn as the workload file describes, all in `dtype`."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, device=device)
-
+    draw = _Draw(device, seed)
     N, Q, M, P, L = workload.N, workload.Q, workload.M, workload.P, len(workload.levels)
     shapes = torch.tensor(workload.levels, device=device)
-    sizes = shapes.prod(1)
     if workload.sampling == "uniform":
-        locations = uniform(N, Q, M, L, P, 2)
+        locations = draw.uniform(N, Q, M, L, P, 2)
     else:
-        reference = uniform(N, Q, 2) if workload.queries is not None else pixel_centres(workload.levels, device)
-        angle = torch.arange(M, device=device) * (2 * math.pi / M)
-        direction = torch.stack((angle.cos(), angle.sin()), -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, P + 1, device=device)
-        offsets = direction[:, None, None, :] * steps[:, None]
-        offsets = offsets + workload.sigma * normal(N, Q, M, L, P, 2)
-        locations = reference[..., None, None, None, :] + offsets / shapes.flip(-1)[:, None, :]
-    weights = normal(N, Q, M, L * P).softmax(-1).view(N, Q, M, L, P)
-    return Inputs(
-        normal(N, workload.S, M, workload.D).to(dtype),
-        shapes,
-        sizes.cumsum(0) - sizes,
-        locations.to(dtype),
-        weights.to(dtype),
-        normal(N, Q, M * workload.D).to(dtype),
-    )
+        reference = _references(workload, draw)
+        locations = reference[..., None, None, None, :] + _offsets(workload, draw) / shapes.flip(-1)[:, None, :]
+    weights = draw.normal(N, Q, M, L * P).softmax(-1).view(N, Q, M, L, P)
+    value, grad_output = draw.normal(N, workload.S, M, workload.D), draw.normal(N, Q, M * workload.D)
+    samples = locations.to(dtype), weights.to(dtype)
+    return Inputs(value.to(dtype), shapes, _starts(shapes), *samples, grad_output.to(dtype))
+
+
+def make_front_inputs(
+    workload: Workload, dtype: torch.dtype, device: str, seed: int = 0, *, boxes: bool = False
+) -> FrontInputs:
+    """The samples of `make_inputs`, all in `dtype`, as they come out of a model's projections."""
+    draw = _Draw(device, seed)
+    N, Q, M, P, L = workload.N, workload.Q, workload.M, workload.P, len(workload.levels)
+    shapes = torch.tensor(workload.levels, device=device)
+    if workload.sampling == "uniform":
+        references, offsets = draw.uniform(N, Q, 2), draw.uniform(N, Q, M, L, P, 2) - 0.5
+        offsets = offsets * shapes.flip(-1)[:, None, :]
+    else:
+        references, offsets = _references(workload, draw).expand(N, Q, 2), _offsets(workload, draw)
+    references = references[:, :, None].expand(N, Q, L, 2)
+    if boxes:
+        sizes = (0.05 + 0.2 * draw.uniform(N, Q, 1, 2)).expand(N, Q, L, 2)
+        references, offsets = torch.cat((references, sizes), -1), offsets / P
+    logits = draw.normal(N, Q, M, L, P)
+    value, grad_output = draw.normal(N, workload.S, M, workload.D), draw.normal(N, Q, M * workload.D)
+    samples = references.to(dtype).contiguous(), offsets.to(dtype), logits.to(dtype)
+    return FrontInputs(value.to(dtype), shapes, _starts(shapes), *samples, grad_output.to(dtype))
+
+
+class _Draw:
+    """Random numbers of a seed, on a device."""
+
+    def __init__(self, device: str, seed: int) -> None:
+        self.device = device
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device=self.device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator, device=self.device)
+
+
+def _references(workload: Workload, draw: _Draw) -> Tensor:
+    if workload.queries is None:
+        return pixel_centres(workload.levels, draw.device)
+    return draw.uniform(workload.N, workload.Q, 2)
+
+
+def _offsets(workload: Workload, draw: _Draw) -> Tensor:
+    """Of local sampling, in pixels."""
+    N, Q, M, P, L = workload.N, workload.Q, workload.M, workload.P, len(workload.levels)
+    angle = torch.arange(M, device=draw.device) * (2 * math.pi / M)
+    direction = torch.stack((angle.cos(), angle.sin()), -1)
+    direction = direction / direction.abs().amax(-1, keepdim=True)
+    steps = torch.arange(1, P + 1, device=draw.device)
+    offsets = direction[:, None, None, :] * steps[:, None]
+    return offsets + workload.sigma * draw.normal(N, Q, M, L, P, 2)
+
+
+def _starts(shapes: Tensor) -> Tensor:
+    sizes = shapes.prod(1)
+    return sizes.cumsum(0) - sizes
 
 
 # Inputs that the calls of one timing take turns at come to this many bytes, more than any L2 cache holds.

@@ -43,35 +43,39 @@ __device__ __forceinline__ int msda_key(const msda_cell& cell, int level) {
 // Fills the samples of all rounds and sorts them; returns how many count.
 __device__ __forceinline__ unsigned msda_fill_sorted(
         msda_shared& shared, int k0, const msda_location* __restrict__ locations,
-        const msda_location* __restrict__ weights) {
+        const msda_location* __restrict__ weights, const msda_reference* __restrict__ references) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int key = threadIdx.x; key < 1 << MSDA_MERGE; key += MSDA_THREADS) shared.begin[key] = 0;
     msda_raw raw[MSDA_ROUNDS];
 #pragma unroll
     for (int round = 0; round < MSDA_ROUNDS; ++round)
-        msda_load_raw(raw[round], shared, round, k0, locations, weights);
+        msda_load_raw(raw[round], shared, round, k0, locations, weights, references);
     __syncthreads();
     unsigned key_and_rank[MSDA_ROUNDS][MSDA_FILLS];
 #pragma unroll
-    for (int round = 0; round < MSDA_ROUNDS; ++round)
+    for (int round = 0; round < MSDA_ROUNDS; ++round) {
+#if MSDA_FRONT
+        msda_softmax(raw[round]);
+#endif
 #pragma unroll
         for (int fill = 0; fill < MSDA_FILLS; ++fill) {
-            const int i = fill * 32 + lane, local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
+            const int i = fill * 32 + lane, local = i / MSDA_SPAN, place = i % MSDA_SPAN, k = k0 + place;
             key_and_rank[round][fill] = 0xffffffffu;
-            if (local >= MSDA_QUERIES) continue;
+            if (local >= MSDA_QUERIES || place >= MSDA_CHUNK) continue;
             const msda_index q = msda_query_of(shared, round, local);
             msda_sample sample = {0, 0, 0, 0};
             if (q >= 0 && k < MSDA_K) {
                 const int level = MSDA_LEVEL_OF(k);
-                const msda_acc x = msda_load(raw[round].xy[fill].element[0]), y = msda_load(raw[round].xy[fill].element[1]);
-                sample = msda_prepare(x, y, msda_load(raw[round].attention[fill]), shared.levels[level]);
+                const msda_point point = msda_point_of(raw[round], fill, level, shared.levels[level]);
+                sample = msda_prepare(point.x, point.y, point.attention, shared.levels[level]);
                 if (sample.place & 15) {
-                    const int key = msda_key(msda_locate(x, y, shared.levels[level]), level);
+                    const int key = msda_key(msda_locate(point.x, point.y, shared.levels[level]), level);
                     key_and_rank[round][fill] = (unsigned)key << 16 | atomicAdd(shared.begin + key, 1u);
                 }
             }
-            shared.samples[round * MSDA_WARPS + warp][local * MSDA_PITCH + i % MSDA_CHUNK] = sample;
+            shared.samples[round * MSDA_WARPS + warp][local * MSDA_PITCH + place] = sample;
         }
+    }
     __syncthreads();
 
     // Counts to beginnings: a stretch of keys a thread.
@@ -99,7 +103,7 @@ __device__ __forceinline__ unsigned msda_fill_sorted(
             if (found == 0xffffffffu) continue;
             const int i = fill * 32 + lane;
             const int place = (round * MSDA_WARPS + warp) * (MSDA_QUERIES * MSDA_PITCH) +
-                              i / MSDA_CHUNK * MSDA_PITCH + i % MSDA_CHUNK;
+                              i / MSDA_SPAN * MSDA_PITCH + i % MSDA_SPAN;
             shared.order[shared.begin[found >> 16] + (found & 0xffff)] = (unsigned short)place;
         }
     __syncthreads();

@@ -46,6 +46,120 @@ __device__ __forceinline__ void msda_reduce(msda_acc (&dot)[4], int lane) {
 #endif
 }
 
+struct msda_gradients {
+    msda_acc x, y;          // of the location
+    msda_acc attention;
+};
+
+// Of a sample, from its products.
+__device__ __forceinline__ msda_gradients msda_gradients_of(
+        const msda_point& point, const msda_level& level, const msda_acc* dot) {
+    const msda_acc nothing = level.w > 0 ? (msda_acc)0 : msda_nan();
+    const msda_cell cell = msda_locate(point.x, point.y, level);
+    msda_gradients grad = {nothing, nothing, nothing};
+    if (cell.counts) {
+#if MSDA_GRAD_LOCATIONS
+        const msda_acc upper = fma(cell.ax, dot[1] - dot[0], dot[0]);
+        const msda_acc lower = fma(cell.ax, dot[3] - dot[2], dot[2]);
+        grad.attention = fma(cell.ay, lower - upper, upper);
+        const msda_acc slope_y = msda_slope(point.y, level.h);
+        if (!MSDA_CLAMPED || slope_y != 0) grad.y = point.attention * slope_y * (lower - upper);
+        const msda_acc across = fma(cell.ay, (dot[3] - dot[2]) - (dot[1] - dot[0]), dot[1] - dot[0]);
+        const msda_acc slope_x = msda_slope(point.x, level.w);
+        if (!MSDA_CLAMPED || slope_x != 0) grad.x = point.attention * slope_x * across;
+#else
+        grad.attention = dot[0];
+#endif
+    }
+    return grad;
+}
+
+__device__ __forceinline__ void msda_write_pair(
+        msda_location* __restrict__ grad_locations, msda_index q, int k, msda_acc x, msda_acc y) {
+    msda_vector<msda_location, 2> xy;
+    msda_store(x, xy.element[0]);
+    msda_store(y, xy.element[1]);
+    if (MSDA_IN_PAIRS)
+        reinterpret_cast<decltype(xy.word)*>(grad_locations)[msda_in_image(q, k, MSDA_LOCATIONS_PITCH / 2)] = xy.word;
+    else
+        for (int i = 0; i < 2; ++i)
+            grad_locations[msda_in_image(q, 2 * k + i, MSDA_LOCATIONS_PITCH)] = xy.element[i];
+}
+
+#if MSDA_FRONT
+// Gradients of the warp's offsets and logits, `raw`, from the products in their places in shared memory: with s the sum
+// of weight * gradient over the samples of a query, that of a logit is weight * (gradient - s).
+__device__ __forceinline__ void msda_write_samples(
+        msda_sample* samples, const msda_shared& shared, const msda_raw& raw, int round, int,
+        msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights) {
+#pragma unroll
+    for (int first = 0; first < MSDA_FILLS; first += msda_fills_of_query) {
+        const int local = (first * 32 + threadIdx.x % 32) / MSDA_SPAN;
+        const msda_index q = msda_query_of(shared, round, local);
+        msda_gradients grad[msda_fills_of_query];
+        msda_acc sum = 0;
+#pragma unroll
+        for (int t = 0; t < msda_fills_of_query; ++t) {
+            const int k = t * 32 + threadIdx.x % msda_lanes_of_query, level = min(MSDA_LEVEL_OF(k), MSDA_L - 1);
+            grad[t] = {0, 0, 0};
+            if (q < 0 || k >= MSDA_K) continue;
+            const msda_point point = msda_point_of(raw, first + t, level, shared.levels[level]);
+            msda_acc* dot = reinterpret_cast<msda_acc*>(samples + local * MSDA_PITCH + k);
+            grad[t] = msda_gradients_of(point, shared.levels[level], dot);
+            sum = fma(point.attention, grad[t].attention, sum);
+        }
+        sum = msda_sum_of_query(sum);
+#pragma unroll
+        for (int t = 0; t < msda_fills_of_query; ++t) {
+            const int k = t * 32 + threadIdx.x % msda_lanes_of_query, level = min(MSDA_LEVEL_OF(k), MSDA_L - 1);
+            if (msda_number(q) < 0 || k >= MSDA_K) continue;
+            const bool counts = !MSDA_PADDED || q >= 0;
+#if MSDA_GRAD_LOCATIONS
+            const msda_reaches reach = msda_reaches_of(raw, first + t, level, shared.levels[level]);
+            msda_write_pair(grad_locations, msda_number(q), k, counts ? grad[t].x * reach.x : 0,
+                            counts ? grad[t].y * reach.y : 0);
+#endif
+#if MSDA_GRAD_WEIGHTS
+            msda_store(counts ? raw.weight[first + t] * (grad[t].attention - sum) : 0,
+                       grad_weights[msda_in_image(msda_number(q), k, MSDA_WEIGHTS_PITCH)]);
+#endif
+#if MSDA_GRAD_REFERENCES
+            msda_acc* parts = reinterpret_cast<msda_acc*>(samples + local * MSDA_PITCH + k);
+            parts[0] = grad[t].x;
+            parts[1] = grad[t].y;
+            parts[2] = counts ? grad[t].x * msda_load(raw.xy[first + t].element[0]) : 0;
+            parts[3] = counts ? grad[t].y * msda_load(raw.xy[first + t].element[1]) : 0;
+#endif
+        }
+    }
+}
+
+#if MSDA_GRAD_REFERENCES
+// What the samples of a level of each query of the warp add to the gradient of its reference point: [Q, M, L, MSDA_FRONT]
+// of this image and head, summed over heads by msda_references.cu.
+__device__ __forceinline__ void msda_write_references(
+        const msda_sample* samples, const msda_shared& shared, int round, msda_acc* __restrict__ grad_references) {
+    __syncwarp();
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < MSDA_QUERIES * MSDA_L; i += 32) {
+        const int local = i / MSDA_L, l = i % MSDA_L;
+        const msda_index q = msda_number(msda_query_of(shared, round, local));
+        if (q < 0) continue;
+        msda_acc sum[4] = {0, 0, 0, 0};
+        for (int k = msda_first_of(l); k < msda_first_of(l + 1); ++k) {
+            const msda_acc* parts = reinterpret_cast<const msda_acc*>(samples + local * MSDA_PITCH + k);
+            for (int r = 0; r < MSDA_FRONT; ++r) sum[r] += parts[r];
+        }
+        const msda_level level = shared.levels[l];
+        for (int r = 0; r < MSDA_FRONT; ++r) {
+            const int size = r % 2 ? level.h : level.w;
+            grad_references[(long long)q * (MSDA_M * MSDA_L * MSDA_FRONT) + l * MSDA_FRONT + r] =
+                sum[r] * (r < 2 ? msda_scale(size) : msda_reach(1, size, l));
+        }
+    }
+}
+#endif
+#else
 // Gradients of the warp's samples [k0, k0 + MSDA_CHUNK), `raw`, from the products in their places in shared memory.
 __device__ __forceinline__ void msda_write_samples(
         const msda_sample* samples, const msda_shared& shared, const msda_raw& raw, int round, int k0,
@@ -53,47 +167,25 @@ __device__ __forceinline__ void msda_write_samples(
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
-        const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
+        const int local = i / MSDA_SPAN, k = k0 + i % MSDA_SPAN;
         const msda_index q = msda_query_of(shared, round, local);
         if (msda_number(q) < 0 || k >= MSDA_K) continue;
-        const msda_index index = msda_in_image(msda_number(q), k);
-        const msda_level level = shared.levels[MSDA_LEVEL_OF(k)];
-        msda_vector<msda_location, 2> xy = raw.xy[fill];
-        if (MSDA_PADDED && q < 0) {
-            msda_store((msda_acc)0, xy.element[0]);
-            msda_store((msda_acc)0, xy.element[1]);
-            if (MSDA_GRAD_LOCATIONS) reinterpret_cast<decltype(xy.word)*>(grad_locations)[index] = xy.word;
-            if (MSDA_GRAD_WEIGHTS) msda_store((msda_acc)0, grad_weights[index]);
-            continue;
+        msda_gradients grad = {0, 0, 0};
+        if (!MSDA_PADDED || q >= 0) {
+            const int level = MSDA_LEVEL_OF(k);
+            const msda_point point = msda_point_of(raw, fill, level, shared.levels[level]);
+            const msda_sample* sample = samples + local * MSDA_PITCH + i % MSDA_SPAN;
+            grad = msda_gradients_of(point, shared.levels[level], reinterpret_cast<const msda_acc*>(sample));
         }
-        const msda_cell cell = msda_locate(msda_load(xy.element[0]), msda_load(xy.element[1]), level);
-        const msda_acc nothing = level.w > 0 ? (msda_acc)0 : msda_nan();
-        const msda_acc* dot = reinterpret_cast<const msda_acc*>(samples + local * MSDA_PITCH + i % MSDA_CHUNK);
-#if !MSDA_GRAD_LOCATIONS
-        msda_store(cell.counts ? dot[0] : nothing, grad_weights[index]);
-#else
-        const msda_acc attention = msda_load(raw.attention[fill]);
-        msda_acc grad_x = nothing, grad_y = nothing;
-        [[maybe_unused]] msda_acc grad_attention = nothing;
-        if (cell.counts) {
-            const msda_acc upper = fma(cell.ax, dot[1] - dot[0], dot[0]);
-            const msda_acc lower = fma(cell.ax, dot[3] - dot[2], dot[2]);
-            grad_attention = fma(cell.ay, lower - upper, upper);
-            const msda_acc slope_y = msda_slope(msda_load(xy.element[1]), level.h);
-            if (!MSDA_CLAMPED || slope_y != 0) grad_y = attention * slope_y * (lower - upper);
-            const msda_acc across = fma(cell.ay, (dot[3] - dot[2]) - (dot[1] - dot[0]), dot[1] - dot[0]);
-            const msda_acc slope_x = msda_slope(msda_load(xy.element[0]), level.w);
-            if (!MSDA_CLAMPED || slope_x != 0) grad_x = attention * slope_x * across;
-        }
-        msda_store(grad_x, xy.element[0]);
-        msda_store(grad_y, xy.element[1]);
-        reinterpret_cast<decltype(xy.word)*>(grad_locations)[index] = xy.word;
-#if MSDA_GRAD_WEIGHTS
-        msda_store(grad_attention, grad_weights[index]);
+#if MSDA_GRAD_LOCATIONS
+        msda_write_pair(grad_locations, msda_number(q), k, grad.x, grad.y);
 #endif
+#if MSDA_GRAD_WEIGHTS
+        msda_store(grad.attention, grad_weights[msda_in_image(msda_number(q), k, MSDA_WEIGHTS_PITCH)]);
 #endif
     }
 }
+#endif
 #endif
 
 // grad_output of one query at the channels of a lane: held in registers unless a head has very many channels.
@@ -194,12 +286,25 @@ __device__ __forceinline__ void msda_multiply_chunk(
 }
 #endif
 
+#if MSDA_FRONT && MSDA_MERGE && MSDA_GRAD_SAMPLES
+// Weights of a warp's samples from shared memory, where msda_fill_sorted has left them: a second softmax takes longer.
+__device__ __forceinline__ void msda_recall_weights(msda_raw& raw, const msda_sample* samples) {
+#pragma unroll
+    for (int fill = 0; fill < MSDA_FILLS; ++fill) {
+        const int i = fill * 32 + threadIdx.x % 32, local = i / MSDA_SPAN, k = i % MSDA_SPAN;
+        raw.weight[fill] = local < MSDA_QUERIES && k < MSDA_K ? samples[local * MSDA_PITCH + k].attention : 0;
+    }
+    __syncwarp();
+}
+#endif
+
 extern "C" __global__ void MSDA_BOUNDS msda_backward(
         const msda_value* __restrict__ value, const __grid_constant__ msda_metadata metadata,
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
-        const long long* __restrict__ lengths, const msda_value* __restrict__ grad_output,
-        msda_acc* __restrict__ grad_value, msda_location* __restrict__ grad_locations,
-        msda_location* __restrict__ grad_weights, long long S, long long Q_, long long image_stride,
+        const msda_reference* __restrict__ references, const long long* __restrict__ lengths,
+        const msda_value* __restrict__ grad_output, msda_acc* __restrict__ grad_value,
+        msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights,
+        msda_acc* __restrict__ grad_references, long long S, long long Q_, long long image_stride,
         long long head_stride) {
     MSDA_SHARED_MEMORY(msda_memory);
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
@@ -207,10 +312,12 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
 
     const msda_work work = msda_work_of_block(Q);
     msda_begin(shared, work, metadata, lengths, S, Q);
-    locations += 2 * msda_first_sample(work, Q_);
-    weights += msda_first_sample(work, Q_);
-    if (MSDA_GRAD_LOCATIONS) grad_locations += 2 * msda_first_sample(work, Q_);
-    if (MSDA_GRAD_WEIGHTS) grad_weights += msda_first_sample(work, Q_);
+    locations += msda_first_element(work, Q_, MSDA_LOCATIONS_PITCH);
+    weights += msda_first_element(work, Q_, MSDA_WEIGHTS_PITCH);
+    if (MSDA_FRONT) references += work.image * Q_ * (MSDA_REFERENCES * MSDA_FRONT);
+    if (MSDA_GRAD_LOCATIONS) grad_locations += msda_first_element(work, Q_, MSDA_LOCATIONS_PITCH);
+    if (MSDA_GRAD_WEIGHTS) grad_weights += msda_first_element(work, Q_, MSDA_WEIGHTS_PITCH);
+    if (MSDA_GRAD_REFERENCES) grad_references += msda_first_element(work, Q_, MSDA_L * MSDA_FRONT);
     [[maybe_unused]] const int local = threadIdx.x % 32 / MSDA_LANES;
     const int lane = threadIdx.x % 32 % MSDA_LANES;
     [[maybe_unused]] const msda_address image =
@@ -223,7 +330,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
 #if MSDA_MERGE
 #pragma unroll 1
     for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-        const unsigned count = msda_fill_sorted(shared, k0, locations, weights);
+        const unsigned count = msda_fill_sorted(shared, k0, locations, weights, references);
 #pragma unroll 1
         for (int turn = 0; turn < MSDA_TURNS; ++turn) {
             const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
@@ -239,11 +346,17 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
             const msda_value* incoming = grad_output + ((work.image * Q + (q < 0 ? 0 : q)) * MSDA_M + work.m) * MSDA_D;
             msda_held held = msda_hold(incoming, lane);
             msda_raw raw;
-            msda_load_raw(raw, shared, round, k0, locations, weights);
+            msda_load_raw(raw, shared, round, k0, locations, weights, references);
             msda_sample* samples = shared.samples[round * MSDA_WARPS + threadIdx.x / 32];
+#if MSDA_FRONT
+            msda_recall_weights(raw, samples);
+#endif
             msda_multiply_chunk(shared, samples, k0, incoming, held, image, image_grad);
             __syncwarp();
             msda_write_samples(samples, shared, raw, round, k0, grad_locations, grad_weights);
+#if MSDA_GRAD_REFERENCES
+            msda_write_references(samples, shared, round, grad_references);
+#endif
         }
         __syncthreads();
 #endif
@@ -251,7 +364,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
 #else
     msda_sample* samples = shared.samples[threadIdx.x / 32];
     msda_raw raw;
-    msda_load_raw(raw, shared, 0, 0, locations, weights);
+    msda_load_raw(raw, shared, 0, 0, locations, weights, references);
 #pragma unroll 1
     for (int round = 0; round < MSDA_ROUNDS; ++round) {
         const msda_index q = msda_query_of(shared, round, local);
@@ -267,12 +380,15 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
             __syncwarp();
 #if MSDA_GRAD_SAMPLES
             msda_write_samples(samples, shared, raw, round, k0, grad_locations, grad_weights);
+#if MSDA_GRAD_REFERENCES
+            msda_write_references(samples, shared, round, grad_references);
+#endif
             __syncwarp();
 #endif
             if (k0 + MSDA_CHUNK < MSDA_K) {
-                msda_load_raw(raw, shared, round, k0 + MSDA_CHUNK, locations, weights);
+                msda_load_raw(raw, shared, round, k0 + MSDA_CHUNK, locations, weights, references);
             } else if (round + 1 < MSDA_ROUNDS) {
-                msda_load_raw(raw, shared, round + 1, 0, locations, weights);
+                msda_load_raw(raw, shared, round + 1, 0, locations, weights, references);
             }
         }
     }

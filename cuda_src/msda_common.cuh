@@ -116,8 +116,10 @@ __device__ __forceinline__ int msda_level_of(int k) {
     for (int l = 1; l < MSDA_L; ++l) level += k >= msda_first_point.of[l];
     return level;
 }
+__device__ __forceinline__ int msda_first_of(int level) { return msda_first_point.of[level]; }
 #define MSDA_LEVEL_OF(k) msda_level_of(k)
 #else
+__device__ __forceinline__ int msda_first_of(int level) { return level * MSDA_P; }
 #define MSDA_LEVEL_OF(k) ((k) / MSDA_P)
 #endif
 
@@ -152,10 +154,11 @@ struct msda_cell {
                         // level that does not fit
 };
 
-// Pixels a unit of the location, and what is taken off.
+// Pixels from one end of a level to the other, pixels a unit of the location, and what is taken off.
 __device__ __forceinline__ msda_acc msda_scale(int size) {
     return (msda_acc)(MSDA_ALIGN_CORNERS ? size - 1 : size);
 }
+__device__ __forceinline__ msda_acc msda_unit(int size) { return MSDA_PIXELS ? (msda_acc)1 : msda_scale(size); }
 __device__ __forceinline__ msda_acc msda_shift() { return MSDA_ALIGN_CORNERS ? (msda_acc)0 : (msda_acc)0.5; }
 
 #define MSDA_CLAMPED (MSDA_NEAREST || MSDA_BORDER)
@@ -178,15 +181,15 @@ __device__ __forceinline__ msda_acc msda_clamp(msda_acc p, int size) {
 // How far the pixel moves when the location does.
 __device__ __forceinline__ msda_acc msda_slope(msda_acc x, int size) {
 #if MSDA_CLAMPED
-    const msda_acc p = msda_pixel(x, msda_scale(size));
-    return !MSDA_NEAREST && p > 0 && p < (msda_acc)(size - 1) ? msda_scale(size) : (msda_acc)0;
+    const msda_acc p = msda_pixel(x, msda_unit(size));
+    return !MSDA_NEAREST && p > 0 && p < (msda_acc)(size - 1) ? msda_unit(size) : (msda_acc)0;
 #else
-    return msda_scale(size);
+    return msda_unit(size);
 #endif
 }
 
 __device__ __forceinline__ msda_cell msda_locate(msda_acc x, msda_acc y, const msda_level& level) {
-    const msda_acc w = msda_scale(level.w), h = msda_scale(level.h);
+    const msda_acc w = msda_unit(level.w), h = msda_unit(level.h);
     msda_acc px = msda_pixel(x, w), py = msda_pixel(y, h);
     msda_cell cell;
 #if MSDA_CLAMPED
@@ -224,8 +227,8 @@ __device__ __forceinline__ msda_acc msda_nan() { return (msda_acc)__int_as_float
 
 // What the lanes of a query need of one sample, in 16 bytes for float32: every lane reads all of it, and shared memory
 // hands out 4 bytes a lane and clock. `place` is 16 * (row of value of the neighbour (y0, x0)) + bits of msda_inside; that
-// neighbour may lie outside, even before the image. `attention` is 0 where the sample does not
-// count, so that a NaN weight does not leak, and NaN in a level that does not fit.
+// neighbour may lie outside, even before the image. `attention` is NaN in a level that does not fit, and 0 where the
+// sample does not count, so that a NaN weight does not leak; a weight from a softmax is kept there, for its gradient.
 struct alignas(16) msda_sample {
     msda_index place;
     msda_acc ax, ay, attention;
@@ -239,7 +242,8 @@ __device__ __forceinline__ msda_sample msda_prepare(
     sample.place = pixel * 16 + msda_inside(cell, level);
     sample.ax = cell.counts ? cell.ax : 0;
     sample.ay = cell.counts ? cell.ay : 0;
-    sample.attention = cell.counts ? attention : level.w > 0 ? (msda_acc)0 : msda_nan();
+    sample.attention = cell.counts || (MSDA_FRONT && attention == attention) ? attention : (msda_acc)0;
+    if (!cell.counts && level.w == 0) sample.attention = msda_nan();
     return sample;
 }
 
@@ -339,19 +343,42 @@ __device__ __forceinline__ msda_index msda_number(msda_index q) { return MSDA_PA
 
 // One sample a lane and turn, from global memory. The loads of the next round are issued before the current one is
 // worked on, so that their latency is hidden.
-#define MSDA_FILLS ((MSDA_QUERIES * MSDA_CHUNK + 31) / 32)
 
-struct msda_raw {
-    msda_vector<msda_location, 2> xy[MSDA_FILLS];
-    msda_location attention[MSDA_FILLS];
+// Samples of a query that lanes have a place for: with a softmax over them a power of two, or a multiple of a warp.
+#if MSDA_FRONT
+__device__ constexpr int msda_power(int n) { return n <= 1 ? 1 : 2 * msda_power((n + 1) / 2); }
+#define MSDA_SPAN (MSDA_K <= 32 ? msda_power(MSDA_K) : (MSDA_K + 31) / 32 * 32)
+#else
+#define MSDA_SPAN MSDA_CHUNK
+#endif
+#define MSDA_FILLS ((MSDA_QUERIES * MSDA_SPAN + 31) / 32)
+
+// The samples of a lane.
+template <int FILLS>
+struct msda_raw_of {
+    msda_vector<msda_location, 2> xy[FILLS];    // location or offset
+    msda_location attention[FILLS];             // weight or logit
+#if MSDA_FRONT
+    msda_vector<msda_reference, 2> reference[FILLS][MSDA_FRONT / 2];
+    msda_acc weight[FILLS];                     // by msda_softmax
+#endif
 };
 
-// Index of sample 0 of this image's query 0 in attention_weights; that of sample k of query q is msda_in_image more.
-__device__ __forceinline__ long long msda_first_sample(const msda_work& work, long long Q) {
-    return work.image * Q * (MSDA_M * MSDA_K) + work.m * MSDA_K;
+typedef msda_raw_of<MSDA_FILLS> msda_raw;
+
+// Where samples come from and their gradients go to: elements from a query and head to the next. Pairs may be read as
+// such unless their number a query is odd.
+#define MSDA_LOCATIONS_PITCH ((MSDA_PACKED ? 3 : 2) * MSDA_K)
+#define MSDA_WEIGHTS_PITCH ((MSDA_PACKED ? 3 : 1) * MSDA_K)
+#define MSDA_IN_PAIRS (MSDA_LOCATIONS_PITCH % 2 == 0)
+
+// Index of element 0 of this image's query 0 in an array of `pitch` elements a query and head.
+__device__ __forceinline__ long long msda_first_element(const msda_work& work, long long Q, int pitch) {
+    return work.image * Q * (MSDA_M * pitch) + work.m * pitch;
 }
 
-__device__ __forceinline__ msda_index msda_in_image(msda_index q, int k) { return q * (MSDA_M * MSDA_K) + k; }
+// That of element k of query q is so much more.
+__device__ __forceinline__ msda_index msda_in_image(msda_index q, int k, int pitch) { return q * (MSDA_M * pitch) + k; }
 
 // N numbers that are read once: first out of the caches.
 template <int N>
@@ -362,36 +389,174 @@ __device__ __forceinline__ msda_vector<msda_location, N> msda_stream(
     return v;
 }
 
-// `locations` and `weights` begin at the first sample.
+__device__ __forceinline__ msda_vector<msda_location, 2> msda_stream_pair(
+        const msda_location* __restrict__ locations, msda_index q, int k) {
+#if MSDA_PACKED
+    if (!MSDA_IN_PAIRS) {
+        msda_vector<msda_location, 2> v;
+        for (int i = 0; i < 2; ++i)
+            v.element[i] = msda_stream<1>(locations, msda_in_image(q, 2 * k + i, MSDA_LOCATIONS_PITCH)).element[0];
+        return v;
+    }
+#endif
+    return msda_stream<2>(locations, msda_in_image(q, k, MSDA_LOCATIONS_PITCH / 2));
+}
+
+// Where sample number `fill` of a lane is: sample k of query q.
+template <int FILLS>
+__device__ __forceinline__ void msda_load_place(
+        msda_raw_of<FILLS>& raw, int fill, msda_index q, int k, const msda_location* __restrict__ locations,
+        [[maybe_unused]] const msda_reference* __restrict__ references) {
+    raw.xy[fill] = msda_stream_pair(locations, q, k);
+#if MSDA_FRONT
+    const msda_index point = q * MSDA_REFERENCES + (MSDA_REFERENCES > 1 ? MSDA_LEVEL_OF(k) : 0);
+#pragma unroll
+    for (int half = 0; half < MSDA_FRONT / 2; ++half) {
+        msda_vector<msda_reference, 2>& pair = raw.reference[fill][half];
+        const msda_index at = point * (MSDA_FRONT / 2) + half;
+        pair.word = __ldg(reinterpret_cast<const decltype(pair.word)*>(references) + at);
+    }
+#endif
+}
+
+__device__ __forceinline__ msda_location msda_load_attention(
+        const msda_location* __restrict__ weights, msda_index q, int k) {
+    return msda_stream<1>(weights, msda_in_image(q, k, MSDA_WEIGHTS_PITCH)).element[0];
+}
+
+// `locations` and `weights` begin at the first sample, `references` at the image.
 __device__ __forceinline__ void msda_load_raw(
         msda_raw& raw, const msda_shared& shared, int round, int k0, const msda_location* __restrict__ locations,
-        const msda_location* __restrict__ weights) {
+        const msda_location* __restrict__ weights, [[maybe_unused]] const msda_reference* __restrict__ references) {
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
-        const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
+        const int local = i / MSDA_SPAN, k = k0 + i % MSDA_SPAN;
         const msda_index q = msda_query_of(shared, round, local);
+#if MSDA_FRONT
+        raw.attention[fill] = msda_location();   // whatever it is, others' softmax may look at it
+#endif
         if (q >= 0 && k < MSDA_K) {
-            raw.xy[fill] = msda_stream<2>(locations, msda_in_image(q, k));
-            raw.attention[fill] = msda_stream<1>(weights, msda_in_image(q, k)).element[0];
+            msda_load_place(raw, fill, q, k, locations, references);
+            raw.attention[fill] = msda_load_attention(weights, q, k);
         }
     }
 }
 
+// A sample in numbers of the arithmetic.
+struct msda_point {
+    msda_acc x, y;      // location
+    msda_acc attention;
+};
+
+#if MSDA_FRONT
+enum {
+    msda_lanes_of_query = MSDA_SPAN < 32 ? MSDA_SPAN : 32,
+    msda_fills_of_query = (MSDA_SPAN + 31) / 32
+};
+
+__device__ __forceinline__ msda_acc msda_sum_of_query(msda_acc x) {
+#pragma unroll
+    for (int mask = 1; mask < msda_lanes_of_query; mask *= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+    return x;
+}
+
+// Logits whose exponentials neither overflow nor vanish: no need to take their largest off.
+#define MSDA_MODERATE 60
+
+// Logits to weights: each query's lanes hold all of its samples. By all lanes of a warp.
+template <int FILLS>
+__device__ __forceinline__ void msda_softmax(msda_raw_of<FILLS>& raw) {
+    const msda_acc lowest = -(msda_acc)__int_as_float(0x7f800000);
+    bool moderate = true;
+#pragma unroll
+    for (int fill = 0; fill < FILLS; ++fill) {
+        const msda_acc logit = msda_load(raw.attention[fill]);
+        const int k = fill % msda_fills_of_query * 32 + threadIdx.x % msda_lanes_of_query;
+        moderate = moderate && logit > -MSDA_MODERATE && logit < MSDA_MODERATE;
+        raw.weight[fill] = k < MSDA_K ? logit : lowest;
+    }
+    if (!__all_sync(0xffffffffu, moderate)) {
+#pragma unroll
+        for (int fill = 0; fill < FILLS; fill += msda_fills_of_query) {
+            msda_acc largest = lowest;
+#pragma unroll
+            for (int t = 0; t < msda_fills_of_query; ++t) largest = fmax(largest, raw.weight[fill + t]);
+#pragma unroll
+            for (int mask = 1; mask < msda_lanes_of_query; mask *= 2)
+                largest = fmax(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
+#pragma unroll
+            for (int t = 0; t < msda_fills_of_query; ++t) raw.weight[fill + t] -= largest;
+        }
+    }
+#pragma unroll
+    for (int fill = 0; fill < FILLS; fill += msda_fills_of_query) {
+        msda_acc total = 0;
+#pragma unroll
+        for (int t = 0; t < msda_fills_of_query; ++t) {
+            raw.weight[fill + t] = msda_exp(raw.weight[fill + t]);
+            total += raw.weight[fill + t];
+        }
+        const msda_acc scale = msda_reciprocal(msda_sum_of_query(total));
+#pragma unroll
+        for (int t = 0; t < msda_fills_of_query; ++t) raw.weight[fill + t] *= scale;
+    }
+}
+
+// Pixels of a level of `size` pixels that an offset of 1 is: `extent` is the width or height of the reference box.
+__device__ __forceinline__ msda_acc msda_reach([[maybe_unused]] msda_acc extent, int size, [[maybe_unused]] int level) {
+#if MSDA_FRONT == 4
+    return extent * msda_scale(size) * ((msda_acc)0.5 / (msda_acc)(msda_first_of(level + 1) - msda_first_of(level)));
+#else
+    return MSDA_ALIGN_CORNERS ? msda_scale(size) / (msda_acc)size : (msda_acc)1;
+#endif
+}
+
+// The reach of both coordinates of a sample.
+struct msda_reaches { msda_acc x, y; };
+
+template <int FILLS>
+__device__ __forceinline__ msda_reaches msda_reaches_of(
+        const msda_raw_of<FILLS>& raw, int fill, int level, const msda_level& size) {
+    const msda_vector<msda_reference, 2>& box = raw.reference[fill][MSDA_FRONT / 2 - 1];
+    return {msda_reach(msda_load(box.element[0]), size.w, level), msda_reach(msda_load(box.element[1]), size.h, level)};
+}
+#endif
+
+// Sample number `fill` of a lane, which is one of level `level`.
+template <int FILLS>
+__device__ __forceinline__ msda_point msda_point_of(
+        const msda_raw_of<FILLS>& raw, int fill, [[maybe_unused]] int level, [[maybe_unused]] const msda_level& size) {
+    const msda_acc x = msda_load(raw.xy[fill].element[0]), y = msda_load(raw.xy[fill].element[1]);
+#if MSDA_FRONT
+    const msda_reaches reach = msda_reaches_of(raw, fill, level, size);
+    const msda_vector<msda_reference, 2>& reference = raw.reference[fill][0];
+    return {fma(msda_load(reference.element[0]), msda_scale(size.w), x * reach.x),
+            fma(msda_load(reference.element[1]), msda_scale(size.h), y * reach.y), raw.weight[fill]};
+#else
+    return {x, y, msda_load(raw.attention[fill])};
+#endif
+}
+
 // Raw samples to prepared ones in shared memory. Where there is none, a sample that does not count.
 __device__ __forceinline__ void msda_fill(
-        msda_sample* samples, const msda_shared& shared, const msda_raw& raw, int round, int k0) {
+        msda_sample* samples, const msda_shared& shared, msda_raw& raw, int round, int k0) {
+#if MSDA_FRONT
+    msda_softmax(raw);
+#endif
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
-        const int local = i / MSDA_CHUNK, k = k0 + i % MSDA_CHUNK;
-        if (local < MSDA_QUERIES) {
+        const int local = i / MSDA_SPAN, place = i % MSDA_SPAN, k = k0 + place;
+        if (local < MSDA_QUERIES && place < MSDA_CHUNK) {
             const msda_index q = msda_query_of(shared, round, local);
             msda_sample sample = {0, 0, 0, 0};
-            if (q >= 0 && k < MSDA_K)
-                sample = msda_prepare(msda_load(raw.xy[fill].element[0]), msda_load(raw.xy[fill].element[1]),
-                                      msda_load(raw.attention[fill]), shared.levels[MSDA_LEVEL_OF(k)]);
-            samples[local * MSDA_PITCH + i % MSDA_CHUNK] = sample;
+            if (q >= 0 && k < MSDA_K) {
+                const int level = MSDA_LEVEL_OF(k);
+                const msda_point point = msda_point_of(raw, fill, level, shared.levels[level]);
+                sample = msda_prepare(point.x, point.y, point.attention, shared.levels[level]);
+            }
+            samples[local * MSDA_PITCH + place] = sample;
         }
     }
 }

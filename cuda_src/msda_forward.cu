@@ -36,7 +36,8 @@ __device__ __forceinline__ void msda_accumulate(
 extern "C" __global__ void MSDA_BOUNDS msda_forward(
         const msda_value* __restrict__ value, const __grid_constant__ msda_metadata metadata,
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
-        const long long* __restrict__ lengths, msda_value* __restrict__ output, long long S, long long Q_,
+        const msda_reference* __restrict__ references, const long long* __restrict__ lengths,
+        msda_value* __restrict__ output, long long S, long long Q_,
         long long image_stride, long long head_stride) {
     MSDA_SHARED_MEMORY(msda_memory);
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
@@ -44,8 +45,9 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
 
     const msda_work work = msda_work_of_block(Q);
     msda_begin(shared, work, metadata, lengths, S, Q);
-    locations += 2 * msda_first_sample(work, Q_);
-    weights += msda_first_sample(work, Q_);
+    locations += msda_first_element(work, Q_, MSDA_LOCATIONS_PITCH);
+    weights += msda_first_element(work, Q_, MSDA_WEIGHTS_PITCH);
+    if (MSDA_FRONT) references += work.image * Q_ * (MSDA_REFERENCES * MSDA_FRONT);
     const int group = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
     const int local = group / MSDA_SPLIT, turn_of_group = group % MSDA_SPLIT;
     msda_sample* samples = shared.samples[threadIdx.x / 32];
@@ -54,7 +56,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
         (work.image * image_stride + work.m * head_stride + lane * MSDA_VEC) * sizeof(msda_value);
 
     msda_raw raw;
-    msda_load_raw(raw, shared, 0, 0, locations, weights);
+    msda_load_raw(raw, shared, 0, 0, locations, weights, references);
 #pragma unroll 1
     for (int round = 0; round < MSDA_ROUNDS; ++round) {
         const msda_index q = msda_query_of(shared, round, local);
@@ -70,9 +72,9 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
             msda_fill(samples, shared, raw, round, k0);
             __syncwarp();
             if (k0 + MSDA_CHUNK < MSDA_K) {
-                msda_load_raw(raw, shared, round, k0 + MSDA_CHUNK, locations, weights);
+                msda_load_raw(raw, shared, round, k0 + MSDA_CHUNK, locations, weights, references);
             } else if (round + 1 < MSDA_ROUNDS) {
-                msda_load_raw(raw, shared, round + 1, 0, locations, weights);
+                msda_load_raw(raw, shared, round + 1, 0, locations, weights, references);
             }
             if (active) {
 #pragma unroll msda_unroll

@@ -48,13 +48,12 @@ struct msda_lot {
     __device__ __forceinline__ msda_index number(int take) const { return (msda_index)(has(take) ? first + take * 32 : 0); }
     __device__ __forceinline__ msda_index query(int take) const { return number(take) / MSDA_K; }
     __device__ __forceinline__ int k(int take) const { return (int)(number(take) - query(take) * MSDA_K); }
-    __device__ __forceinline__ msda_index place(int take) const { return msda_in_image(query(take), k(take)); }
 };
 
 extern "C" __global__ void MSDA_BOUNDS msda_sort(
         const msda_location* __restrict__ locations, const __grid_constant__ msda_metadata metadata,
-        const msda_location* __restrict__ weights, const long long* __restrict__ lengths,
-        unsigned short* __restrict__ starts, msda_entry* __restrict__ entries, msda_counts* counts, long long S,
+        const msda_location* __restrict__ weights, const msda_reference* __restrict__ references,
+        const long long* __restrict__ lengths, unsigned short* __restrict__ starts, msda_entry* __restrict__ entries, msda_counts* counts, long long S,
         long long Q, long long first_head, long long heads, long long first_row, long long rows) {
     MSDA_SHARED_MEMORY(msda_memory);
     const msda_slab slab = {(msda_index)first_row, (msda_index)rows};
@@ -77,13 +76,15 @@ extern "C" __global__ void MSDA_BOUNDS msda_sort(
     if (head >= heads) return;
     const msda_work work = {head / MSDA_M, (int)(head % MSDA_M), 0};
     lot.samples = (long long)msda_length(lengths, work.image, (msda_index)Q) * MSDA_K;
-    locations += 2 * msda_first_sample(work, Q);
-    weights += msda_first_sample(work, Q);
+    locations += msda_first_element(work, Q, MSDA_LOCATIONS_PITCH);
+    weights += msda_first_element(work, Q, MSDA_WEIGHTS_PITCH);
+    if (MSDA_FRONT) references += work.image * Q * (MSDA_REFERENCES * MSDA_FRONT);
     lot.first = (long long)run * in_block + warp * MSDA_CHUNK + lane;
 
-    msda_vector<msda_location, 2> xy[MSDA_TAKES];
+    msda_raw_of<1> raw[MSDA_TAKES];
 #pragma unroll
-    for (int take = 0; take < MSDA_TAKES; ++take) xy[take] = msda_stream<2>(locations, lot.place(take));
+    for (int take = 0; take < MSDA_TAKES; ++take)
+        msda_load_place(raw[take], 0, lot.query(take), lot.k(take), locations, references);
     msda_read_levels(metadata, S, 0, levels);
     for (int i = lane; i < pitch / 2; i += 32) reinterpret_cast<unsigned*>(mine)[i] = 0;
     __syncthreads();
@@ -91,8 +92,10 @@ extern "C" __global__ void MSDA_BOUNDS msda_sort(
     unsigned at[MSDA_TAKES][MSDA_PARTS];    // list and rank among those of this warp in it; then the place in the run
 #pragma unroll
     for (int take = 0; take < MSDA_TAKES; ++take) {
-        const msda_level level = levels[MSDA_LEVEL_OF(lot.k(take))];
-        const msda_cell cell = msda_locate(msda_load(xy[take].element[0]), msda_load(xy[take].element[1]), level);
+        const int l = MSDA_LEVEL_OF(lot.k(take));
+        const msda_level level = levels[l];
+        const msda_point point = msda_point_of(raw[take], 0, l, level);
+        const msda_cell cell = msda_locate(point.x, point.y, level);
         const msda_acc weight[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int lower = 0; lower < MSDA_PARTS; ++lower) {
@@ -106,10 +109,9 @@ extern "C" __global__ void MSDA_BOUNDS msda_sort(
             at[take][lower] = list < 0 ? msda_nowhere : (unsigned)list << 16 | (before + rank);
         }
     }
-    msda_location attention[MSDA_TAKES];
 #pragma unroll
     for (int take = 0; take < MSDA_TAKES; ++take)
-        attention[take] = msda_stream<1>(weights, lot.place(take)).element[0];
+        raw[take].attention[0] = msda_load_attention(weights, lot.query(take), lot.k(take));
     __syncthreads();
 
     // Counts to places: a stretch of lists a thread.
@@ -149,12 +151,17 @@ extern "C" __global__ void MSDA_BOUNDS msda_sort(
 
 #pragma unroll
     for (int take = 0; take < MSDA_TAKES; ++take) {
-        const msda_level level = levels[MSDA_LEVEL_OF(lot.k(take))];
-        const msda_cell cell = msda_locate(msda_load(xy[take].element[0]), msda_load(xy[take].element[1]), level);
+        const int l = MSDA_LEVEL_OF(lot.k(take));
+        const msda_level level = levels[l];
+#if MSDA_FRONT
+        msda_softmax(raw[take]);    // the samples of a query stand side by side
+#endif
+        const msda_point point = msda_point_of(raw[take], 0, l, level);
+        const msda_cell cell = msda_locate(point.x, point.y, level);
         msda_sample sample;
         sample.ax = cell.ax;
         sample.ay = cell.ay;
-        sample.attention = msda_load(attention[take]);
+        sample.attention = point.attention;
         msda_acc weight[4];
         msda_weights(sample, weight);
 #pragma unroll

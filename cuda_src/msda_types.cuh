@@ -7,6 +7,11 @@
 //   MSDA_POINTS       points of each level, by commas, where they differ; MSDA_P is 0 then
 //   MSDA_NEAREST      one pixel a sample, its index clamped into the level, instead of four
 //   MSDA_BORDER, MSDA_ALIGN_CORNERS  as padding_mode and align_corners of grid_sample
+//   MSDA_FRONT        numbers of a reference point, where samples come as offsets from one, and as logits: 2 (x, y) or 4
+//                     (and width, height); 0 where they come as locations and weights. Then all of a query are in a chunk
+//   MSDA_REFERENCE_*  dtype of the reference points; MSDA_REFERENCES of them a query: one a level, or one for all
+//   MSDA_PACKED       offsets and logits of a query and head follow each other in one array
+//   MSDA_PIXELS       locations are in pixels of their level, not normalised
 //   MSDA_STRIDE       elements from a row of value to the next
 //   MSDA_PADDED       only the first queries of an image count, `lengths` says how many; the others get zeros
 //   MSDA_VEC          channels a lane moves at once
@@ -60,6 +65,16 @@ typedef msda_f16 msda_location;
 typedef msda_bf16 msda_location;
 #else
 typedef msda_acc msda_location;
+#endif
+
+#if MSDA_REFERENCE_F16
+typedef msda_f16 msda_reference;
+#elif MSDA_REFERENCE_BF16
+typedef msda_bf16 msda_reference;
+#elif MSDA_REFERENCE_F64
+typedef double msda_reference;
+#else
+typedef float msda_reference;
 #endif
 
 #define MSDA_THREADS (32 * MSDA_WARPS)
@@ -122,6 +137,21 @@ __device__ __forceinline__ void msda_store(float x, msda_bf16& y) {
     const unsigned bits = __float_as_uint(x);
     y.bits = x != x ? 0x7fc0 : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+
+__device__ __forceinline__ float msda_exp(float x) { return exp2f(x * 1.4426950408889634f); }
+__device__ __forceinline__ double msda_exp(double x) { return exp(x); }
+
+// One over x, to the last two bits.
+__device__ __forceinline__ float msda_reciprocal(float x) {
+#if MSDA_PTX
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1 / x;
+#endif
+}
+__device__ __forceinline__ double msda_reciprocal(double x) { return 1 / x; }
 
 // A product that is not contracted with an addition.
 __device__ __forceinline__ float msda_multiply(float x, float y) { return __fmul_rn(x, y); }

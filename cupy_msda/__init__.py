@@ -5,7 +5,21 @@
 """
 
 from .ahead import Sizes, warmup
-from .api import ms_deform_attn, ms_deform_attn_backward, ms_deform_attn_forward
+from .api import (
+    ms_deform_attn,
+    ms_deform_attn_backward,
+    ms_deform_attn_forward,
+    ms_deform_attn_fused,
+    ms_deform_attn_fused_backward,
+)
 
-__all__ = ["Sizes", "ms_deform_attn", "ms_deform_attn_backward", "ms_deform_attn_forward", "warmup"]
+__all__ = [
+    "Sizes",
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "ms_deform_attn_forward",
+    "ms_deform_attn_fused",
+    "ms_deform_attn_fused_backward",
+    "warmup",
+]
 __version__ = "0.1.0"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import cpu, cuda, interop, problem
-from .problem import ALL, Operands, Problem, Variant, Wanted
+from . import cpu, cpu_front, cuda, interop, problem
+from .problem import ALL, FUSED_NAMES, SHORT_NAMES, Operands, Problem, Variant, Wanted
 
 
 def ms_deform_attn(
@@ -86,13 +86,9 @@ def ms_deform_attn(
     RuntimeError
         For an array on a CUDA device on a machine without CuPy.
     """
-    named = {"value": value, "sampling_locations": sampling_locations, "attention_weights": attention_weights}
-    for name, array in named.items():
-        if interop.tracks_gradient(array):
-            raise TypeError(
-                f"{name}: expected a tensor that requires no gradient, because this function records none; "
-                "use cupy_msda.torch.ms_deform_attn, or detach() it"
-            )
+    _refuse_gradients(
+        "ms_deform_attn", value=value, sampling_locations=sampling_locations, attention_weights=attention_weights
+    )
     return forward(
         *problem.read(
             value,
@@ -129,7 +125,7 @@ def ms_deform_attn_forward(
             sampling_loc,
             attn_weight,
             im2col_step,
-            names=("sampling_loc", "attn_weight"),
+            names=SHORT_NAMES,
         )
     )
 
@@ -179,30 +175,192 @@ def ms_deform_attn_backward(
         attn_weight,
         im2col_step,
         grad_output,
-        names=("sampling_loc", "attn_weight"),
+        names=SHORT_NAMES,
         deterministic=deterministic,
         variant=Variant(num_points, interpolation, padding_mode, align_corners),
         query_lengths=query_lengths,
     )
-    return backward(found, operands)
+    return backward(found, operands)[:3]
+
+
+def ms_deform_attn_fused(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    reference_points: Any,
+    sampling_offsets: Any,
+    attention_logits: Any = None,
+    im2col_step: int = 64,
+    *,
+    num_points: Sequence[int] | None = None,
+    interpolation: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+    query_lengths: Any = None,
+    deterministic: bool | None = None,
+    validate: bool = False,
+) -> Any:
+    """:func:`ms_deform_attn` with the arithmetic of the models before it: locations from offsets, weights from logits.
+
+    The sampling locations and the softmax are made in the kernel, and never are in memory. With points as references
+    (Zhu et al. 2021, equation 2)
+
+        location = reference + offset / (W, H)
+
+    and with boxes (appendix A.4; P points in that level)
+
+        location = reference_xy + offset / P * reference_wh * 0.5
+
+    The weights are the softmax of a query's and head's logits over all levels and points.
+
+    Parameters
+    ----------
+    value : array [N, S, M, D]
+        Feature levels, flattened.
+    spatial_shapes : integer array or sequence [L, 2]
+        (H, W) of each level.
+    level_start_index : integer array or sequence [L], or None
+        First row of each level in S.
+    reference_points : array [N, Q, L, 2] or [N, Q, L, 4], or [N, Q, 1, 2 or 4]
+        (x, y), or (x, y, width, height), of each query in each level, normalised as locations are; or the same for all
+        levels. value's dtype, or float32 beside a 16-bit value.
+    sampling_offsets : array [N, Q, M, L, P, 2], or [N, Q, M, sum(num_points), 2]
+        In pixels of their level, or relative to the box. value's dtype, or float32 beside a 16-bit value: offsets are
+        small, so that 16 bits are enough for them, and locations are float32 in any case.
+    attention_logits : array [N, Q, M, L, P], or [N, Q, M, sum(num_points)], or None
+        The dtype of `sampling_offsets`. None: both are one projection `sampling_offsets` [N, Q, M, L*P*3], whose last
+        dimension has the offsets first, as L*P pairs (x, y), and then the logits.
+    im2col_step, num_points, interpolation, padding_mode, align_corners, query_lengths, deterministic, validate
+        As for :func:`ms_deform_attn`, which says more about the arrays above too.
+
+    Returns
+    -------
+    array [N, Q, M*D]
+        As from :func:`ms_deform_attn`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As :func:`ms_deform_attn`.
+    NotImplementedError
+        On a GPU, for more samples a query and head than fit into shared memory: several hundred for D = 32.
+    """
+    _refuse_gradients(
+        "ms_deform_attn_fused",
+        value=value,
+        reference_points=reference_points,
+        sampling_offsets=sampling_offsets,
+        attention_logits=attention_logits,
+    )
+    return forward(
+        *problem.read(
+            value,
+            spatial_shapes,
+            level_start_index,
+            sampling_offsets,
+            attention_logits,
+            im2col_step,
+            names=FUSED_NAMES,
+            reference_points=reference_points,
+            deterministic=deterministic,
+            validate=validate,
+            variant=Variant(num_points, interpolation, padding_mode, align_corners),
+            query_lengths=query_lengths,
+        )
+    )
+
+
+def ms_deform_attn_fused_backward(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    reference_points: Any,
+    sampling_offsets: Any,
+    attention_logits: Any,
+    grad_output: Any,
+    im2col_step: int = 64,
+    *,
+    num_points: Sequence[int] | None = None,
+    interpolation: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+    query_lengths: Any = None,
+    deterministic: bool | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """The gradients of :func:`ms_deform_attn_fused`, whose parameters these are.
+
+    `grad_output` [N, Q, M*D] is the gradient of the output, in value's dtype.
+
+    Returns
+    -------
+    grad_value, grad_reference_points, grad_sampling_offsets, grad_attention_logits : arrays
+        With the shape and dtype of their inputs; the last is None where offsets and logits are one array.
+
+    Notes
+    -----
+    What :func:`ms_deform_attn_backward` says about the order of sums holds here too; the gradient of the reference
+    points always has the same bits. Memory beside the gradients: what is said there, the sums of each head for the
+    reference points (8 or 16 bytes a query, head and level), and where grad_value is summed in lists, 12 bytes a sample
+    (24 in float64).
+    """
+    found, operands = problem.read(
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_offsets,
+        attention_logits,
+        im2col_step,
+        grad_output,
+        names=FUSED_NAMES,
+        reference_points=reference_points,
+        deterministic=deterministic,
+        variant=Variant(num_points, interpolation, padding_mode, align_corners),
+        query_lengths=query_lengths,
+    )
+    grad_value, grad_offsets, grad_logits, grad_references = backward(found, operands, ALL._replace(references=True))
+    return grad_value, grad_references, grad_offsets, grad_logits
+
+
+def _refuse_gradients(function: str, **arrays: Any) -> None:
+    for name, array in arrays.items():
+        if interop.tracks_gradient(array):
+            raise TypeError(
+                f"{name}: expected a tensor that requires no gradient, because this function records none; "
+                f"use cupy_msda.torch.{function}, or detach() it"
+            )
 
 
 def forward(found: Problem, operands: Operands) -> Any:
     """The output of a problem that has been read."""
     if found.device[0] == "cuda":
         return cuda.forward(found, operands)
-    arrays = (interop.to_numpy(view) for view in (operands.value, operands.locations, operands.weights))
-    return _from_numpy(cpu.forward(found, *arrays, lengths=_lengths(operands)), operands.value)
+    forward_of = cpu_front.forward if found.front else cpu.forward
+    return _from_numpy(forward_of(found, *_arrays(found, operands), lengths=_lengths(operands)), operands.value)
 
 
 def backward(found: Problem, operands: Operands, wanted: Wanted = ALL) -> Any:
-    """Gradients of a problem that has been read; those that are not wanted come as None."""
+    """Gradients of a problem that has been read, of value, locations, weights and references; None if not wanted.
+
+    Of offsets and logits in one array: in the place of the locations'.
+    """
     if found.device[0] == "cuda":
         return tuple(cuda.backward(found, operands, wanted))
-    views = (operands.value, operands.locations, operands.weights)
-    arrays = [interop.to_numpy(view) for view in (*views, operands.grad_output)]
-    grads = cpu.backward(found, *arrays, lengths=_lengths(operands), wanted=wanted)
+    arrays = (*_arrays(found, operands), interop.to_numpy(operands.grad_output))
+    if found.front:
+        grads = cpu_front.backward(found, *arrays, lengths=_lengths(operands), wanted=wanted)
+    else:
+        grads = (*cpu.backward(found, *arrays, lengths=_lengths(operands), wanted=wanted), None)
+    views = (operands.value, operands.locations, operands.weights, operands.references)
     return tuple(None if g is None else _from_numpy(g, view) for g, view in zip(grads, views, strict=True))
+
+
+def _arrays(found: Problem, operands: Operands) -> tuple[Any, ...]:
+    """The inputs of the NumPy path."""
+    value, locations = (interop.to_numpy(view) for view in (operands.value, operands.locations))
+    weights = None if found.front and found.front.packed else interop.to_numpy(operands.weights)
+    if found.front is None:
+        return value, locations, weights
+    return value, interop.to_numpy(operands.references), locations, weights
 
 
 def _lengths(operands: Operands) -> list[int] | None:

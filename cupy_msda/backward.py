@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import aside, interop, plan, plan_backward
 from .launch import PreparedLaunch
 from .problem import Problem, Wanted
+
+
+class Addresses(NamedTuple):
+    """Of the arrays of a run; with a front end, `locations` are offsets and `weights` logits."""
+
+    value: int
+    locations: int
+    weights: int
+    references: int
+    lengths: int
+    grad_output: int
+    grad_value: int
+    grad_locations: int
+    grad_weights: int
+    grad_references: int
+    workspace: int
 
 
 class PreparedBackward:
@@ -18,9 +34,8 @@ class PreparedBackward:
     workspace : int
         Bytes of uninitialised device memory, aligned to 256, that a run needs beside the gradients.
     run : callable
-        ``run(stream, metadata, value, locations, weights, lengths, grad_output, grad_value, grad_locations,
-        grad_weights, workspace)``: the words of the kernels' `msda_metadata`, and addresses; 0 for what is not there
-        or not wanted.
+        ``run(stream, metadata, *addresses)``: the words of the kernels' `msda_metadata`, and :class:`Addresses`; 0
+        for what is not there or not wanted.
     """
 
     def __init__(
@@ -36,17 +51,21 @@ class PreparedBackward:
         steps: list[Callable[..., None]] = []
         if planned.summation:
             steps.append(_summation(planned.summation, problem, prepare))
+        if planned.expand:
+            steps.append(_expanded(prepare(planned.expand).run, planned.expanded, problem, steps.pop()))
         if planned.samples:
-            steps.append(_backward(prepare(planned.samples).run, False, problem.kernel_sizes))
+            steps.append(_backward(prepare(planned.samples).run, False, planned.parts, problem.kernel_sizes))
         if len(steps) == 2:
             steps = [_beside(*steps, problem.device[1])]
         if planned.atomics:
             count = problem.N * problem.S * problem.M * problem.D
             rounded = planned.rounding is not None
             steps.append(_zeros(rounded, count * interop.item_size(problem.accumulator_dtype)))
-            steps.append(_backward(prepare(planned.atomics).run, rounded, problem.kernel_sizes))
+            steps.append(_backward(prepare(planned.atomics).run, rounded, planned.parts, problem.kernel_sizes))
         if planned.rounding:
             steps.append(_rounding(prepare(planned.rounding).run, count))
+        if planned.references:
+            steps.append(_references(prepare(planned.references).run, planned.parts, problem))
 
         def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
             for step in steps:
@@ -77,16 +96,19 @@ def _beside(longer: Callable[..., None], other: Callable[..., None], device: int
     return run
 
 
-def _backward(kernel: Callable[..., None], rounded: bool, sizes: tuple[int, ...]) -> Callable[..., None]:
-    """Additions go to grad_value, or where they are `rounded` once, for 16-bit values, to float32 in the workspace."""
+def _backward(kernel: Callable[..., None], rounded: bool, parts: int, sizes: tuple[int, ...]) -> Callable[..., None]:
+    """Additions go to grad_value, or where they are `rounded` once, for 16-bit values, to float32 in the workspace.
+
+    What each head adds to the gradient of reference points goes to byte `parts` of the workspace.
+    """
 
     def run(
-        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, lengths: int,
-        grad_output: int, grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
+        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, references: int, lengths: int,
+        grad_output: int, grad_value: int, grad_locations: int, grad_weights: int, grad_references: int, workspace: int,
     ) -> None:  # fmt: skip
         sums = workspace if rounded else grad_value
-        inputs = (value, *metadata, locations, weights, lengths, grad_output)
-        kernel(stream, *inputs, sums, grad_locations, grad_weights, *sizes)
+        inputs = (value, *metadata, locations, weights, references, lengths, grad_output)
+        kernel(stream, *inputs, sums, grad_locations, grad_weights, workspace + parts, *sizes)
 
     return run
 
@@ -95,14 +117,45 @@ def _zeros(rounded: bool, nbytes: int) -> Callable[..., None]:
     fill: Any = interop.require_cupy("an array on a CUDA device").cuda.runtime.memsetAsync
 
     def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
-        fill(addresses[-1] if rounded else addresses[5], 0, nbytes, stream)
+        of = Addresses(*addresses)
+        fill(of.workspace if rounded else of.grad_value, 0, nbytes, stream)
 
     return run
 
 
 def _rounding(kernel: Callable[..., None], count: int) -> Callable[..., None]:
     def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
-        kernel(stream, addresses[-1], addresses[5], count)
+        of = Addresses(*addresses)
+        kernel(stream, of.workspace, of.grad_value, count)
+
+    return run
+
+
+def _references(kernel: Callable[..., None], parts: int, problem: Problem) -> Callable[..., None]:
+    assert problem.front is not None
+    count = problem.N * problem.Q * problem.front.levels * problem.front.coordinates
+
+    def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
+        of = Addresses(*addresses)
+        kernel(stream, of.workspace + parts, of.grad_references, count)
+
+    return run
+
+
+def _expanded(
+    kernel: Callable[..., None], at: int, problem: Problem, after: Callable[..., None]
+) -> Callable[..., None]:
+    """The step `after`, with locations in pixels and weights, made at byte `at` of the workspace."""
+    samples = problem.N * problem.Q * problem.M * problem.K
+    nbytes = 2 * samples * interop.item_size(problem.accumulator_dtype)
+    sizes = (problem.S, problem.Q)
+
+    def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
+        of = Addresses(*addresses)
+        locations, weights = of.workspace + at, of.workspace + at + nbytes
+        inputs = (of.locations, *metadata, of.weights, of.references, of.lengths)
+        kernel(stream, *inputs, locations, weights, *sizes)
+        after(stream, metadata, *of._replace(locations=locations, weights=weights))
 
     return run
 
@@ -124,14 +177,14 @@ def _summation(
     by_block = planned.sum.key.kind == "sum"
 
     def run(
-        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, lengths: int,
-        grad_output: int, grad_value: int, grad_locations: int, grad_weights: int, workspace: int,
+        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, references: int, lengths: int,
+        grad_output: int, grad_value: int, grad_locations: int, grad_weights: int, grad_references: int, workspace: int,
     ) -> None:  # fmt: skip
         starts, entries = workspace, workspace + planned.entries
         counts, pieces, sums = (workspace + at if count else 0 for at in in_workspace)
         of_pieces = (counts, pieces, sums, planned.piece) if by_block else ()
         for slab in slabs:
-            sort(stream, locations, *metadata, weights, lengths, starts, entries, counts, *sizes, *slab)
+            sort(stream, locations, *metadata, weights, references, lengths, starts, entries, counts, *sizes, *slab)
             if count:
                 count(stream, starts, counts, pieces, planned.runs, planned.rows, planned.piece)
             total(stream, grad_output, entries, starts, grad_value, *sizes, *runs, *slab, *of_pieces)

@@ -62,7 +62,7 @@ def backward(
     wanted: Wanted = ALL,
 ) -> Gradients:
     """Gradients of value, locations and weights, each in its input's storage dtype; None for what is not wanted."""
-    inputs = zip((value, locations, weights), wanted, strict=True)
+    inputs = zip((value, locations, weights), wanted[:3], strict=True)
     grads = tuple(np.zeros(array.shape, array.dtype) if asked else None for array, asked in inputs)
     if not problem.empty and any(wanted):
         arrays = (value, locations, weights, grad_output.reshape(problem.N, problem.Q, problem.M, problem.D))

@@ -17,11 +17,12 @@ from .problem import ALL, Operands, Problem, Wanted
 
 
 class Gradients(NamedTuple):
-    """Of value, locations and weights, in the caller's framework; None where not asked for."""
+    """In the caller's framework; None where not asked for. Of offsets and logits in one array: in `locations`."""
 
     value: Any
     locations: Any
     weights: Any
+    references: Any
 
 
 def forward(problem: Problem, operands: Operands) -> Any:
@@ -37,7 +38,8 @@ def forward(problem: Problem, operands: Operands) -> Any:
                 session.value.data,
                 *session.metadata(),
                 session.locations.data,
-                session.weights.data,
+                session.weights,
+                session.references.data if session.references else 0,
                 session.lengths(),
                 output.data,
                 *problem.kernel_sizes,
@@ -47,31 +49,44 @@ def forward(problem: Problem, operands: Operands) -> Any:
 
 def backward(problem: Problem, operands: Operands, wanted: Wanted = ALL) -> Gradients:
     """The gradients that are wanted."""
-    like = operands.value
+    like, front, wanted = operands.value, problem.front, problem.computed(wanted)
     value_shape = (problem.N, problem.S, problem.M, problem.D)
     with _Session(problem, operands) as session:
         value = _Result(value_shape, problem.value_dtype, like) if wanted.value else None
         locations = _Result(operands.locations.shape, problem.location_dtype, like) if wanted.locations else None
-        weights = _Result(operands.weights.shape, problem.location_dtype, like) if wanted.weights else None
+        weights = references = None
+        if wanted.weights and not (front and front.packed):
+            weights = _Result(operands.weights.shape, problem.location_dtype, like)
+        if wanted.references:
+            references = _Result(operands.references.shape, operands.references.dtype, like)
+        results = (value, locations, weights, references)
         if problem.empty:
-            for result in (value, locations, weights):
+            for result in results:
                 if result is not None:
                     session.zero(result)
         elif any(wanted):
             alignment = _alignment(session.value, session.grad_output)
             steps = prepare_backward(problem, alignment, session.stream, wanted)
+            at_weights = weights.data if weights else 0
+            if locations and front and front.packed:
+                at_weights = session.logits_in(locations)
             workspace = _Result((steps.workspace // 4,), "float32", like) if steps.workspace else None
             steps.run(
                 session.stream,
                 session.metadata(),
                 session.value.data,
                 session.locations.data,
-                session.weights.data,
+                session.weights,
+                session.references.data if session.references else 0,
                 session.lengths(),
                 session.grad_output.data,
-                *(result.data if result else 0 for result in (value, locations, weights, workspace)),
+                value.data if value else 0,
+                locations.data if locations else 0,
+                at_weights,
+                references.data if references else 0,
+                workspace.data if workspace else 0,
             )
-    return Gradients(*(result.finish() if result else None for result in (value, locations, weights)))
+    return Gradients(*(result.finish() if result else None for result in results))
 
 
 class _Result:
@@ -107,7 +122,12 @@ class _Session:
             # Copied only where its rows of channels are not contiguous.
             self.value = operands.value if self.problem.value_strides else _contiguous(operands.value)
             self.locations = _contiguous(operands.locations)
-            self.weights = _contiguous(operands.weights)
+            self.references = _contiguous(operands.references) if operands.references else None
+            if self.problem.front and self.problem.front.packed:
+                self.weights = self.logits_in(self.locations)
+            else:
+                self._weights = _contiguous(operands.weights)  # keeps a copy alive
+                self.weights = self._weights.data
             self.grad_output = _contiguous(operands.grad_output) if operands.grad_output else None
             self._entered = stack.pop_all()
         return self
@@ -128,6 +148,10 @@ class _Session:
         convert = self.framework.int64_on_cuda
         self.kept = [(0, None) if part is None else convert(part, self.problem.device) for part in parts]
         return tuple(address for address, _ in self.kept)
+
+    def logits_in(self, packed: View | _Result) -> int:
+        """Address of the first logits in an array that has offsets and logits."""
+        return packed.data + 2 * self.problem.K * interop.item_size(self.problem.location_dtype)
 
     def lengths(self) -> int:
         """Address of the queries that count, int64 on the device; 0 where all do."""
@@ -150,7 +174,7 @@ _prepared: dict[tuple[Any, ...], Any] = {}
 
 
 def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLaunch:
-    """The forward's launch. Its words: value, metadata, locations, weights, output, S, Q."""
+    """The forward's launch. Its words: value, metadata, locations, weights, references, lengths, output, sizes."""
     device = problem.device[1]
 
     def make() -> PreparedLaunch:

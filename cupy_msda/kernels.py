@@ -21,6 +21,8 @@ _HEADERS = {
     "count": (*_COMMON, "bins.cuh"),
     "sum": (*_COMMON, "bins.cuh"),
     "add": (*_COMMON, "bins.cuh"),
+    "expand": _COMMON,
+    "references": _TYPES,
 }
 _lock = threading.Lock()
 _functions: dict[tuple[KernelKey, int], Any] = {}
@@ -46,7 +48,8 @@ def source(kind: str) -> str:
 def options(key: KernelKey) -> tuple[str, ...]:
     """NVRTC options that turn the source into this specialisation."""
     macros = dict(key.macros())
-    for role, dtype in (("VALUE", key.value_dtype), ("LOCATION", key.location_dtype)):
+    dtypes = {"VALUE": key.value_dtype, "LOCATION": key.location_dtype, "REFERENCE": key.reference_dtype}
+    for role, dtype in dtypes.items():
         for name, macro in _MACRO_OF_DTYPE.items():
             macros[f"MSDA_{role}_{macro}"] = int(name == dtype)
     return ("--std=c++17", *(f"-D{name}={number}" for name, number in macros.items()))

@@ -10,9 +10,12 @@ from importlib import import_module
 from . import kernels
 from .plan import SHARED_WITHOUT_OPT_IN, KernelKey, Launch
 
-_PARAMETERS = {"forward": 10, "backward": 13, "round": 3, "sort": 13, "count": 6, "sum": 16, "add": 12}
+_PARAMETERS = {
+    "forward": 11, "backward": 15, "round": 3, "sort": 14, "count": 6, "sum": 16, "add": 12, "expand": 9,
+    "references": 3,
+}  # fmt: skip
 # The kernels that read levels, as their second parameter.
-_WITH_METADATA = ("forward", "backward", "sort")
+_WITH_METADATA = ("forward", "backward", "sort", "expand")
 
 
 class PreparedLaunch:

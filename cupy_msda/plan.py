@@ -5,7 +5,8 @@ A :class:`KernelKey` spells every compile-time choice; :class:`Launch` adds what
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from .interop import item_size
 from .problem import ALL, SIXTEEN_BIT, Problem, Wanted, accumulator_of
@@ -30,6 +31,8 @@ MERGED_KEYS = 10
 SHARED_WITHOUT_OPT_IN = 48 * 1024
 # More levels than this and the kernel's parameters would not hold them: they go to the device.
 MAX_LEVELS_BY_VALUE = 64
+# Shared memory, in bytes, of the samples of a block whose softmax is in the kernel, while it has more than one warp.
+FRONT_BYTES = 40 * 1024
 # A head of very many channels: the turns alone keep enough loads in flight, and its sums need the registers.
 _MANY_TURNS = {"min_blocks": 1, "unroll": 1}
 
@@ -70,6 +73,12 @@ class KernelKey:
     split: int = 1
     stride: int = 0
     padded: bool = False
+    front: int = 0
+    references: int = 0
+    reference_dtype: str = "float32"
+    packed: bool = False
+    pixels: bool = False
+    grad_references: bool = False
 
     @property
     def K(self) -> int:
@@ -83,7 +92,7 @@ class KernelKey:
 
     def macros(self) -> dict[str, int | str]:
         """Preprocessor definitions, without dtypes, that the sources document."""
-        skip = ("kind", "value_dtype", "location_dtype", "points")
+        skip = ("kind", "value_dtype", "location_dtype", "reference_dtype", "points")
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
         macros: dict[str, int | str] = {f"MSDA_{name.upper()}": int(number) for name, number in named.items()}
         if self.points:
@@ -138,7 +147,7 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
         split = _split(LANES_A_QUERY, lanes, problem.K)
         unroll = 4 if itemsize == 2 else max(1, 4 // split)
         choices = {"warps": 2, "min_blocks": 6, "unroll": unroll, "split": split}
-    return _launch(problem, "forward", vec, lanes, rounds=1, **choices)
+    return _fitting(_launch(problem, "forward", vec, lanes, rounds=1, **choices))
 
 
 def _split(wanted: int, lanes: int, K: int) -> int:
@@ -179,7 +188,7 @@ def backward(problem: Problem, alignment: int, multiprocessors: int = 132, wante
             return launch
     elif _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors:
         choices["warps"] = 2
-    return _launch(problem, "backward", vec, lanes, rounds=1, **choices, **grads)
+    return _fitting(_launch(problem, "backward", vec, lanes, rounds=1, **choices, **grads))
 
 
 def _warps_needed(problem: Problem, lanes: int) -> int:
@@ -216,15 +225,24 @@ def _lanes(pieces: int) -> tuple[int, int]:
     return -(-pieces // turns), turns
 
 
-def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, rounds: int, **choices: int) -> Launch:
+def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, rounds: int, **choices: Any) -> Launch:
     K, variant = problem.K, problem.variant
     # A sample's place is 16 times a row of value, and may lie a line and a pixel outside the image.
     widest = max(problem.S * 32, problem.Q * problem.M * K * 2)
+    front = problem.front
+    if front:
+        widest = max(widest, problem.Q * problem.M * K * 3, problem.Q * problem.L * 4)
+        choices |= front_axes(problem)
     index_64 = widest >= 2**31
     entry = sample_bytes(index_64, problem.accumulator_dtype)
     together = lanes * choices.get("split", 1)
     most = max(1, min(WARP_SHARED_BUDGET // (32 // together * entry) - 1, MAX_FILLS * together))
-    chunk = -(-K // -(-K // most))
+    chunk = K if front else -(-K // -(-K // most))
+    if front:  # the softmax needs all samples of a query at once, however many
+        while warps > 1 and warps * rounds * (32 // together) * (chunk | 1) * entry > FRONT_BYTES:
+            warps //= 2
+        if chunk > most:
+            choices["min_blocks"] = 1
     key = KernelKey(
         kind,
         problem.value_dtype,
@@ -247,10 +265,50 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
         align_corners=variant.align_corners,
         stride=problem.strides.row,
         padded=problem.padded,
+        pixels=front is not None,
         **choices,
     )
     grid = problem.N * problem.M * -(-problem.Q // (warps * rounds * key.queries))
     return Launch(key, grid, 32 * warps, shared_bytes(key))
+
+
+def front_axes(problem: Problem) -> dict[str, Any]:
+    """Axes of the kernels that read offsets and logits."""
+    front = problem.front
+    if front is None:
+        return {}
+    return {
+        "front": front.coordinates, "references": front.levels, "reference_dtype": front.dtype, "packed": front.packed,
+    }  # fmt: skip
+
+
+def _fitting(launch: Launch) -> Launch:
+    if launch.key.front and launch.shared > SHARED_WITHOUT_OPT_IN:
+        raise NotImplementedError(
+            f"sampling_offsets: expected fewer samples a query and head than L*P = {launch.key.K} on a GPU, where they "
+            f"are in shared memory together for their softmax; ms_deform_attn takes any number"
+        )
+    return launch
+
+
+def expand(problem: Problem) -> Launch:
+    """Launch of the kernel that turns offsets and logits into locations, in pixels, and weights."""
+    lanes = min(32, 1 << (problem.K - 1).bit_length())
+    alone = replace(problem, D=1, value_strides=None)
+    launch = _fitting(_launch(alone, "expand", 1, lanes, warps=8, rounds=1, min_blocks=1, unroll=1))
+    return replace(launch, key=replace(launch.key, band=0))
+
+
+def sum_references(problem: Problem) -> Launch:
+    """Launch of the kernel that sums the gradient of reference points over heads."""
+    front = problem.front
+    assert front is not None
+    key = KernelKey(
+        "references", problem.value_dtype, problem.location_dtype, False, problem.L, 1, problem.M, 1, 1, 1, 1, 8, 1, 1,
+        1, 0, False, front=front.coordinates, references=front.levels, reference_dtype=front.dtype,
+    )  # fmt: skip
+    count = problem.N * problem.Q * front.levels * front.coordinates
+    return Launch(key, max(1, min(-(-count // 256), 1 << 16)), 256, 0)
 
 
 def sample_bytes(index_64: bool, accumulator_dtype: str) -> int:

@@ -11,7 +11,7 @@ The gradient of value is a sum over all samples that touch a pixel, and there ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import plan
@@ -77,24 +77,46 @@ class Backward:
     """What runs, in this order: None for what does not. `workspace` is the bytes between the launches.
 
     `samples` computes the gradients of locations and weights alone, and may run beside `summation`. `atomics` adds to
-    zeros, and computes those gradients too where they are wanted; `rounding` rounds its sums to 16 bits.
+    zeros, and computes those gradients too where they are wanted; `rounding` rounds its sums to 16 bits. With a front
+    end, `expand` makes the locations and weights of `summation`, at byte `expanded` of the workspace, and `references`
+    sums what the heads add to the gradient of reference points, at byte `parts`.
     """
 
     samples: Launch | None = None
+    expand: Launch | None = None
     summation: Summation | None = None
     atomics: Launch | None = None
     rounding: Launch | None = None
+    references: Launch | None = None
+    expanded: int = 0
+    parts: int = 0
     workspace: int = 0
 
     @property
     def launches(self) -> tuple[Launch, ...]:
         """All of them."""
         sums = self.summation.launches if self.summation else ()
-        return tuple(launch for launch in (self.samples, *sums, self.atomics, self.rounding) if launch)
+        found = (self.samples, self.expand, *sums, self.atomics, self.rounding, self.references)
+        return tuple(launch for launch in found if launch)
 
 
 def backward(problem: Problem, alignment: int, multiprocessors: int = 132, wanted: Wanted = ALL) -> Backward:
     """The launches for the gradients that are wanted; `alignment` is what all value-like addresses are multiples of."""
+    planned = _gradients(problem, alignment, multiprocessors, wanted)
+    if not wanted.references:
+        return planned
+    front, parts = problem.front, _aligned(planned.workspace)
+    assert front is not None
+    count = problem.N * problem.Q * problem.M * problem.L * front.coordinates
+    return replace(
+        planned,
+        references=plan.sum_references(problem),
+        parts=parts,
+        workspace=parts + count * item_size(problem.accumulator_dtype),
+    )
+
+
+def _gradients(problem: Problem, alignment: int, multiprocessors: int, wanted: Wanted) -> Backward:
     samples = None
     if wanted.samples:
         samples = plan.backward(problem, alignment, multiprocessors, wanted._replace(value=False))
@@ -102,13 +124,29 @@ def backward(problem: Problem, alignment: int, multiprocessors: int = 132, wante
         return Backward(samples)
     if in_lists(problem):
         summed = summation(problem, alignment)
-        return Backward(samples, summed, workspace=summed.nbytes)
+        expand = expansion(problem)
+        if expand is None:
+            return Backward(samples, summation=summed, workspace=summed.nbytes)
+        at = _aligned(summed.nbytes)
+        nbytes = 3 * item_size(problem.accumulator_dtype) * problem.N * problem.Q * problem.M * problem.K
+        return Backward(samples, expand, summed, expanded=at, workspace=at + nbytes)
     atomics = plan.backward(problem, alignment, multiprocessors, wanted)
     if problem.value_dtype not in SIXTEEN_BIT:
         return Backward(atomics=atomics)
     count = problem.N * problem.S * problem.M * problem.D
     rounding = plan.round_gradient(problem.value_dtype, count)
     return Backward(atomics=atomics, rounding=rounding, workspace=4 * count)
+
+
+def expansion(problem: Problem) -> Launch | None:
+    """Launch of the kernel that makes locations and weights for the sort, where it does not by itself.
+
+    It has a sample a lane, one after the other: a softmax among them needs queries that do not straddle warps. Then no
+    launch comes before it (decoder_300 on an H100 45 -> us).
+    """
+    if problem.front is None or problem.K in (1, 2, 4, 8, 16, 32):
+        return None
+    return plan.expand(problem)
 
 
 def in_lists(problem: Problem) -> bool:
@@ -208,12 +246,13 @@ def _sort_key(problem: Problem, rows: int, index_64: bool) -> KernelKey:
     1,024, 148 with 512; decoder_300 34.2 with 512, 34.9 with 1,024, 42 with 2,048. A run of SORT_BYTES fits on every
     architecture.
     """
+    expanded = expansion(problem) is not None
     all_samples = problem.N * problem.M * problem.Q * problem.K
     fits = SORT_BYTES // (8 * 32 * len(problem.variant.near) * entry_bytes(problem.value_dtype)) * 32
     return _key(
         "sort",
         value_dtype=problem.value_dtype,
-        location_dtype=problem.location_dtype,
+        location_dtype=problem.accumulator_dtype if expanded else problem.location_dtype,
         index_64=index_64,
         L=problem.L,
         P=problem.P,
@@ -228,6 +267,8 @@ def _sort_key(problem: Problem, rows: int, index_64: bool) -> KernelKey:
         align_corners=problem.variant.align_corners,
         rows=rows,
         padded=problem.padded,
+        pixels=problem.front is not None,
+        **({} if expanded else plan.front_axes(problem)),
     )
 
 

@@ -56,19 +56,33 @@ PLAIN = Variant()
 
 
 class Wanted(NamedTuple):
-    """Which gradients a backward computes."""
+    """Which gradients a backward computes; with a front end, `locations` are offsets and `weights` logits."""
 
     value: bool = True
     locations: bool = True
     weights: bool = True
+    references: bool = False
 
     @property
     def samples(self) -> bool:
         """Whether there are any of the samples, for which the rows of value are read."""
-        return self.locations or self.weights
+        return self.locations or self.weights or self.references
 
 
 ALL = Wanted()
+
+
+class FrontEnd(NamedTuple):
+    """How samples come where it is not as locations and weights: as offsets from reference points, and as logits.
+
+    `coordinates` is 2 for points and 4 for boxes, `levels` the reference points of a query: L, or 1 for all levels.
+    `packed` says that offsets and logits are one array [N, Q, M, 3*K].
+    """
+
+    coordinates: int
+    levels: int
+    dtype: str
+    packed: bool
 
 
 class Strides(NamedTuple):
@@ -104,6 +118,7 @@ class Problem:
     variant: Variant = PLAIN
     value_strides: Strides | None = None
     padded: bool = False
+    front: FrontEnd | None = None
 
     @property
     def strides(self) -> Strides:
@@ -133,6 +148,15 @@ class Problem:
         """Samples of a query and head: the points of all levels."""
         return sum(self.points)
 
+    def computed(self, wanted: Wanted) -> Wanted:
+        """What a backward computes for those that are wanted: more, where gradients only come together."""
+        if self.front is None:
+            return wanted
+        locations = wanted.locations or wanted.references
+        if self.front.packed:
+            locations = locations or wanted.weights
+        return wanted._replace(locations=locations, weights=locations if self.front.packed else wanted.weights)
+
     @property
     def empty(self) -> bool:
         """True where no sample is taken: the output and the gradient of value are zeros or empty."""
@@ -159,6 +183,13 @@ class Operands:
     starts: View | None = None
     grad_output: View | None = None
     lengths: View | None = None
+    references: View | None = None
+
+
+# What the arguments are called that hold the samples: of the C++ interface, and of the fused front end.
+NAMES = ("sampling_locations", "attention_weights")
+SHORT_NAMES = ("sampling_loc", "attn_weight")
+FUSED_NAMES = ("sampling_offsets", "attention_logits")
 
 
 def read(
@@ -170,18 +201,28 @@ def read(
     im2col_step: Any = 64,
     grad_output: Any = None,
     *,
-    names: tuple[str, str] = ("sampling_locations", "attention_weights"),
+    names: tuple[str, str] = NAMES,
+    reference_points: Any = None,
     deterministic: Any = None,
     validate: bool = False,
     variant: Variant = PLAIN,
     query_lengths: Any = None,
 ) -> tuple[Problem, Operands]:
-    """Check everything that the contract promises to check; `names` are those of the caller's parameters."""
+    """Check everything that the contract promises to check; `names` are those of the caller's parameters.
+
+    With FUSED_NAMES the samples come as offsets from `reference_points` and as logits, both in one where there are no
+    weights.
+    """
     arrays = {"value": value, names[0]: sampling_locations, names[1]: attention_weights}
+    packed = names is FUSED_NAMES and attention_weights is None
+    if packed:
+        del arrays[names[1]]
+    if names is FUSED_NAMES:
+        arrays["reference_points"] = reference_points
     if grad_output is not None:
         arrays["grad_output"] = grad_output
     views = {name: interop.view(name, array) for name, array in arrays.items()}
-    value_view, locations, weights = views["value"], views[names[0]], views[names[1]]
+    value_view, locations, weights = views["value"], views[names[0]], views[names[0 if packed else 1]]
 
     _check_dtypes(views, names)
     _check_together(views)
@@ -192,15 +233,9 @@ def read(
     L = shapes.shape[0]
     if variant != PLAIN:
         variant = read_variant(variant, L)
-    if variant.num_points is None:
-        _, Q, _, _, P, _ = _dimensions(names[0], locations, "[N, Q, M, L, P, 2]")
-        samples, symbols = (L, P), "L, P"
-    else:
-        _, Q, _, _, _ = _dimensions(names[0], locations, "[N, Q, M, sum(num_points), 2]")
-        samples, symbols = (sum(variant.num_points),), "sum(num_points)"
-        variant, P = same_points(variant)
-    _check_shape(names[0], locations, f"[N, Q, M, {symbols}, 2]", (N, Q, M, *samples, 2))
-    _check_shape(names[1], weights, f"[N, Q, M, {symbols}]", (N, Q, M, *samples))
+    Q, P = (_read_packed if packed else _read_samples)(names, locations, weights, variant, N, M, L)
+    variant, P = same_points(variant, P)
+    front = _read_front(views["reference_points"], N, Q, L, packed) if names is FUSED_NAMES else None
     if grad_output is not None:
         _check_shape("grad_output", views["grad_output"], "[N, Q, M*D]", (N, Q, M * D))
 
@@ -228,6 +263,7 @@ def read(
         variant=variant,
         value_strides=_strides(value_view),
         padded=lengths is not None,
+        front=front,
     )  # fmt: skip
     operands = Operands(
         value_view,
@@ -237,8 +273,48 @@ def read(
         starts if levels is None else None,
         views.get("grad_output"),
         lengths,
+        views.get("reference_points"),
     )
     return problem, operands
+
+
+def _read_samples(
+    names: tuple[str, str], locations: View, weights: View, variant: Variant, N: int, M: int, L: int
+) -> tuple[int, int]:
+    """Q and P of locations and weights, or of offsets and logits."""
+    if variant.num_points is None:
+        _, Q, _, _, P, _ = _dimensions(names[0], locations, "[N, Q, M, L, P, 2]")
+        samples, symbols = (L, P), "L, P"
+    else:
+        _, Q, _, _, _ = _dimensions(names[0], locations, "[N, Q, M, sum(num_points), 2]")
+        P, samples, symbols = 0, (sum(variant.num_points),), "sum(num_points)"
+    _check_shape(names[0], locations, f"[N, Q, M, {symbols}, 2]", (N, Q, M, *samples, 2))
+    _check_shape(names[1], weights, f"[N, Q, M, {symbols}]", (N, Q, M, *samples))
+    return Q, P
+
+
+def _read_packed(
+    names: tuple[str, str], packed: View, _: View, variant: Variant, N: int, M: int, L: int
+) -> tuple[int, int]:
+    """Q and P of offsets and logits in one array."""
+    symbols = "L*P*3" if variant.num_points is None else "sum(num_points)*3"
+    name = f"{names[0]} without {names[1]}"
+    _, Q, _, numbers = _dimensions(name, packed, f"[N, Q, M, {symbols}]")
+    P = 0 if variant.num_points else numbers // max(3 * L, 1)
+    _check_shape(name, packed, f"[N, Q, M, {symbols}]", (N, Q, M, 3 * sum(variant.num_points or (P,) * L)))
+    return Q, P
+
+
+def _read_front(references: View, N: int, Q: int, L: int, packed: bool) -> FrontEnd:
+    symbols = "[N, Q, L, 2]"
+    _, _, levels, coordinates = _dimensions("reference_points", references, symbols)
+    if levels == 1:
+        symbols = symbols.replace("L", "1")
+    if coordinates == 4:
+        symbols = symbols.replace("2]", "4]")
+    expected = (N, Q, 1 if levels == 1 else L, 4 if coordinates == 4 else 2)
+    _check_shape("reference_points", references, symbols, expected)
+    return FrontEnd(coordinates, levels, references.dtype, packed)
 
 
 def read_variant(variant: Variant, L: int) -> Variant:
@@ -282,12 +358,12 @@ def _check_dtypes(views: dict[str, View], names: tuple[str, str]) -> None:
     if value not in VALUE_DTYPES:
         raise TypeError(f"value: expected dtype {', '.join(VALUE_DTYPES[:-1])} or float64, got {value}")
     allowed = (value, "float32") if value in SIXTEEN_BIT else (value,)
-    for name in names:
-        if views[name].dtype not in allowed:
+    for name in (*names, "reference_points"):
+        if name in views and views[name].dtype not in allowed:
             raise TypeError(
                 f"{name}: expected dtype {' or '.join(allowed)} beside a {value} value, got {views[name].dtype}"
             )
-    if views[names[0]].dtype != views[names[1]].dtype:
+    if names[1] in views and views[names[0]].dtype != views[names[1]].dtype:
         raise TypeError(
             f"{names[1]}: expected the dtype of {names[0]}, {views[names[0]].dtype}, got {views[names[1]].dtype}"
         )

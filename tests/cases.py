@@ -33,6 +33,18 @@ class Inputs(NamedTuple):
     grad_output: np.ndarray
 
 
+class FrontInputs(NamedTuple):
+    """With offsets in `locations` and logits in `weights`, or both in `locations`."""
+
+    value: np.ndarray
+    shapes: np.ndarray
+    starts: np.ndarray | None
+    locations: np.ndarray
+    weights: np.ndarray | None
+    grad_output: np.ndarray
+    references: np.ndarray
+
+
 @dataclass(frozen=True)
 class Case:
     """`queries` None: one query a pixel, in the order of S, as in an encoder."""
@@ -79,6 +91,41 @@ class Case:
         grad_output = rng.standard_normal((self.N, Q, self.M * self.D)).astype(dtype_of(value_dtype))
         starts = None if self.starts is None else np.array(self.starts, np.int64)
         return Inputs(value, shapes, starts, locations, weights, grad_output)
+
+
+def with_front(
+    inputs: Inputs,
+    coordinates: int = 2,
+    levels: int | None = None,
+    packed: bool = False,
+    reference_dtype: str | None = None,
+    num_points: tuple[int, ...] | None = None,
+    seed: int = 0,
+) -> FrontInputs:
+    """The same samples, nearly, as offsets from reference points, with other weights.
+
+    `levels` is the number of reference points of a query, L unless given. Rounding an offset to 16 bits moves its
+    sample by less than the distance to the next kink, on levels of a few pixels.
+    """
+    rng = np.random.default_rng([seed, 7])
+    N, Q, M = inputs.locations.shape[:3]
+    L = len(inputs.shapes)
+    dtype = inputs.locations.dtype
+    points = num_points or (inputs.locations.shape[4],) * L
+    level_of = np.repeat(np.arange(L), points)
+    size = inputs.shapes[level_of, ::-1].astype(np.float64)
+    references = rng.uniform(0.2, 0.8, (N, Q, levels or L, coordinates)).astype(dtype_of(reference_dtype or dtype.name))
+    of_sample = references.astype(np.float64)[:, :, level_of if references.shape[2] == L else level_of * 0][:, :, None]
+    of_box = of_sample[..., 2:] * 0.5 / np.repeat(points, points)[:, None]
+    reach = of_box if coordinates == 4 else 1 / size
+    locations = inputs.locations.astype(np.float64).reshape(N, Q, M, -1, 2)
+    offsets = ((locations - of_sample[..., :2]) / reach).astype(dtype)
+    logits = rng.standard_normal((N, Q, M, len(level_of))).astype(dtype)
+    if packed:
+        offsets, logits = np.concatenate((offsets.reshape(N, Q, M, -1), logits), -1), None
+    else:
+        offsets, logits = offsets.reshape(inputs.locations.shape), logits.reshape(inputs.weights.shape)
+    return FrontInputs(*inputs[:3], offsets, logits, inputs.grad_output, references)
 
 
 def pixel_units(
@@ -142,6 +189,27 @@ WANTED = [Wanted(*asked) for asked in itertools.product((True, False), repeat=3)
 
 def name_of(wanted):
     return ", ".join(name for name, asked in wanted._asdict().items() if asked) or "nothing"
+
+
+def expected_with_front(inputs, num_points=None, **variant):
+    """Output and gradients of value, offsets, logits and references of inputs by :func:`with_front`."""
+    of_logits = inputs.weights
+    offsets = inputs.locations
+    if of_logits is None:
+        K = offsets.shape[-1] // 3
+        offsets, of_logits = offsets[..., : 2 * K], offsets[..., 2 * K :]
+    points = num_points or (of_logits.size // np.prod(of_logits.shape[:3]) // len(inputs.shapes),) * len(inputs.shapes)
+    locations, weights = reference.front_end(inputs.shapes, inputs.references, offsets, of_logits, points)
+    plain = Inputs(*inputs[:3], locations, weights, inputs.grad_output)
+    output, (of_value, of_locations, of_weights) = expected(plain, num_points=points, **variant)
+    of_references, grad_offsets, grad_logits = reference.front_end_backward(
+        inputs.shapes, inputs.references, offsets, weights, points, of_locations, of_weights
+    )
+    if inputs.weights is None:
+        together = np.concatenate((grad_offsets.reshape(*grad_logits.shape[:3], -1), grad_logits), -1)
+        return output, (of_value, together, None, of_references)
+    grad_offsets, grad_logits = grad_offsets.reshape(offsets.shape), grad_logits.reshape(of_logits.shape)
+    return output, (of_value, grad_offsets, grad_logits, of_references)
 
 
 def expected_of_first(inputs, lengths, **variant):

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import cases
 import ml_dtypes
 import numpy as np
 
@@ -17,7 +18,17 @@ from cupy_msda import kernels, plan, plan_backward, problem
 
 HERE = Path(__file__).parent
 HEADERS = ("cuda_on_cpu.h", "emulator_harness.h")
-KINDS = {"forward": 0, "backward": 1, "round": 2, "sort": 3, "sum": 4, "add": 5, "count": 6}
+KINDS = {
+    "forward": 0,
+    "backward": 1,
+    "round": 2,
+    "sort": 3,
+    "sum": 4,
+    "add": 5,
+    "count": 6,
+    "expand": 7,
+    "references": 8,
+}
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 CACHE = Path(tempfile.gettempdir()) / f"cupy_msda_emulator_{os.getuid()}"
 COMPILER = shutil.which("g++")
@@ -90,7 +101,10 @@ def _run_executable(target, numbers, arrays):
 
 def prepare(inputs, levels_on_device, variant, lengths=None):
     variant = problem.PLAIN._replace(**(variant or {}))
-    found, _ = problem.read(*inputs[:5], 64, inputs.grad_output, variant=variant, query_lengths=lengths)
+    front = {}
+    if isinstance(inputs, cases.FrontInputs):
+        front = {"names": problem.FUSED_NAMES, "reference_points": inputs.references}
+    found, _ = problem.read(*inputs[:5], 64, inputs.grad_output, variant=variant, query_lengths=lengths, **front)
     levels = None if levels_on_device else found.levels
     return dataclasses.replace(found, device=("cuda", 0), levels=levels)
 
@@ -107,6 +121,10 @@ def _memory(value):
 
 def lengths_of(lengths):
     return None if lengths is None else np.array(lengths, np.int64)
+
+
+def _samples(inputs):
+    return [inputs.locations, inputs.weights, getattr(inputs, "references", None)]
 
 
 def _metadata(found, described, inputs, shapes, starts):
@@ -141,7 +159,7 @@ def forward(
     described = plan.forward(found, 16, multiprocessors)
     metadata, device = _metadata(found, described, inputs, shapes, starts)
     output = _poisoned(found.output_shape, inputs.value.dtype)
-    arrays = [_memory(inputs.value), metadata, inputs.locations, inputs.weights, lengths_of(lengths), output, *device]
+    arrays = [_memory(inputs.value), metadata, *_samples(inputs), lengths_of(lengths), output, *device]
     launch(described, arrays, found.S, found.Q, found.kernel_sizes[2:], **options)
     return output
 
@@ -158,21 +176,33 @@ def backward(
     wanted=problem.ALL,
     **options,
 ):
-    """The backward kernels on NumPy inputs: gradients of value, locations and weights, as in cuda.py."""
+    """The backward kernels on NumPy inputs: gradients of value, locations and weights, as in cuda.py.
+
+    With a front end, the gradient of the reference points comes last.
+    """
     found = prepare(inputs, levels_on_device, variant, lengths)
+    wanted = found.computed(wanted)
     described = plan.backward(found, 16, multiprocessors, wanted)
     metadata, device = _metadata(found, described, inputs, shapes, starts)
     total = np.zeros(inputs.value.shape, found.accumulator_dtype) if wanted.value else None
-    samples = zip((inputs.locations, inputs.weights), wanted[1:], strict=True)
-    grads = [_poisoned(a.shape, a.dtype) if asked else None for a, asked in samples]
-    arrays = [_memory(inputs.value), metadata, inputs.locations, inputs.weights, lengths_of(lengths)]
-    arrays += [inputs.grad_output, total, *grads, *device]
+    samples = zip((inputs.locations, inputs.weights), wanted[1:3], strict=True)
+    grads = [_poisoned(a.shape, a.dtype) if asked and a is not None else None for a, asked in samples]
+    parts = None
+    if wanted.references:
+        shape = (found.N, found.Q, found.M, found.L, found.front.coordinates)
+        parts = _poisoned(shape, found.accumulator_dtype)
+    arrays = [_memory(inputs.value), metadata, *_samples(inputs), lengths_of(lengths)]
+    arrays += [inputs.grad_output, total, *grads, parts, *device]
     launch(described, arrays, found.S, found.Q, found.kernel_sizes[2:], **options)
     if wanted.value and inputs.value.dtype in (np.float16, ml_dtypes.bfloat16):
         options.pop("text", None)
         rounded = _poisoned(inputs.value.shape, inputs.value.dtype)
         launch(plan.round_gradient(found.value_dtype, total.size), [total, rounded], total.size, 0, **options)
         total = rounded
+    if wanted.references:
+        options.pop("text", None)
+        grads.append(_poisoned(inputs.references.shape, inputs.references.dtype))
+        launch(plan.sum_references(found), [parts, grads[-1]], grads[-1].size, 0, **options)
     return total, *grads
 
 
@@ -183,6 +213,13 @@ def summation(
     found = prepare(inputs, levels_on_device, variant, lengths)
     planned = plan_backward.summation(found, 16)
     metadata, device = _metadata(found, planned.sort, inputs, shapes, starts)
+    samples = _samples(inputs)
+    expand = plan_backward.expansion(found)
+    if expand:
+        expanded = [_poisoned((found.N, found.Q, found.M, found.K, n), found.accumulator_dtype) for n in (2, 1)]
+        arrays = [None, metadata, *samples, lengths_of(lengths), *expanded, *device]
+        launch(expand, arrays, found.S, found.Q, text=(texts or {}).get("expand"), **options)
+        samples = [*expanded, None]
     result = _poisoned(inputs.value.shape, inputs.value.dtype)
     begins = _poisoned((planned.heads, planned.runs, 2 * (planned.rows // planned.sum.key.rows) + 2), np.uint16)
     entries = _poisoned((planned.heads, planned.runs, planned.capacity, 4), found.accumulator_dtype)
@@ -191,16 +228,7 @@ def summation(
     for head in range(0, found.N * found.M, planned.heads):
         for row in range(0, found.S, planned.rows):
             more = (planned.runs, planned.capacity, head, found.N * found.M, row, planned.rows, planned.piece)
-            arrays = [
-                inputs.locations,
-                metadata,
-                inputs.weights,
-                lengths_of(lengths),
-                begins,
-                entries,
-                lists[0],
-                *device,
-            ]
+            arrays = [None, metadata, *samples, lengths_of(lengths), begins, entries, lists[0], *device]
             launch(planned.sort, arrays, found.S, found.Q, more, text=(texts or {}).get("sort"), **options)
             if planned.count:
                 text = (texts or {}).get("count")

@@ -1,6 +1,6 @@
 // Entry points around one kernel: copies every array into an allocation of exactly its size, so that the address
 // sanitizer sees an access beyond it, launches, and copies the results back. EMULATED_KIND: 0 forward, 1 backward,
-// 2 round, 3 sort, 4 sum, 5 add, 6 count. Arrays in the order of the kernel's parameters, then spatial_shapes and level_start_index
+// 2 round, 3 sort, 4 sum, 5 add, 6 count, 7 expand, 8 references. Arrays in the order of the kernel's parameters, then spatial_shapes and level_start_index
 // where the levels are on the device (a size of -1 is a null pointer).
 #pragma once
 
@@ -31,6 +31,8 @@ inline void enter(void* pointer) {
 #elif EMULATED_KIND == 6
     msda_count((const unsigned short*)a[0], (msda_counts*)a[1], (msda_piece*)a[2], call.more[0], call.more[5],
                call.more[6]);
+#elif EMULATED_KIND == 8
+    msda_references((const msda_acc*)a[0], (msda_reference*)a[1], call.S);
 #else
     msda_metadata metadata;
 #if MSDA_LEVELS_ON_DEVICE
@@ -39,17 +41,26 @@ inline void enter(void* pointer) {
 #else
     memcpy(&metadata, a[1], sizeof metadata);
 #endif
+    const msda_location* locations = (const msda_location*)a[2];
+    const msda_location* weights = (const msda_location*)a[3];
+    if (MSDA_PACKED) weights = locations + 2 * MSDA_K;
 #if EMULATED_KIND == 0
-    msda_forward((const msda_value*)a[0], metadata, (const msda_location*)a[2], (const msda_location*)a[3],
-                 (const long long*)a[4], (msda_value*)a[5], call.S, call.Q, call.more[0], call.more[1]);
+    msda_forward((const msda_value*)a[0], metadata, locations, weights, (const msda_reference*)a[4],
+                 (const long long*)a[5], (msda_value*)a[6], call.S, call.Q, call.more[0], call.more[1]);
+#elif EMULATED_KIND == 7
+    msda_expand(locations, metadata, weights, (const msda_reference*)a[4], (const long long*)a[5], (msda_acc*)a[6],
+                (msda_acc*)a[7], call.S, call.Q);
 #elif EMULATED_KIND == 3
     const long long* more = call.more;
-    msda_sort((const msda_location*)a[0], metadata, (const msda_location*)a[2], (const long long*)a[3],
-              (unsigned short*)a[4], (msda_entry*)a[5], (msda_counts*)a[6], call.S, call.Q, more[2], more[3], more[4], more[5]);
+    msda_sort(locations, metadata, weights, (const msda_reference*)a[4], (const long long*)a[5],
+              (unsigned short*)a[6], (msda_entry*)a[7], (msda_counts*)a[8], call.S, call.Q, more[2], more[3], more[4],
+              more[5]);
 #else
-    msda_backward((const msda_value*)a[0], metadata, (const msda_location*)a[2], (const msda_location*)a[3],
-                  (const long long*)a[4], (const msda_value*)a[5], (msda_acc*)a[6], (msda_location*)a[7],
-                  (msda_location*)a[8], call.S, call.Q, call.more[0], call.more[1]);
+    msda_location *grad_locations = (msda_location*)a[8], *grad_weights = (msda_location*)a[9];
+    if (MSDA_PACKED) grad_weights = grad_locations + 2 * MSDA_K;
+    msda_backward((const msda_value*)a[0], metadata, locations, weights, (const msda_reference*)a[4],
+                  (const long long*)a[5], (const msda_value*)a[6], (msda_acc*)a[7], grad_locations, grad_weights,
+                  (msda_acc*)a[10], call.S, call.Q, call.more[0], call.more[1]);
 #endif
 #endif
 }

@@ -104,3 +104,57 @@ def backward(value, shapes, starts, locations, weights, grad_output, num_points=
             grad_weights[index] += w * dot
             grad_locations[index] += (a * dx * dot, a * dy * dot)
     return grad_value, grad_locations.reshape(of_locations), grad_weights.reshape(of_weights)
+
+
+def _steps(shapes, references, points):
+    """Of every sample: its index in [N, Q, M, K], the index of its reference point, and (W, H), (P, P) of its level."""
+    level_of = [level for level, count in enumerate(points) for _ in range(count)]
+    N, Q, levels = references.shape[:3]
+    for n in range(N):
+        for q in range(Q):
+            for k, level in enumerate(level_of):
+                H, W = (int(size) for size in shapes[level])
+                yield k, (n, q, level if levels > 1 else 0), (W, H), points[level]
+
+
+def front_end(shapes, references, offsets, logits, points):
+    """Locations [N, Q, M, K, 2] and weights [N, Q, M, K] of offsets from reference points, and of logits."""
+    N, Q, M = logits.shape[:3]
+    K = sum(points)
+    offsets = offsets.astype(np.float64).reshape(N, Q, M, K, 2)
+    logits = logits.astype(np.float64).reshape(N, Q, M, K)
+    locations, weights = np.empty(offsets.shape), np.empty(logits.shape)
+    for k, (n, q, at), size, P in _steps(shapes, references, points):
+        point = references[n, q, at].astype(np.float64)
+        for m in range(M):
+            for c in range(2):
+                step = offsets[n, q, m, k, c]
+                move = step / size[c] if len(point) == 2 else step / P * point[2 + c] * 0.5
+                locations[n, q, m, k, c] = point[c] + move
+    for index in np.ndindex(N, Q, M):
+        exponentials = [math.exp(logit - max(logits[index])) for logit in logits[index]]
+        weights[index] = [e / sum(exponentials) for e in exponentials]
+    return locations, weights
+
+
+def front_end_backward(shapes, references, offsets, weights, points, of_locations, of_weights):
+    """Gradients of reference points, offsets and logits from those of locations and weights."""
+    N, Q, M, K = weights.shape
+    offsets = offsets.astype(np.float64).reshape(N, Q, M, K, 2)
+    grad_references, grad_offsets = np.zeros(references.shape), np.empty(offsets.shape)
+    grad_logits = np.empty(weights.shape)
+    for k, (n, q, at), size, P in _steps(shapes, references, points):
+        point = references[n, q, at].astype(np.float64)
+        for m in range(M):
+            for c in range(2):
+                grad, step = of_locations[n, q, m, k, c], offsets[n, q, m, k, c]
+                grad_references[n, q, at, c] += grad
+                if len(point) == 2:
+                    grad_offsets[n, q, m, k, c] = grad / size[c]
+                else:
+                    grad_offsets[n, q, m, k, c] = grad * point[2 + c] * 0.5 / P
+                    grad_references[n, q, at, 2 + c] += grad * step * 0.5 / P
+    for index in np.ndindex(N, Q, M):
+        inner = sum(weights[index] * of_weights[index])
+        grad_logits[index] = [w * (g - inner) for w, g in zip(weights[index], of_weights[index], strict=True)]
+    return grad_references, grad_offsets, grad_logits

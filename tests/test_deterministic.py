@@ -112,7 +112,7 @@ def test_only_the_gradients_that_are_wanted(case, deterministic, wanted):
 
     put = [BACKEND.put(array) for array in case.inputs(seed=5)]
     all_three = cupy_msda.ms_deform_attn_backward(*put, 64, deterministic=True)
-    leaves = [leaf.requires_grad_(asked) for leaf, asked in zip((put[0], *put[3:5]), wanted, strict=True)]
+    leaves = [leaf.requires_grad_(asked) for leaf, asked in zip((put[0], *put[3:5]), wanted[:3], strict=True)]
     output = ms_deform_attn(leaves[0], *put[1:3], *leaves[1:], deterministic=deterministic)
     output.backward(put[5])
     for leaf, want in zip(leaves, all_three, strict=True):

@@ -189,7 +189,15 @@ class _Function(torch.autograd.Function):
         if torch.is_grad_enabled() or type(grad_output) is not Tensor or _dispatch_modes():
             metadata = [_metadata_tensor(part, value) for part in (shapes, starts)]
             grads = backward_operator(
-                grad_output, value, *metadata, locations, weights, im2col_step, deterministic, list(wanted), *variant
+                grad_output,
+                value,
+                *metadata,
+                locations,
+                weights,
+                im2col_step,
+                deterministic,
+                list(wanted[:3]),
+                *variant,
             )
         else:
             grads = None

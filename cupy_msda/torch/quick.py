@@ -79,7 +79,7 @@ class Recipe:
             before = get_device()
             set_device(device)
             try:
-                run(stream_of(device), at_value, *metadata, at_locations, at_weights, 0, output.data_ptr(), *sizes)
+                run(stream_of(device), at_value, *metadata, at_locations, at_weights, 0, 0, output.data_ptr(), *sizes)
             finally:
                 if before != device:
                     set_device(before)
@@ -96,7 +96,7 @@ class Recipe:
             steps = cuda.prepare_backward(found, _ALIGNMENT, stream_of(device), wanted)
         run, need = steps.run, steps.workspace
         strides, contiguous = self.strides, torch.contiguous_format
-        grad_value, grad_locations, grad_weights = wanted
+        grad_value, grad_locations, grad_weights, _ = wanted
 
         def backward(
             grad_output: Tensor, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor
@@ -129,8 +129,8 @@ class Recipe:
             set_device(device)
             try:
                 run(
-                    stream_of(device), metadata, at_value, at_locations, at_weights, 0, at_grad_output, at_grad_value,
-                    at_grad_locations, at_grad_weights, at_workspace,
+                    stream_of(device), metadata, at_value, at_locations, at_weights, 0, 0, at_grad_output,
+                    at_grad_value, at_grad_locations, at_grad_weights, 0, at_workspace,
                 )  # fmt: skip
             finally:
                 if before != device:
@@ -313,7 +313,7 @@ def backward(
         value, shapes, starts, locations, weights, im2col_step, grad_output, deterministic=deterministic,
         variant=variant, query_lengths=lengths,
     )  # fmt: skip
-    return api.backward(found, operands, wanted)
+    return api.backward(found, operands, wanted)[:3]
 
 
 def _repeatable(found: Problem, operands: Operands) -> bool:

@@ -1,0 +1,183 @@
+"""python -m benchmarks.front_end: the front end in the kernel, and torch's softmax and arithmetic before the operator.
+
+For every workload and dtype the times of forward and backward (without the gradient of reference points, which models
+do not want of an encoder), and the most memory of a training step beside its inputs and their gradients. In 16 bits
+the models' arithmetic is done in two ways: in 16 bits, which is fastest and loses the place of a sample in a wide
+level, and in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cupy_msda.torch
+from cupy_msda import api, problem
+from cupy_msda.problem import ALL, FUSED_NAMES
+
+from . import cases
+from .cases import FrontInputs
+from .provenance import provenance
+from .run import DTYPES
+from .timing import Timer, summary
+
+SIXTEEN_BIT = ("float16", "bfloat16")
+
+
+class Unfused:
+    """What a model computes before the operator, and what autograd computes after it, call by call."""
+
+    def __init__(self, inputs: FrontInputs, dtype: torch.dtype) -> None:
+        self.inputs, self.dtype = inputs, dtype
+        self.normalizer = inputs.spatial_shapes.flip(-1).to(dtype)[:, None]
+
+    def samples(self) -> tuple[Tensor, Tensor]:
+        """Locations and weights."""
+        references, offsets, logits = (tensor.to(self.dtype) for tensor in self.inputs[3:6])
+        weights = F.softmax(logits.flatten(3), -1).view_as(logits)
+        references = references[:, :, None, :, None, :]
+        if references.shape[-1] == 2:
+            return references + offsets / self.normalizer, weights
+        return references[..., :2] + offsets / offsets.shape[4] * references[..., 2:] * 0.5, weights
+
+    def forward(self) -> Tensor:
+        locations, weights = self.samples()
+        return api.forward(*problem.read(*self.inputs[:3], locations, weights))
+
+    def backward(self) -> Callable[[], tuple[Tensor, ...]]:
+        """The gradients of value, offsets and logits, from locations and weights that the forward has left."""
+        value, shapes, starts, references, offsets, logits, grad_output = self.inputs
+        locations, weights = self.samples()
+        flat = weights.flatten(3)
+        boxes = references[:, :, None, :, None, 2:].to(self.dtype)
+
+        def gradients() -> tuple[Tensor, ...]:
+            found, operands = problem.read(value, shapes, starts, locations, weights, 64, grad_output)
+            of_value, of_locations, of_weights, _ = api.backward(found, operands)
+            of_logits = torch._softmax_backward_data(of_weights.flatten(3), flat, -1, self.dtype)
+            if boxes.shape[-1]:
+                of_offsets = of_locations * 0.5 * boxes / offsets.shape[4]
+            else:
+                of_offsets = of_locations / self.normalizer
+            return of_value, of_offsets.to(offsets.dtype), of_logits.to(logits.dtype)
+
+        return gradients
+
+
+class Fused:
+    """The front end in the kernel."""
+
+    def __init__(self, inputs: FrontInputs, packed: bool = False) -> None:
+        value, shapes, starts, references, offsets, logits, grad_output = inputs
+        if packed:
+            offsets, logits = torch.cat((offsets.flatten(3), logits.flatten(3)), -1), None
+        arguments = (value, shapes, starts, offsets, logits, 64, grad_output)
+        self.read = problem.read(*arguments, names=FUSED_NAMES, reference_points=references)
+
+    def forward(self) -> Tensor:
+        return api.forward(*self.read)
+
+    def backward(self) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: api.backward(*self.read, ALL)
+
+
+def ways_of(workload: cases.Workload, dtype: str) -> dict[str, list[Any]]:
+    """Each way, one object a set of inputs."""
+    sets: dict[str, list[FrontInputs]] = {}
+    for form in ("points", "boxes"):
+        count = len(cases.input_sets(workload, DTYPES[dtype], "cuda"))
+        sets[form] = [
+            cases.make_front_inputs(workload, DTYPES[dtype], "cuda", seed, boxes=form == "boxes")
+            for seed in range(count)
+        ]
+    ways: dict[str, list[Any]] = {}
+    for form, inputs in sets.items():
+        ways[f"{form}, unfused"] = [Unfused(one, DTYPES[dtype]) for one in inputs]
+        if dtype in SIXTEEN_BIT:
+            ways[f"{form}, unfused in float32"] = [Unfused(one, torch.float32) for one in inputs]
+        ways[f"{form}, fused"] = [Fused(one) for one in inputs]
+        ways[f"{form}, fused, packed"] = [Fused(one, packed=True) for one in inputs]
+    return ways
+
+
+def step_memory(inputs: FrontInputs, fused: bool) -> int:
+    """Bytes of a forward and a backward at their peak, beside inputs and gradients."""
+    value, shapes, starts, references, offsets, logits, grad_output = inputs
+    leaves = [tensor.clone().requires_grad_() for tensor in (value, offsets, logits)]
+
+    def step() -> None:
+        if fused:
+            output = cupy_msda.torch.ms_deform_attn_fused(leaves[0], shapes, starts, references, *leaves[1:])
+        else:
+            one = Unfused(
+                inputs._replace(value=leaves[0], sampling_offsets=leaves[1], attention_logits=leaves[2]), value.dtype
+            )
+            output = cupy_msda.torch.ms_deform_attn(leaves[0], shapes, starts, *one.samples())
+        output.backward(grad_output)
+
+    step()
+    for leaf in leaves:
+        leaf.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    size = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    return torch.cuda.max_memory_allocated() - before - size
+
+
+def measure(workload: cases.Workload, dtype: str, rounds: int) -> dict[str, Any]:
+    """One record."""
+    record: dict[str, Any] = {"workload": workload.name, "dtype": dtype}
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        ways = ways_of(workload, dtype)
+        for direction in ("forward", "backward"):
+            timers = {}
+            for name, objects in ways.items():
+                calls = [one.forward if direction == "forward" else one.backward() for one in objects]
+                timers[name] = Timer(calls, "cuda", stream)
+            samples: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(rounds):
+                for name, timer in timers.items():
+                    samples[name].append(timer.sample())
+            del timers
+            record[direction] = {name: summary(times) for name, times in samples.items()}
+    inputs = cases.make_front_inputs(workload, DTYPES[dtype], "cuda")
+    record["step_bytes"] = {name: step_memory(inputs, name == "fused") for name in ("unfused", "fused")}
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.front_end", description=__doc__)
+    parser.add_argument("--workloads", nargs="+", help="names out of workloads.json; default: all")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    workloads = cases.load(cases.WORKLOADS)
+    result: dict[str, Any] = {"provenance": provenance("cuda"), "records": []}
+    for name in options.workloads or workloads:
+        for dtype in options.dtypes:
+            record = measure(workloads[name], dtype, options.rounds)
+            result["records"].append(record)
+            for direction in ("forward", "backward"):
+                times = {way: round(found["median_us"], 1) for way, found in record[direction].items()}
+                print(name, dtype, direction, times, flush=True)
+            print(name, dtype, "bytes of a step", record["step_bytes"], flush=True)
+            if options.out:
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
