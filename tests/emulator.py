@@ -174,6 +174,7 @@ def backward(
     variant=None,
     lengths=None,
     wanted=problem.ALL,
+    text_of_references=None,
     **options,
 ):
     """The backward kernels on NumPy inputs: gradients of value, locations and weights, as in cuda.py.
@@ -202,7 +203,8 @@ def backward(
     if wanted.references:
         options.pop("text", None)
         grads.append(_poisoned(inputs.references.shape, inputs.references.dtype))
-        launch(plan.sum_references(found), [parts, grads[-1]], grads[-1].size, 0, **options)
+        summed = plan.sum_references(found)
+        launch(summed, [parts, grads[-1]], grads[-1].size, 0, text=text_of_references, **options)
     return total, *grads
 
 

@@ -17,7 +17,7 @@ import cases
 from cases import DTYPE_PAIRS
 
 from cupy_msda import kernels, plan, plan_backward
-from cupy_msda.problem import ALL, Problem, Strides, Variant
+from cupy_msda.problem import ALL, FrontEnd, Problem, Strides, Variant
 
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
 BUDGET = Path(__file__).with_name("kernel_budget.json")
@@ -36,6 +36,7 @@ AXES = {
     "size": ("32 bits", "64 bits"),
     "wanted": ("output", *WANTED, *(f"value in order: {kind}" for kind in ("sort", "count", "sum"))),
     "layout": ("contiguous", "strided", "padded"),
+    "front": ("none", "points", "boxes, packed"),
     "variant": ("plain", "points", "nearest", "border", "align corners", "border, align corners", "nearest, points"),
 }
 
@@ -50,7 +51,7 @@ def variant_of(described, L, P):
     )
 
 
-def launch_of(pair, D, alignment, points, queries, levels, size, wanted, layout, variant):
+def launch_of(pair, D, alignment, points, queries, levels, size, wanted, layout, front, variant):
     """The planner's answer to a problem with these properties."""
     L, P = points
     form = variant_of(variant, L, P)
@@ -60,14 +61,17 @@ def launch_of(pair, D, alignment, points, queries, levels, size, wanted, layout,
         2, S, 8, D, L, 0 if form.num_points else P, Q, *pair, ("cuda", 0), LEVELS[:L] if levels == "by value" else None,
         variant=form, value_strides=Strides(16 * S * D, 16 * D, D) if layout == "strided" else None,
         padded=layout == "padded",
+        front={"points": FrontEnd(2, L, pair[0], False), "boxes, packed": FrontEnd(4, 1, pair[1], True)}.get(front),
     )  # fmt: skip
     if wanted == "output":
         return plan.forward(found, alignment)
     if "in order" in wanted:
         launches = plan_backward.summation(found, alignment).launches
-        kinds = {"sort": launches[0], "count": launches[-2], "sum": launches[-1]}  # without a count, the sort again
+        first = plan_backward.expansion(found) or launches[0]
+        kinds = {"sort": first, "count": launches[-2], "sum": launches[-1]}  # without a count, the sort again
         return kinds[wanted.split()[-1]]
-    return plan.backward(found, alignment, wanted=WANTED[wanted])
+    wanted = WANTED[wanted]._replace(references=bool(found.front) and WANTED[wanted].weights)
+    return plan.backward(found, alignment, wanted=found.computed(wanted))
 
 
 def every():
@@ -77,7 +81,8 @@ def every():
     for combination in itertools.product(*AXES.values()):
         of = dict(zip(names, combination, strict=True))
         usual = (of["alignment"], of["size"]) == (16, "32 bits")
-        if usual or (of["variant"], of["layout"]) == ("plain", "contiguous"):
+        simple = (of["variant"], of["layout"]) == ("plain", "contiguous")
+        if (usual and of["front"] == "none") or (usual and simple) or (simple and of["front"] == "none"):
             keys.add(launch_of(*combination).key)
     return sorted(keys | rounding(), key=str)
 

@@ -12,12 +12,12 @@ FRAMEWORKS = ("cupy", "torch", "jax", "matplotlib", "PIL", "ml_dtypes", "tqdm")
 # Who may import whom inside the package: only rooms further down this list.
 ROOMS = (
     "__main__", "demo", "environment", "golden", "torch", "__init__", "ahead", "api", "cuda", "backward", "launch",
-    "aside", "cpu", "cpu_forward", "cpu_backward", "cpu_cells", "cpu_rows", "kernels", "plan_backward", "plan",
-    "problem", "interop", "dlpack",
+    "aside", "cpu_front", "cpu", "cpu_forward", "cpu_backward", "cpu_cells", "cpu_rows", "kernels", "plan_backward",
+    "plan", "problem", "interop", "dlpack",
 )  # fmt: skip
 TORCH_ROOMS = (
-    "extension", "transformers", "mmcv", "patches", "__init__", "modules", "functional", "operators", "quick",
-    "compositions",
+    "extension", "transformers", "mmcv", "patches", "__init__", "modules", "functional", "front_end", "operators",
+    "quick", "compositions",
 )  # fmt: skip
 FILES = sorted(PACKAGE.glob("*.py"))
 TORCH_FILES = sorted((PACKAGE / "torch").glob("*.py"))

@@ -8,7 +8,7 @@ from cases import Case
 from tolerance import assert_close
 
 from cupy_msda import kernels, plan, plan_backward
-from cupy_msda.problem import Problem
+from cupy_msda.problem import Problem, Wanted
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 
@@ -64,8 +64,8 @@ FAULTS = {
     ),
     "dropped NaN of a bad level": (
         "forward",
-        "level.w > 0 ? (msda_acc)0 : msda_nan();\n    return",
-        "(msda_acc)0;\n    return",
+        "if (!cell.counts && level.w == 0) sample.attention = msda_nan();",
+        "",
     ),
     "float16 accumulation": ("forward", SUM, HALF_SUM),
     "overrun of shared memory": (
@@ -86,8 +86,8 @@ FAULTS = {
     ),
     "gradient of the other axis": (
         "backward",
-        "msda_store(grad_x, xy.element[0]);",
-        "msda_store(grad_y, xy.element[0]);",
+        "msda_store(x, xy.element[0]);",
+        "msda_store(y, xy.element[0]);",
     ),
     "lost factor of the level's width": ("backward", "attention * slope_x * across", "attention * across"),
     "sum that loses a lane": (
@@ -126,10 +126,35 @@ PADDED_FAULTS = {
     "padding that counts": ("forward", "q >= msda_length(lengths, work.image, Q)) q = -2 - q;", "q > Q) q = -2 - q;"),
     "padding of another image": ("forward", "msda_length(lengths, work.image, Q)) q", "msda_length(lengths, 0, Q)) q"),
     "padding without an output": ("forward", "if (msda_number(q) >= 0 && turn", "if (q >= 0 && turn"),
-    "padding without gradients": ("backward", "if (msda_number(q) < 0 ||", "if (q < 0 ||"),
+    "padding without gradients": ("backward", "msda_number(q) < 0 || k >= MSDA_K) continue;\n        msda_g",
+        "q < 0 || k >= MSDA_K) continue;\n        msda_g",
+    ),
     "padding in the lists": (
         "sort", "msda_length(lengths, work.image, (msda_index)Q) * MSDA_K;", "Q * MSDA_K;",
     ),
+}  # fmt: skip
+# With a front end: (kernel, packed, text of the source, what it becomes).
+FRONT_FAULTS = {
+    "softmax over some of the lanes": (
+        "forward",
+        False,
+        "mask < msda_lanes_of_query; mask *= 2) x +=",
+        "mask < msda_lanes_of_query / 2; mask *= 2) x +=",
+    ),
+    "softmax without its sum": ("forward", False, "raw.weight[fill + t] *= scale;", ""),
+    "weights of lanes without a sample": ("forward", False, "k < MSDA_K ? logit : lowest", "logit"),
+    "reference point of the first level": ("forward", False, "(MSDA_REFERENCES > 1 ? MSDA_LEVEL_OF(k) : 0)", "0"),
+    "height for the width": ("forward", False, "msda_load(box.element[0])", "msda_load(box.element[1])"),
+    "offsets where logits are": ("forward", True, "MSDA_PACKED ? 3 : 2", "MSDA_PACKED ? 2 : 2"),
+    "logit without the sum of the query": ("backward", False, "(grad[t].attention - sum)", "grad[t].attention"),
+    "offset that moves whole pixels": ("backward", False, "grad[t].x * reach.x", "grad[t].x"),
+    "reference of one point of a level": (
+        "backward", False, "k < msda_first_of(l + 1); ++k", "k < msda_first_of(l) + 1; ++k",
+    ),
+    "box without its offset": ("backward", False, "grad[t].x * msda_load(raw.xy[first + t].element[0])", "grad[t].x"),
+    "head that is left out": ("references", False, "m < MSDA_M", "m < MSDA_M - 1"),
+    "softmax of the sort left out": ("sort", False, "msda_softmax(raw[take]);", ""),
+    "weights of the wrong sample": ("expand", False, "weights[place] =", "weights[place ^ 1] ="),
 }  # fmt: skip
 # In the kernels that sum without atomics, and where samples are merged.
 SUM_FAULTS = {
@@ -378,3 +403,30 @@ def test_half_accumulation_of_float16_is_caught():
     assert_close(emulator.forward(inputs), want, "float16")
     with pytest.raises(AssertionError, match="exceeds"):
         assert_close(emulator.forward(inputs, text=source), want, "float16")
+
+
+@pytest.mark.parametrize("name", FRONT_FAULTS)
+def test_the_check_catches_a_fault_of_the_front_end(name):
+    kernel, packed, old, new = FRONT_FAULTS[name]
+    source = kernels.source(kernel)
+    assert source.count(old) == 1, "the fault no longer fits the source"
+    text = source.replace(old, new)
+    P = 4 if kernel == "sort" else 3
+    case = Case("front", levels=((6, 7), (3, 4)), N=1, M=2, D=8, P=P)
+    inputs = cases.with_front(case.inputs(), coordinates=4, packed=packed)
+    output, grads = cases.expected_with_front(inputs)
+    if kernel == "forward":
+        want, run = [output], lambda: [emulator.forward(inputs, text=text)]
+    elif kernel in ("sort", "expand"):
+        want, run = grads[:1], lambda: [emulator.summation(inputs, texts={kernel: text})]
+    else:
+        option = {"text" if kernel == "backward" else "text_of_references": text}
+        want, run = grads, lambda: emulator.backward(inputs, wanted=Wanted(references=True), **option)
+    with pytest.raises(AssertionError):
+        _assert_all_close(run(), want)
+
+
+def _assert_all_close(got, want):
+    for one, other in zip(got, want, strict=True):
+        if other is not None:
+            assert_close(one, other, "float32")

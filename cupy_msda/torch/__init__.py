@@ -1,5 +1,6 @@
 """Multi-scale deformable attention as an operator of torch, on the CPU and on CUDA."""
 
+from .front_end import ms_deform_attn_fused
 from .functional import MSDeformAttnFunction, decomposed, ms_deform_attn
 from .modules import MSDeformAttn, MultiScaleDeformableAttention
 
@@ -9,4 +10,5 @@ __all__ = [
     "MultiScaleDeformableAttention",
     "decomposed",
     "ms_deform_attn",
+    "ms_deform_attn_fused",
 ]
