@@ -11,7 +11,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_snippets_run():
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
     names = {}
     for snippet in SNIPPETS:
         if "import cupy\n" in snippet and not backends.GPU:
