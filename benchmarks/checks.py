@@ -30,6 +30,8 @@ SANITIZED = (
     "test_query_lengths.py",
     "test_torch.py",
     "test_torch_cuda.py",
+    "test_front_end.py",
+    "test_torch_front_end.py",
 )
 # Those whose tests reach the GPU at all; the others say nothing more there than on any machine.
 ON_THE_GPU = (

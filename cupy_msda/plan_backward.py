@@ -142,7 +142,7 @@ def expansion(problem: Problem) -> Launch | None:
     """Launch of the kernel that makes locations and weights for the sort, where it does not by itself.
 
     It has a sample a lane, one after the other: a softmax among them needs queries that do not straddle warps. Then no
-    launch comes before it (decoder_300 on an H100 45 -> us).
+    launch comes before it (decoder_300 on an H100: 45 us with it, 33 without).
     """
     if problem.front is None or problem.K in (1, 2, 4, 8, 16, 32):
         return None

@@ -369,7 +369,7 @@ def far_level(key_index_64, text=None):
     assert described.key.index_64 == key_index_64
     locations, weights = np.full((1, 3, 1, 1, 1, 2), 9, np.float32), np.ones((1, 3, 1, 1, 1), np.float32)
     output = np.full((1, 3, 1), np.nan, np.float32)
-    arrays = [np.zeros(1, np.float32), np.array(problem.levels, np.int64), locations, weights, None, output]
+    arrays = [np.zeros(1, np.float32), np.array(problem.levels, np.int64), locations, weights, None, None, output]
     emulator.launch(described, arrays, problem.S, problem.Q, problem.kernel_sizes[2:], text=text, sanitize=True)
     assert not output.any()
 
