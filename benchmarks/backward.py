@@ -22,7 +22,7 @@ from . import cases, implementations
 from .cases import Inputs
 from .provenance import provenance
 from .run import DTYPES
-from .timing import Timer, summary
+from .timing import summaries
 
 # Which gradients, where not all of them.
 SOME = {
@@ -103,14 +103,8 @@ def measure(workload: cases.Workload, dtype: str, rounds: int) -> dict[str, Any]
     with torch.cuda.stream(stream):
         if baseline.unavailable("cuda") is None:
             ways["baseline"] = [baseline.prepare_backward(inputs) for inputs in sets]
-        timers = {name: Timer(calls, "cuda", stream) for name, calls in ways.items()}
-        samples: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(rounds):
-            for name, timer in timers.items():
-                samples[name].append(timer.sample())
-    del timers
-    record: dict[str, Any] = {"workload": workload.name, "dtype": dtype}
-    record["ways"] = {name: summary(times) for name, times in samples.items()}
+        times = summaries(ways, "cuda", stream, rounds)
+    record: dict[str, Any] = {"workload": workload.name, "dtype": dtype, "ways": times}
     record["memory"] = {
         name: memory(ways[name][0]) for name in ("default", "deterministic", "baseline") if name in ways
     }

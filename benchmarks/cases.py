@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,9 @@ class FrontInputs(NamedTuple):
     sampling_offsets: Tensor
     attention_logits: Tensor
     grad_output: Tensor
+
+
+AnyInputs = TypeVar("AnyInputs", Inputs, FrontInputs)
 
 
 def load(path: Path = WORKLOADS) -> dict[str, Workload]:
@@ -162,12 +165,14 @@ def _starts(shapes: Tensor) -> Tensor:
 CACHE_FLUSH_BYTES = 256 << 20
 
 
-def input_sets(workload: Workload, dtype: torch.dtype, device: str) -> list[Inputs]:
+def input_sets(
+    workload: Workload, dtype: torch.dtype, device: str, make: Callable[..., AnyInputs] = make_inputs
+) -> list[AnyInputs]:
     """Inputs with seeds 0, 1, ...: as many as keep the L2 cache cold on a GPU, six at most, and one on a CPU."""
-    first = make_inputs(workload, dtype, device)
+    first = make(workload, dtype, device)
     size = sum(t.numel() * t.element_size() for t in first)
     count = 1 if device == "cpu" else max(1, min(6, -(-CACHE_FLUSH_BYTES // size)))
-    return [first] + [make_inputs(workload, dtype, device, seed) for seed in range(1, count)]
+    return [first] + [make(workload, dtype, device, seed) for seed in range(1, count)]
 
 
 def pixel_centres(levels: Iterable[Sequence[int]], device: str | torch.device) -> Tensor:

@@ -9,6 +9,7 @@ level, and in float32.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from . import cases
 from .cases import FrontInputs
 from .provenance import provenance
 from .run import DTYPES
-from .timing import Timer, summary
+from .timing import summaries
 
 SIXTEEN_BIT = ("float16", "bfloat16")
 
@@ -90,15 +91,10 @@ class Fused:
 
 def ways_of(workload: cases.Workload, dtype: str) -> dict[str, list[Any]]:
     """Each way, one object a set of inputs."""
-    sets: dict[str, list[FrontInputs]] = {}
-    for form in ("points", "boxes"):
-        count = len(cases.input_sets(workload, DTYPES[dtype], "cuda"))
-        sets[form] = [
-            cases.make_front_inputs(workload, DTYPES[dtype], "cuda", seed, boxes=form == "boxes")
-            for seed in range(count)
-        ]
     ways: dict[str, list[Any]] = {}
-    for form, inputs in sets.items():
+    for form in ("points", "boxes"):
+        make = functools.partial(cases.make_front_inputs, boxes=form == "boxes")
+        inputs = cases.input_sets(workload, DTYPES[dtype], "cuda", make)
         ways[f"{form}, unfused"] = [Unfused(one, DTYPES[dtype]) for one in inputs]
         if dtype in SIXTEEN_BIT:
             ways[f"{form}, unfused in float32"] = [Unfused(one, torch.float32) for one in inputs]
@@ -142,16 +138,11 @@ def measure(workload: cases.Workload, dtype: str, rounds: int) -> dict[str, Any]
     with torch.cuda.stream(stream):
         ways = ways_of(workload, dtype)
         for direction in ("forward", "backward"):
-            timers = {}
-            for name, objects in ways.items():
-                calls = [one.forward if direction == "forward" else one.backward() for one in objects]
-                timers[name] = Timer(calls, "cuda", stream)
-            samples: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(rounds):
-                for name, timer in timers.items():
-                    samples[name].append(timer.sample())
-            del timers
-            record[direction] = {name: summary(times) for name, times in samples.items()}
+            calls = {
+                name: [one.forward if direction == "forward" else one.backward() for one in objects]
+                for name, objects in ways.items()
+            }
+            record[direction] = summaries(calls, "cuda", stream, rounds)
     inputs = cases.make_front_inputs(workload, DTYPES[dtype], "cuda")
     record["step_bytes"] = {name: step_memory(inputs, name == "fused") for name in ("unfused", "fused")}
     return record

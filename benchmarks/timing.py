@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -82,3 +82,15 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     microseconds = sorted(s * 1e6 for s in samples)
     quartiles = statistics.quantiles(microseconds, n=4) if len(microseconds) > 1 else [microseconds[0]] * 3
     return {"median_us": quartiles[1], "q1_us": quartiles[0], "q3_us": quartiles[2]}
+
+
+def summaries(
+    ways: Mapping[str, Sequence[Callable[[], object]]], device: str, stream: torch.cuda.Stream | None, rounds: int
+) -> dict[str, dict[str, float]]:
+    """The :func:`summary` of each way, a sample of every way in turn: what the device does meanwhile meets them all."""
+    timers = {name: Timer(calls, device, stream) for name, calls in ways.items()}
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            samples[name].append(timer.sample())
+    return {name: summary(times) for name, times in samples.items()}

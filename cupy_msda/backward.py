@@ -26,6 +26,9 @@ class Addresses(NamedTuple):
     workspace: int
 
 
+_GRAD_VALUE, _WORKSPACE = map(Addresses._fields.index, ("grad_value", "workspace"))
+
+
 class PreparedBackward:
     """The gradients of one problem that are wanted.
 
@@ -116,17 +119,17 @@ def _backward(kernel: Callable[..., None], rounded: bool, parts: int, sizes: tup
 def _zeros(rounded: bool, nbytes: int) -> Callable[..., None]:
     fill: Any = interop.require_cupy("an array on a CUDA device").cuda.runtime.memsetAsync
 
+    target = _WORKSPACE if rounded else _GRAD_VALUE
+
     def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
-        of = Addresses(*addresses)
-        fill(of.workspace if rounded else of.grad_value, 0, nbytes, stream)
+        fill(addresses[target], 0, nbytes, stream)
 
     return run
 
 
 def _rounding(kernel: Callable[..., None], count: int) -> Callable[..., None]:
     def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
-        of = Addresses(*addresses)
-        kernel(stream, of.workspace, of.grad_value, count)
+        kernel(stream, addresses[_WORKSPACE], addresses[_GRAD_VALUE], count)
 
     return run
 

@@ -233,7 +233,10 @@ def read(
     L = shapes.shape[0]
     if variant != PLAIN:
         variant = read_variant(variant, L)
-    Q, P = (_read_packed if packed else _read_samples)(names, locations, weights, variant, N, M, L)
+    if packed:
+        Q, P = _read_packed(names, locations, variant, N, M, L)
+    else:
+        Q, P = _read_samples(names, locations, weights, variant, N, M, L)
     variant, P = same_points(variant, P)
     front = _read_front(views["reference_points"], N, Q, L, packed) if names is FUSED_NAMES else None
     if grad_output is not None:
@@ -293,9 +296,7 @@ def _read_samples(
     return Q, P
 
 
-def _read_packed(
-    names: tuple[str, str], packed: View, _: View, variant: Variant, N: int, M: int, L: int
-) -> tuple[int, int]:
+def _read_packed(names: tuple[str, str], packed: View, variant: Variant, N: int, M: int, L: int) -> tuple[int, int]:
     """Q and P of offsets and logits in one array."""
     symbols = "L*P*3" if variant.num_points is None else "sum(num_points)*3"
     name = f"{names[0]} without {names[1]}"

@@ -10,7 +10,7 @@ from cases import Case
 torch = pytest.importorskip("torch")
 
 from cupy_msda.torch import ms_deform_attn, ms_deform_attn_fused
-from cupy_msda.torch.front_end import front_end
+from cupy_msda.torch.compositions import front_end
 
 CASE = Case("front", levels=((6, 7), (3, 4)), N=2, M=2, D=8, P=3)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]

@@ -62,6 +62,36 @@ def without_padding(locations: Tensor, weights: Tensor, lengths: Tensor | None) 
     return torch.where(counts[..., None], locations, 0.5), torch.where(counts, weights, 0)
 
 
+def front_end(
+    shapes: Tensor,
+    references: Tensor,
+    offsets: Tensor,
+    logits: Tensor | None = None,
+    *,
+    variant: Variant = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    """Locations and weights as the models make them."""
+    L = shapes.shape[0]
+    if logits is None:
+        K = offsets.shape[-1] // 3
+        offsets, logits = offsets[..., : 2 * K], offsets[..., 2 * K :]
+    N, Q, M = logits.shape[:3]
+    logits = logits.reshape(N, Q, M, -1)
+    points = variant.num_points or (logits.shape[-1] // max(L, 1),) * L
+    level_of = torch.tensor([level for level, n in enumerate(points) for _ in range(n)], device=offsets.device)
+    point = references[:, :, level_of if references.shape[2] > 1 else level_of * 0][:, :, None]
+    offsets = offsets.reshape(N, Q, M, -1, 2)
+    if references.shape[-1] == 2:
+        locations = point + offsets / shapes.to(offsets.device).flip(-1).to(offsets.dtype)[level_of]
+    else:
+        counts = torch.tensor(points, device=offsets.device, dtype=offsets.dtype)[level_of, None]
+        locations = point[..., :2] + offsets / counts * point[..., 2:] * 0.5
+    weights = logits.softmax(-1)
+    if variant.num_points is None:
+        return locations.view(N, Q, M, L, -1, 2), weights.view(N, Q, M, L, -1)
+    return locations, weights
+
+
 def gather_composition(
     value: Tensor,
     shapes: Tensor,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import api, problem
-from ..problem import FUSED_NAMES, PLAIN, Variant, Wanted, read_variant
-from .compositions import gather_composition, without_padding
-from .operators import _AUTOCAST, SIXTEEN_BIT, _library, _read
+from ..problem import FUSED_NAMES, PLAIN, Operands, Problem, Variant, Wanted, read_variant
+from .compositions import front_end, gather_composition, without_padding
+from .operators import AUTOCAST, SIXTEEN_BIT, differentiate_twice, library, read_form
 
 FORWARD, BACKWARD = "cupy_msda::ms_deform_attn_fused", "cupy_msda::ms_deform_attn_fused_backward"
 _INPUTS = (
@@ -87,53 +87,30 @@ def ms_deform_attn_fused(
     )  # fmt: skip
 
 
-def _options(deterministic: bool | None, form: Sequence[Any], shapes: Tensor) -> dict[str, Any]:
-    variant, lengths = _read(tuple(form), shapes)
-    return {"names": FUSED_NAMES, "deterministic": deterministic, "variant": variant, "query_lengths": lengths}
+def _read(arguments: Sequence[Any], grad_output: Tensor | None = None) -> tuple[Problem, Operands]:
+    """The problem of the arguments that both operators have."""
+    value, shapes, starts, references, offsets, logits, im2col_step, deterministic, *form = arguments
+    variant, lengths = read_form(tuple(form), shapes)
+    return problem.read(
+        value, shapes, starts, offsets, logits, im2col_step, grad_output, names=FUSED_NAMES,
+        reference_points=references, deterministic=deterministic, variant=variant, query_lengths=lengths,
+    )  # fmt: skip
 
 
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
-def _forward(
-    value: Tensor,
-    shapes: Tensor,
-    starts: Tensor | None,
-    references: Tensor,
-    offsets: Tensor,
-    logits: Tensor | None,
-    im2col_step: int,
-    deterministic: bool | None,
-    *form: Any,
-) -> Tensor:
-    options = _options(deterministic, form, shapes)
-    return api.forward(
-        *problem.read(value, shapes, starts, offsets, logits, im2col_step, reference_points=references, **options)
-    )
+def _forward(*arguments: Any) -> Tensor:
+    return api.forward(*_read(arguments))
 
 
 @torch.library.impl(BACKWARD, ("cpu", "cuda"))
-def _backward(
-    grad_output: Tensor,
-    value: Tensor,
-    shapes: Tensor,
-    starts: Tensor | None,
-    references: Tensor,
-    offsets: Tensor,
-    logits: Tensor | None,
-    im2col_step: int,
-    deterministic: bool | None,
-    *form_and_mask: Any,
-) -> tuple[Tensor, ...]:
-    *form, mask = form_and_mask
-    options = _options(deterministic, form, shapes)
-    inputs = (value, shapes, starts, offsets, logits, im2col_step, grad_output)
+def _backward(grad_output: Tensor, *arguments_and_mask: Any) -> tuple[Tensor, ...]:
+    *arguments, mask = arguments_and_mask
     # The mask and the results in the order of the arguments.
     wanted = Wanted(mask[0], mask[2], mask[3], mask[1])
-    of_value, of_offsets, of_logits, of_references = api.backward(
-        *problem.read(*inputs, reference_points=references, **options), wanted
-    )
+    of_value, of_offsets, of_logits, of_references = api.backward(*_read(arguments, grad_output), wanted)
     grads = (of_value, of_references, of_offsets, of_logits)
     return tuple(
-        value.new_empty(0) if grad is None or not asked else grad for grad, asked in zip(grads, mask, strict=True)
+        grad_output.new_empty(0) if grad is None or not asked else grad for grad, asked in zip(grads, mask, strict=True)
     )
 
 
@@ -196,62 +173,21 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Second order, through a composition that torch differentiates twice."""
     grad_output, value, shapes, starts, references, offsets, logits, lengths = ctx.saved_tensors
-    variant, lengths = _read((*ctx.settings[2:], lengths), shapes)
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    sources = [t for t in (value, references, offsets, logits) if t is not None]
+    variant, lengths = read_form((*ctx.settings[2:], lengths), shapes)
+    inputs = [t for t in (value, references, offsets, logits) if t is not None]
 
     def output_of(value: Tensor, *samples: Tensor) -> Tensor:
         locations, weights = front_end(shapes, *samples, variant=variant)
         return gather_composition(value, shapes, starts, *without_padding(locations, weights, lengths), variant)
 
-    def gradients(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        _, pull_back = torch.func.vjp(output_of, *inputs)
-        return pull_back(grad_output)
-
-    first, pull_back = torch.func.vjp(gradients, *(tensor.to(dtype) for tensor in (grad_output, *sources)))
-    incoming = [
-        grad.to(dtype) if asked and grad is not None else torch.zeros_like(of)
-        for grad, of, asked in zip(grads[: len(first)], first, ctx.mask[: len(first)], strict=True)
-    ]
-    second = [
-        grad.to(source.dtype) for grad, source in zip(pull_back(tuple(incoming)), (grad_output, *sources), strict=True)
-    ]
-    of_output, of_value, of_references, of_offsets, *of_logits = second
+    of_output, of_value, of_references, of_offsets, *of_logits = differentiate_twice(
+        output_of, (grad_output, *inputs), grads[: len(inputs)], ctx.mask[: len(inputs)]
+    )
     return of_output, of_value, None, None, of_references, of_offsets, *(of_logits or [None]), *(None,) * 8
 
 
 torch.library.register_autograd(FORWARD, _differentiate, setup_context=_save)
 torch.library.register_autograd(BACKWARD, _differentiate_backward, setup_context=_save_backward)
-
-
-def front_end(
-    shapes: Tensor,
-    references: Tensor,
-    offsets: Tensor,
-    logits: Tensor | None = None,
-    *,
-    variant: Variant = PLAIN,
-) -> tuple[Tensor, Tensor]:
-    """Locations and weights as the models make them."""
-    L = shapes.shape[0]
-    if logits is None:
-        K = offsets.shape[-1] // 3
-        offsets, logits = offsets[..., : 2 * K], offsets[..., 2 * K :]
-    N, Q, M = logits.shape[:3]
-    logits = logits.reshape(N, Q, M, -1)
-    points = variant.num_points or (logits.shape[-1] // max(L, 1),) * L
-    level_of = torch.tensor([level for level, n in enumerate(points) for _ in range(n)], device=offsets.device)
-    point = references[:, :, level_of if references.shape[2] > 1 else level_of * 0][:, :, None]
-    offsets = offsets.reshape(N, Q, M, -1, 2)
-    if references.shape[-1] == 2:
-        locations = point + offsets / shapes.to(offsets.device).flip(-1).to(offsets.dtype)[level_of]
-    else:
-        counts = torch.tensor(points, device=offsets.device, dtype=offsets.dtype)[level_of, None]
-        locations = point[..., :2] + offsets / counts * point[..., 2:] * 0.5
-    weights = logits.softmax(-1)
-    if variant.num_points is None:
-        return locations.view(N, Q, M, L, -1, 2), weights.view(N, Q, M, L, -1)
-    return locations, weights
 
 
 def _forward_autocast(
@@ -268,9 +204,9 @@ def _forward_autocast(
         references = references.to(wide)
     if offsets.dtype not in (value.dtype, wide) or (logits is not None and logits.dtype is not offsets.dtype):
         offsets, logits = offsets.to(wide), None if logits is None else logits.to(wide)
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
         return _forward_operator(value, shapes, starts, references, offsets, logits, *settings)
 
 
 for _key in ("AutocastCUDA", "AutocastCPU"):
-    _library.impl("ms_deform_attn_fused", _forward_autocast, _key)
+    library.impl("ms_deform_attn_fused", _forward_autocast, _key)

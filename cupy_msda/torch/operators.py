@@ -6,7 +6,7 @@ torch.export), gradients of first and second order, rules for autocast and for v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +39,11 @@ backward_operator = torch.ops.cupy_msda.ms_deform_attn_backward.default
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
 def _forward(value: Tensor, shapes: Tensor, *others: Any) -> Tensor:
     """`others` are those of ``quick.forward`` and then the form's, without defaults at the end."""
-    variant, lengths = _read(others[5:], shapes)
+    variant, lengths = read_form(others[5:], shapes)
     return quick.forward(value, shapes, *others[:5], variant=variant, lengths=lengths)
 
 
-def _read(form: tuple[Any, ...], shapes: Tensor) -> tuple[Variant, Tensor | None]:
+def read_form(form: tuple[Any, ...], shapes: Tensor) -> tuple[Variant, Tensor | None]:
     """The variant and the lengths of queries out of what follows the other arguments of an operator."""
     variant, lengths = form[:4], form[4] if len(form) > 4 else None
     return read_variant(Variant(*variant), shapes.shape[0]) if variant else PLAIN, lengths
@@ -71,7 +71,7 @@ def _backward(
         weights,
         im2col_step,
         deterministic,
-        *_read(form, shapes),
+        *read_form(form, shapes),
         Wanted(*output_mask),
     )
     return tuple(grad if wanted else value.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True))
@@ -159,27 +159,36 @@ def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     It holds the four rows of every sample, 4 * N * Q * M * L * P * D numbers, several times over.
     """
     grad_output, value, shapes, starts, locations, weights = ctx.saved_tensors
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    variant, lengths = _read(ctx.form, shapes)
+    variant, lengths = read_form(ctx.form, shapes)
 
-    def gradients(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        _, pull_back = torch.func.vjp(
-            lambda v, *samples: gather_composition(v, shapes, starts, *without_padding(*samples, lengths), variant),
-            *inputs,
-        )
-        return pull_back(grad_output)
+    def output_of(value: Tensor, *samples: Tensor) -> Tensor:
+        return gather_composition(value, shapes, starts, *without_padding(*samples, lengths), variant)
 
-    sources = (grad_output, value, locations, weights)
-    first, pull_back = torch.func.vjp(gradients, *(tensor.to(dtype) for tensor in sources))
-    incoming = [
-        grad.to(dtype) if wanted and grad is not None else torch.zeros_like(of)
-        for grad, of, wanted in zip(grads, first, ctx.mask, strict=True)
-    ]
-    of_output, of_value, of_locations, of_weights = (
-        grad.to(source.dtype) for grad, source in zip(pull_back(tuple(incoming)), sources, strict=True)
+    of_output, of_value, of_locations, of_weights = differentiate_twice(
+        output_of, (grad_output, value, locations, weights), grads, ctx.mask
     )
     none = (None for _ in ctx.form)
     return of_output, of_value, None, None, of_locations, of_weights, None, None, None, *none
+
+
+def differentiate_twice(
+    output_of: Callable[..., Tensor], sources: Sequence[Tensor], grads: Sequence[Tensor | None], mask: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of `sources`, the output's gradient and the inputs of `output_of`, from `grads`, those of the inputs'
+    gradients. What `mask` leaves out counts for nothing.
+    """
+    dtype = torch.float64 if sources[1].dtype == torch.float64 else torch.float32
+
+    def gradients(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        _, pull_back = torch.func.vjp(output_of, *inputs)
+        return pull_back(grad_output)
+
+    first, pull_back = torch.func.vjp(gradients, *(tensor.to(dtype) for tensor in sources))
+    incoming = [
+        grad.to(dtype) if wanted and grad is not None else torch.zeros_like(of)
+        for grad, of, wanted in zip(grads, first, mask, strict=True)
+    ]
+    return [grad.to(source.dtype) for grad, source in zip(pull_back(tuple(incoming)), sources, strict=True)]
 
 
 torch.library.register_autograd(FORWARD, differentiate_forward, setup_context=save_forward)
@@ -206,7 +215,7 @@ def agreed_dtypes(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Te
 
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCPU
 )
 
@@ -215,13 +224,13 @@ def _forward_autocast(
     value: Tensor, shapes: Tensor, starts: Tensor | None, locations: Tensor, weights: Tensor, *settings: Any
 ) -> Tensor:
     locations, weights = agreed_dtypes(value, locations, weights)
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
         return forward_operator(value, shapes, starts, locations, weights, *settings)
 
 
-_library = torch.library.Library("cupy_msda", "IMPL")
+library = torch.library.Library("cupy_msda", "IMPL")
 for _key in ("AutocastCUDA", "AutocastCPU"):
-    _library.impl("ms_deform_attn", _forward_autocast, _key)
+    library.impl("ms_deform_attn", _forward_autocast, _key)
 
 
 def _vmap_rule(operator: Callable[..., Any], metadata: tuple[int, int]) -> Callable[..., Any]:
