@@ -88,6 +88,10 @@ def commands(sanitizers: list[str]) -> Iterator[tuple[str, list[str], dict[str, 
             ):
                 left_out += ["--deselect", f"tests/{name}"]
         else:
+            if tool == "racecheck":
+                # Threads that launch at once: every other run ends in the tool's own "Internal Sanitizer Error: failure
+                # to track a kernel launch", with no hazard reported. Memcheck runs it.
+                left_out += ["--deselect", "tests/test_torch_cuda.py::test_threads_on_streams_of_their_own"]
             sanitizer += ["--kernel-name", "kernel_substring=msda_"]
         for file in SANITIZED:
             yield f"{tool}, {file}", [*sanitizer, *suite, *left_out, f"tests/{file}"], EXACT_ALLOCATIONS

@@ -78,7 +78,7 @@ FAULTS = {
         "+ lane * MSDA_VEC) * sizeof(msda_value);",
         "+ lane * MSDA_VEC) * sizeof(msda_value) + sizeof(msda_value);",
     ),
-    "forgotten head": ("backward", "work.image * image_stride + work.m * head_stride", "work.image * image_stride"),
+    "forgotten head": ("backward", "of.image * image_stride + of.m * head_stride", "of.image * image_stride"),
     "forgotten head of the forward": (
         "forward",
         "work.image * image_stride + work.m * head_stride",
