@@ -163,8 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
         detector = DETECTORS[name]
         detector = detector._replace(size=tuple(options.size or detector.size), N=options.batch or detector.N)
         for dtype in options.dtypes:
-            exact = None
             for mode in options.modes:
+                exact = None
                 for served in (False, True):
                     about = {"model": name, "dtype": dtype, "mode": mode, "served": served}
                     about |= {"size": detector.size, "N": detector.N}

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
 
 
-def by_row(result: dict[str, Any]) -> dict[tuple[str, str, str], dict[bool, Record]]:
+def newest(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+    """The newest result of each model, among files that each hold the records of one or more."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    results = [(path, json.loads(path.read_text())) for path in paths]
+    for path, result in sorted(results, key=lambda pair: pair[1]["provenance"]["date"]):
+        found |= {record["model"]: (path, result) for record in result["records"]}
+    return {
+        path: result | {"records": [r for r in result["records"] if found[r["model"]][0] == path]}
+        for path, result in sorted(found.values(), key=lambda pair: (pair[1]["provenance"]["date"], pair[0].name))
+    }
+
+
+def by_row(results: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], dict[bool, Record]]:
     """Records by (model, dtype, mode), and whether they are served by this operator; only what was measured twice."""
     rows: dict[tuple[str, str, str], dict[bool, Record]] = {}
-    for record in result["records"]:
+    for record in (record for result in results for record in result["records"]):
         if "failed" not in record:
             rows.setdefault((record["model"], record["dtype"], record["mode"]), {})[record["served"]] = record
     return {key: pair for key, pair in rows.items() if len(pair) == 2}
 
 
-def table(result: dict[str, Any], recorded: str) -> str:
+def table(results: Iterable[dict[str, Any]], recorded: str) -> str:
     """Markdown: images a second, memory and the operator's share, as the model is and served."""
     heads = ["images", "images / s", "served", "peak MiB", "served", "operator's share of the GPU's time", "served"]
     lines = [f"| model | {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 1)}"]
-    rows = by_row(result)
+    rows = by_row(results)
     for (model, dtype, mode), pair in rows.items():
         H, W = pair[False]["size"]
         cells = [f"{pair[False]['N']} of {H}x{W}"]
@@ -30,23 +44,23 @@ def table(result: dict[str, Any], recorded: str) -> str:
         shares = (pair[served].get("share_of_operator") for served in (False, True))
         cells += ["" if share is None else f"{100 * share:.1f} %" for share in shares]
         lines.append(f"| {model}, {dtype}, {mode} | {' | '.join(cells)} |")
-    worst = max(pair[True]["largest_difference"] for (_, dtype, _), pair in rows.items() if dtype == "float32")
+    apart = [pair[True]["largest_difference"] for (_, *way), pair in rows.items() if way == ["float32", "eager"]]
     lines += [
         "",
         "Models of transformers with random weights, as they are and inside `cupy_msda.torch.transformers.patch()`; "
-        "float32 is TF32 in matrix products. In float32 no output differs by more than "
-        f"{worst:.0e} of its norm. Eager models of this size are bound by the host. {recorded}",
+        "float32 is TF32 in matrix products. In eager float32 no output differs by more than "
+        f"{max(apart):.0e} of its norm. Eager models of this size are bound by the host. {recorded}",
     ]
     return "\n".join(lines)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def plot(results: Iterable[dict[str, Any]], path: Path) -> None:
     """Images a second, peak memory and the operator's share, as the models are and served."""
     from matplotlib.figure import Figure
 
-    rows = by_row(result)
+    rows = by_row(results)
     labels = [f"{model}\n{dtype}, {mode}" for model, dtype, mode in rows]
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 0.5 * len(rows) + 1), layout="constrained")
     panels = (
         ("images a second", lambda r: r["images_per_second"]),
         ("peak memory, GiB", lambda r: r["peak_bytes"] / 2**30),

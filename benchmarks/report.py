@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +74,21 @@ def table(path: Path, result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Microseconds a call, and in brackets how many times as fast as `{baseline}` in the same run. "
-        + recorded(path, where),
+        + recorded(where, path),
     ]
     return "\n".join(lines)
 
 
-def recorded(path: Path, where: dict[str, Any]) -> str:
-    """The sentence that says when, where and with what a result was measured."""
+def recorded(where: dict[str, Any], *paths: Path) -> str:
+    """The sentence that says when, where and with what results were measured."""
     versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
     machine = (
         f"{where['gpu']}, driver {where['driver']}, CUDA {where['cuda']}"
         if where["device"] == "cuda"
         else f"{where['cpu']}, {where['threads']} threads, one image (rtdetr_640: two)"
     )
-    return f"Recorded {where['date'][:10]} in `benchmarks/results/{path.name}`: {machine}, {versions}."
+    files = ", ".join(f"`benchmarks/results/{path.name}`" for path in paths)
+    return f"Recorded {where['date'][:10]} in {files}: {machine}, {versions}."
 
 
 def backward_table(path: Path, result: dict[str, Any]) -> str:
@@ -114,7 +116,7 @@ def backward_table(path: Path, result: dict[str, Any]) -> str:
         f"Microseconds a call, and in brackets how many times as fast as `{BASELINE}`; memory of the default, the "
         f"deterministic backward and `{BASELINE}`. {result['runs']} deterministic runs beside other work gave the same "
         f"bits in {same} of {len(result['records'])} combinations of workload and dtype. "
-        + recorded(path, result["provenance"]),
+        + recorded(result["provenance"], path),
     ]
     return "\n".join(lines)
 
@@ -132,21 +134,24 @@ def overhead_table(path: Path, result: dict[str, Any]) -> str:
     lines += [
         "",
         "Microseconds of the host a call on tiny_call, all in one process, the GPU's queue never full. Of a forward's "
-        f"{whole['median_us']:.1f}: {parts}. " + recorded(path, result["provenance"]),
+        f"{whole['median_us']:.1f}: {parts}. " + recorded(result["provenance"], path),
     ]
     return "\n".join(lines)
 
 
-def models_table(path: Path, result: dict[str, Any]) -> str:
-    """Markdown: models of transformers from end to end."""
-    return models_report.table(result, recorded(path, result["provenance"]))
+def models_table() -> str:
+    """Markdown: models of transformers from end to end, each from its newest record."""
+    results = models_report.newest(RESULTS.glob(PARTS["models"]))
+    runs = groupby(results, key=lambda path: results[path]["provenance"])
+    return models_report.table(results.values(), " ".join(recorded(where, *paths) for where, paths in runs))
 
 
 def enclosed(part: str) -> str:
     """A part of the README with its markers."""
     begin, end = markers(part)
-    make = {"overhead": overhead_table, "backward": backward_table, "models": models_table}.get(part, table)
-    return f"{begin}\n{make(*latest(PARTS[part]))}\n{end}"
+    make = {"overhead": overhead_table, "backward": backward_table}.get(part, table)
+    made = models_table() if part == "models" else make(*latest(PARTS[part]))
+    return f"{begin}\n{made}\n{end}"
 
 
 def write_table(part: str) -> None:
@@ -248,7 +253,7 @@ def main() -> None:
     plot(latest(PARTS["benchmark"])[1], RESULTS / "benchmark.png")
     plot_backward(latest(PARTS["backward"])[1], RESULTS / "backward.png")
     plot_overhead(latest(PARTS["overhead"])[1], RESULTS / "overhead.png")
-    models_report.plot(latest(PARTS["models"])[1], RESULTS / "models.png")
+    models_report.plot(models_report.newest(RESULTS.glob(PARTS["models"])).values(), RESULTS / "models.png")
     scaling.plot(latest("scaling_*.json")[1], RESULTS / "scaling.png")
     detector.plot(latest("detector_*.json")[1], RESULTS / "detector.png")
 
