@@ -77,12 +77,12 @@ def steps(inputs: Inputs) -> dict[str, Callable[[], Any]]:
 
     return {
         "whole call": lambda: ms_deform_attn(*arguments[:5]),
-        "does anything observe": lambda: torch.compiler.is_compiling() or functional._observed(),
+        "does anything observe": lambda: torch.compiler.is_compiling() or functional.observed(),
         "same layout as before": lambda: matches(value, locations, weights, shapes, starts),
         "output": lambda: torch.empty_like(like_output),
         "addresses": lambda: [t.data_ptr() for t in (value, shapes, starts, locations, weights, output)],
         "device and stream": switch,
-        "launch": lambda: run(stream, *at, problem.S, problem.Q),
+        "launch": lambda: run(stream, *at[:5], 0, 0, at[5], *problem.kernel_sizes),
     }
 
 

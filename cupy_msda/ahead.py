@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 from . import aside, cuda, interop, kernels, plan, plan_backward, problem
-from .problem import SIXTEEN_BIT, VALUE_DTYPES, Problem, Variant
+from .problem import ALL, SIXTEEN_BIT, VALUE_DTYPES, FrontEnd, Problem, Variant
 
 # A bar for less would be gone before it is read.
 _MANY = 8
@@ -22,6 +22,9 @@ class Sizes:
 
     `num_points` to `align_corners` are those of :func:`cupy_msda.ms_deform_attn`; with `num_points`, P says nothing.
     `padded` stands for calls with `query_lengths`.
+
+    `reference_coordinates` of 2 (points) or 4 (boxes) stands for calls of :func:`cupy_msda.ms_deform_attn_fused`, with
+    a reference for each level unless `one_reference`, and with `packed` for offsets and logits in one array.
     """
 
     levels: Sequence[tuple[int, int]]
@@ -35,6 +38,9 @@ class Sizes:
     padding_mode: str = "zeros"
     align_corners: bool = False
     padded: bool = False
+    reference_coordinates: int | None = None
+    one_reference: bool = False
+    packed: bool = False
 
     @property
     def S(self) -> int:
@@ -54,7 +60,8 @@ def warmup(
 
     A kernel serves many sizes (it depends on dtypes, L, P, M and D, and on whether Q = S and the GPU is filled), so one
     entry a layer of a model is enough. Covers locations in value's dtype and in float32, metadata on the host and on
-    the GPU, and the backward with all gradients, `deterministic` or not. A value with strides has kernels of its own,
+    the GPU, and the backward with all gradients, `deterministic` or not; with reference points, these in the dtypes of
+    locations too, and the backward with their gradient and without. A value with strides has kernels of its own,
     which the first call compiles.
 
     Parameters
@@ -125,18 +132,31 @@ def launches(
         levels = tuple((h, w, start) for (h, w), start in zip(size.levels, starts, strict=True))
         form = Variant(size.num_points, size.interpolation, size.padding_mode, size.align_corners)
         variant, P = problem.same_points(problem.read_variant(form, len(levels)), size.P)
-        for location_dtype in dict.fromkeys((dtype, "float32") if dtype in SIXTEEN_BIT else (dtype,)):
+        dtypes_beside = dict.fromkeys((dtype, "float32") if dtype in SIXTEEN_BIT else (dtype,))
+        for location_dtype, front in product(dtypes_beside, _front_ends(size, dtypes_beside)):
             call = Problem(
                 size.N, S, size.M, size.D, len(levels), P, S if size.Q is None else size.Q,
                 value_dtype=dtype, location_dtype=location_dtype, device=("cuda", device),
-                levels=levels if by_value else None, variant=variant, padded=size.padded,
+                levels=levels if by_value else None, variant=variant, padded=size.padded, front=front,
             )  # fmt: skip
             found.append(plan.forward(call, plan.VECTOR_BYTES, multiprocessors))
             if backward:
-                for fixed_order in (False, True):
+                for fixed_order, of_references in product((False, True), (False, True) if front else (False,)):
                     ordered = replace(call, deterministic=fixed_order)
-                    found += plan_backward.backward(ordered, plan.VECTOR_BYTES, multiprocessors).launches
+                    wanted = call.computed(ALL._replace(references=of_references))
+                    found += plan_backward.backward(ordered, plan.VECTOR_BYTES, multiprocessors, wanted).launches
     return found
+
+
+def _front_ends(size: Sizes, dtypes: Iterable[str]) -> list[FrontEnd | None]:
+    """What the samples of calls of this size come from: reference points of each dtype, or nothing."""
+    coordinates = size.reference_coordinates
+    if coordinates is None:
+        return [None]
+    if coordinates not in (2, 4):
+        raise ValueError(f"sizes: expected reference_coordinates 2, 4 or None, got {coordinates!r}")
+    levels = 1 if size.one_reference else len(size.levels)
+    return [FrontEnd(coordinates, levels, dtype, size.packed) for dtype in dtypes]
 
 
 def _with_bar(steps: Iterable[Any], count: int, progress: bool | None) -> Iterable[Any]:

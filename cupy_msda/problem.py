@@ -311,9 +311,13 @@ def _read_front(references: View, N: int, Q: int, L: int, packed: bool) -> Front
     _, _, levels, coordinates = _dimensions("reference_points", references, symbols)
     if levels == 1:
         symbols = symbols.replace("L", "1")
+    boxes = symbols.replace("2]", "4]")
+    if coordinates not in (2, 4):
+        got = list(references.shape)
+        raise ValueError(f"reference_points: expected shape {symbols} for points or {boxes} for boxes, got {got}")
     if coordinates == 4:
-        symbols = symbols.replace("2]", "4]")
-    expected = (N, Q, 1 if levels == 1 else L, 4 if coordinates == 4 else 2)
+        symbols = boxes
+    expected = (N, Q, 1 if levels == 1 else L, coordinates)
     _check_shape("reference_points", references, symbols, expected)
     return FrontEnd(coordinates, levels, references.dtype, packed)
 

@@ -3,7 +3,7 @@
 import pytest
 
 import cupy_msda
-from cupy_msda import Sizes, ahead, interop, plan, problem
+from cupy_msda import Sizes, ahead, interop, plan, plan_backward, problem
 
 ENCODER = Sizes(levels=((20, 30), (10, 15)), N=2)
 DECODER = Sizes(levels=((20, 30), (10, 15)), N=2, Q=300)
@@ -80,3 +80,23 @@ def test_calls_with_query_lengths_are_compiled_ahead():
     chosen = keys([Sizes(ENCODER.levels, padded=True)], ["float32"])
     assert {key.padded for key in chosen if key.kind in ("forward", "backward", "sort")} == {True}
     assert not any(key.padded for key in keys([ENCODER], ["float32"]))
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("one_reference", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reference_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("of_references", [False, True])
+def test_calls_with_a_front_end_are_compiled_ahead(coordinates, one_reference, packed, reference_dtype, of_references):
+    sizes = Sizes(ENCODER.levels, N=2, reference_coordinates=coordinates, one_reference=one_reference, packed=packed)
+    front = problem.FrontEnd(coordinates, 1 if one_reference else 2, reference_dtype, packed)
+    levels = ((20, 30, 0), (10, 15, 600))
+    call = problem.Problem(2, 750, 8, 32, 2, 4, 750, "float16", "float16", ("cuda", 0), levels, front=front)
+    wanted = call.computed(problem.ALL._replace(references=of_references))
+    launches = [plan.forward(call, 16), *plan_backward.backward(call, 16, 132, wanted).launches]
+    assert {launch.key for launch in launches} <= keys([sizes], ["float16"])
+
+
+def test_references_are_points_or_boxes():
+    with pytest.raises(ValueError, match="sizes: expected reference_coordinates 2, 4 or None, got 3"):
+        keys([Sizes(ENCODER.levels, reference_coordinates=3)], ["float32"])

@@ -16,8 +16,8 @@ ROOMS = (
     "plan", "problem", "interop", "dlpack",
 )  # fmt: skip
 TORCH_ROOMS = (
-    "extension", "transformers", "mmcv", "patches", "__init__", "modules", "functional", "front_end", "operators",
-    "quick", "compositions",
+    "extension", "transformers", "mmcv", "patches", "__init__", "modules", "front_end", "functional",
+    "front_operators", "operators", "quick", "compositions",
 )  # fmt: skip
 FILES = sorted(PACKAGE.glob("*.py"))
 TORCH_FILES = sorted((PACKAGE / "torch").glob("*.py"))

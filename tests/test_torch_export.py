@@ -4,7 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from test_torch_modules import LEVELS, arguments, module
+from test_torch_modules import LEVELS, arguments, module, single
 
 from cupy_msda.torch import decomposed, ms_deform_attn
 
@@ -31,10 +31,6 @@ def run(path, inputs):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
     return session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=False)})[0]
-
-
-def single(inputs):
-    return tuple(t.float() if t.is_floating_point() else t for t in inputs)
 
 
 @pytest.mark.filterwarnings("ignore")

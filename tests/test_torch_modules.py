@@ -103,23 +103,34 @@ def test_gradients_reach_every_parameter_and_agree_with_the_composition():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_locations_stay_float32_under_autocast(dtype, monkeypatch):
-    from cupy_msda.torch import modules
-
-    seen = []
-    monkeypatch.setattr(modules, "ms_deform_attn", lambda *a: seen.extend(a) or ms_deform_attn(*a))
-    layer, inputs = module().float(), arguments()
+def test_locations_are_float32_under_autocast(dtype):
+    """Half a pixel of a level of 1024 columns is less than 16 bits of a location tell apart."""
+    layer, (query, references, *_) = module(n_levels=1).float(), single(arguments())
+    memory, levels = torch.randn(2, 1024, 16), [(1, 1024)]
+    references = references[:, :, :1] * 0.2 + 0.75
     with torch.autocast("cpu", dtype):
-        output = layer(*(t.float() for t in inputs[:3]), *inputs[3:])
-    assert [seen[i].dtype for i in (0, 3, 4)] == [dtype, torch.float32, torch.float32]
-    assert output.dtype == dtype
+        have = layer(query, references, memory, levels, None)
+        offsets = layer.sampling_offsets(query).view(2, 5, 2, 1, 3, 2).float()
+        weights = layer.attention_weights(query).view(2, 5, 2, 1, 3).float().softmax(-1)
+        locations = references[:, :, None, :, None] + offsets / torch.tensor([1024.0, 1.0])
+        value = layer.value_proj(memory).view(2, 1024, 2, 8)
+        assert (value.dtype, locations.dtype) == (dtype, torch.float32)
+        want = layer.output_proj(ms_deform_attn(value, levels, None, locations, weights))
+        coarse = layer.output_proj(ms_deform_attn(value, levels, None, locations.to(dtype), weights.to(dtype)))
+    assert have.dtype is dtype
+    torch.testing.assert_close(have, want, rtol=0.02, atol=0.02)
+    assert (coarse - want).abs().max() > 0.1
+
+
+def single(inputs):
+    return tuple(t.float() if t.is_floating_point() else t for t in inputs)
 
 
 def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match=r"d_model: expected a multiple of n_heads = 3, got 16"):
         module(n_heads=3)
     layer, (query, references, *others) = module(), arguments()
-    with pytest.raises(ValueError, match=r"reference_points: expected shape \[N, Q, L, 2\] or \[N, Q, L, 4\]"):
+    with pytest.raises(ValueError, match=r"reference_points: expected shape \[N, Q, L, 2\] for points or"):
         layer(query, references.repeat(1, 1, 1, 2)[..., :3], *others)
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..problem import PLAIN, Variant, Wanted, read_variant
-from . import quick
+from . import front_operators, quick
 from .compositions import grid_sample_composition, without_padding
 from .operators import (
-    TransformedFunction,
     agreed_dtypes,
     backward_operator,
     dtypes_agree,
     forward_operator,
+    transformed_forward,
     under_transform,
 )
 
@@ -27,7 +27,9 @@ _decomposed = 0
 
 @contextlib.contextmanager
 def decomposed() -> Iterator[None]:
-    """While this lasts, :func:`ms_deform_attn` is made of ``torch.nn.functional.grid_sample`` and its like.
+    """While this lasts, :func:`ms_deform_attn` and :func:`ms_deform_attn_fused` are made of torch's own functions.
+
+    That is ``torch.nn.functional.grid_sample`` and its like.
 
     For a runtime that does not know the operator: export inside this context. ``torch.onnx.export`` needs none, the
     operator decomposes there by itself. Level sizes that are given as numbers become constants of what is exported.
@@ -75,7 +77,7 @@ def ms_deform_attn(
                 "sampling_locations: expected a tensor that requires no gradient beside interpolation='nearest', which "
                 "has none for it: detach() it"
             )
-    elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or _decomposed or _observed()):
+    elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or _decomposed or observed()):
         for matches, recipe, step, fixed_order, differentiable in quick.recent:
             if (
                 step is im2col_step
@@ -84,7 +86,7 @@ def ms_deform_attn(
             ):
                 if differentiable and torch.is_grad_enabled():
                     call = (recipe, None, spatial_shapes, level_start_index, step, deterministic, False, PLAIN)
-                    return _apply(value, sampling_locations, attention_weights, call)
+                    return apply(value, sampling_locations, attention_weights, None, call)
                 output = recipe.forward(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
                 if output is not None:
                     return output
@@ -110,7 +112,7 @@ def _dispatch(
     """A call that is not just like a recent one."""
     if (
         query_lengths is None
-        and _is_plain(value, sampling_locations, attention_weights)
+        and is_plain(value, sampling_locations, attention_weights)
         and dtypes_agree(value, sampling_locations, attention_weights)
     ):
         call = (spatial_shapes, level_start_index, im2col_step, deterministic, variant)
@@ -120,7 +122,7 @@ def _dispatch(
             value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad
         ):
             call = (recipe, key, *call[:-1], validate, variant)
-            return _apply(value, sampling_locations, attention_weights, call)
+            return apply(value, sampling_locations, attention_weights, None, call)
         return quick.follow(
             recipe, key, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step,
             deterministic, validate, variant,
@@ -132,25 +134,25 @@ def _dispatch(
     ):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if _decomposed or torch.onnx.is_in_onnx_export():
-        return _compose(
+    if decomposes():
+        return compose(
             value, spatial_shapes, level_start_index, sampling_locations, attention_weights, variant, query_lengths
         )
     operator = forward_operator
     if not torch.compiler.is_compiling():
-        _refuse_tangents(value, sampling_locations, attention_weights)
+        refuse_tangents(value, sampling_locations, attention_weights)
         if under_transform():
-            operator = TransformedFunction.apply
+            operator = transformed_forward
     return operator(
         value,
-        _metadata_tensor(spatial_shapes, value),
-        _metadata_tensor(level_start_index, value),
+        metadata_tensor(spatial_shapes, value),
+        metadata_tensor(level_start_index, value),
         sampling_locations,
         attention_weights,
         im2col_step,
         deterministic,
         *variant,
-        _metadata_tensor(query_lengths, value),
+        metadata_tensor(query_lengths, value),
     )
 
 
@@ -165,85 +167,101 @@ class MSDeformAttnFunction:
 
 
 class _Function(torch.autograd.Function):
-    """The plain way with gradients: what the operator's registered autograd does, without the dispatcher.
+    """The plain way with gradients: what the operators' registered autograd does, without the dispatcher.
 
-    `call` is all the rest: (recipe or None, key, shapes, starts, im2col_step, deterministic, validate, variant).
+    With a front end there are `references`, offsets stand for locations, and logits, or None, for weights. `call` is
+    all the rest: (recipe or None, key, shapes, starts, im2col_step, deterministic, validate, variant).
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, call: tuple[Any, ...]) -> Tensor:
-        ctx.save_for_backward(value, locations, weights)
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        locations: Tensor,
+        weights: Tensor | None,
+        references: Tensor | None,
+        call: tuple[Any, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(value, locations, weights, references)
         ctx.call = call
         recipe, key, shapes, starts, *others = call
         if recipe is not None:
-            output = recipe.forward(value, shapes, starts, locations, weights)
+            output = recipe.forward(value, shapes, starts, locations, weights, references)
             if output is not None:
                 return output
-        return quick.first_forward(key, value, shapes, starts, locations, weights, *others)
+        return quick.first_forward(key, value, shapes, starts, locations, weights, *others, references)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        value, locations, weights = ctx.saved_tensors
+        value, locations, weights, references = ctx.saved_tensors
         recipe, _, shapes, starts, im2col_step, deterministic, _, variant = ctx.call
-        wanted = Wanted(*ctx.needs_input_grad[:3])
+        wanted = Wanted(*ctx.needs_input_grad[:4])
         if torch.is_grad_enabled() or type(grad_output) is not Tensor or _dispatch_modes():
-            metadata = [_metadata_tensor(part, value) for part in (shapes, starts)]
-            grads = backward_operator(
-                grad_output,
-                value,
-                *metadata,
-                locations,
-                weights,
-                im2col_step,
-                deterministic,
-                list(wanted[:3]),
-                *variant,
-            )
+            grads = _dispatch_backward(grad_output, ctx.saved_tensors, ctx.call, wanted)
         else:
             grads = None
             if recipe is not None:
                 repeat = recipe.backward(wanted)
-                grads = repeat(grad_output, value, shapes, starts, locations, weights)
+                grads = repeat(grad_output, value, shapes, starts, locations, weights, references)
             if grads is None:
                 grads = quick.backward(
                     grad_output, value, shapes, starts, locations, weights, im2col_step, deterministic, variant, None,
-                    wanted,
+                    wanted, references,
                 )  # fmt: skip
         return (
             grads[0] if wanted.value else None,
             grads[1] if wanted.locations else None,
             grads[2] if wanted.weights else None,
+            grads[3] if wanted.references else None,
             None,
         )
 
 
+def _dispatch_backward(
+    grad_output: Tensor, saved: tuple[Tensor | None, ...], call: tuple[Any, ...], wanted: Wanted
+) -> quick.Gradients:
+    """The gradients by the registered operator, which is differentiable in its turn."""
+    value, locations, weights, references = saved
+    _, _, shapes, starts, im2col_step, deterministic, _, variant = call
+    metadata = [metadata_tensor(part, value) for part in (shapes, starts)]
+    if references is None:
+        samples, settings, mask = (locations, weights), (im2col_step, deterministic), list(wanted[:3])
+        return *backward_operator(grad_output, value, *metadata, *samples, *settings, mask, *variant), None
+    samples = (references, locations, weights)
+    mask = [wanted.value, wanted.references, wanted.locations, wanted.weights]
+    of_value, of_references, of_locations, of_weights = front_operators.backward_operator(
+        grad_output, value, *metadata, *samples, im2col_step, deterministic, *variant, None, mask
+    )
+    return of_value, of_locations, of_weights, of_references
+
+
 # Past torch.autograd.Function.apply, whose Python part (7 us on the host of an H100) prepares for torch.func's
 # transforms: those do not come here.
-_apply = super(torch.autograd.Function, _Function).apply
+apply = super(torch.autograd.Function, _Function).apply
 
 
-def _is_plain(value: Tensor, locations: Tensor, weights: Tensor) -> bool:
-    """Whether nothing but eager execution, with or without autograd, has an interest in the call.
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether nothing but eager execution, with or without autograd, has an interest in a call with these tensors.
 
     Everything else (compilation, export, fake tensors, subclasses, torch.func, forward-mode gradients, modes, the
     profiler) sees the registered operator.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or type(value) not in _PLAIN
-        or type(locations) not in _PLAIN
-        or type(weights) not in _PLAIN
-        or _decomposed
-        or _dispatch_modes()
-        or under_transform()
-        or torch._C._get_tracing_state() is not None
-        or _observed()
-    )
+    if torch.compiler.is_compiling() or _decomposed:
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+    return not (_dispatch_modes() or under_transform() or torch._C._get_tracing_state() is not None or observed())
 
 
-def _observed() -> bool:
+def observed() -> bool:
     """Whether a profiler or a forward-mode gradient is active, which the keys of a dispatch do not show."""
     return _profiling() or forward_ad._current_level >= 0
+
+
+def decomposes() -> bool:
+    """Whether the operators are to be made of torch's own functions."""
+    return bool(_decomposed) or torch.onnx.is_in_onnx_export()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -251,7 +269,8 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiling = torch._C._autograd._profiler_enabled
 
 
-def _metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:
+def metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:
+    """As the operators take it."""
     if metadata is None or isinstance(metadata, Tensor):
         return metadata
     # A compiled graph wants all on one device; elsewhere the host is better, because what is there is validated.
@@ -259,21 +278,25 @@ def _metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:
     return torch.as_tensor(metadata, device=device)
 
 
-def _refuse_tangents(*tensors: Tensor) -> None:
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Dual numbers raise NotImplementedError."""
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
         raise NotImplementedError(
             "ms_deform_attn has no forward-mode gradient (dual numbers, torch.func.jvp): use reverse mode"
         )
 
 
-def _compose(
+def compose(
     value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor, variant: Variant, lengths: Any
 ) -> Tensor:
+    """:func:`ms_deform_attn` of torch's own functions, none of which needs the metadata as tensors."""
     levels = [tuple(row) for row in (shapes.tolist() if hasattr(shapes, "tolist") else shapes)]
     firsts = starts.tolist() if hasattr(starts, "tolist") else starts
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     locations, weights = agreed_dtypes(value, locations, weights)
-    locations, weights = without_padding(locations, weights, _metadata_tensor(lengths, value))
+    locations, weights = without_padding(locations, weights, metadata_tensor(lengths, value))
     # grid_sample promises nothing for NaN; what lies this far outside is the same as at infinity.
     nothing = locations.isnan().any(-1)
     locations = torch.where(nothing[..., None], -1, locations).clamp(-1, 2)

@@ -6,18 +6,19 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .front_end import ms_deform_attn_fused
+from .front_operators import agreed_dtypes
 from .functional import ms_deform_attn
-from .operators import SIXTEEN_BIT
 
 
 class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention with its projections (Zhu et al. 2021, section 4.1).
 
     Parameters have the names, shapes and initial values of the module of Deformable DETR, so its checkpoints load:
-    ``sampling_offsets``, ``attention_weights``, ``value_proj``, ``output_proj``.
+    ``sampling_offsets``, ``attention_weights``, ``value_proj``, ``output_proj``. The softmax and the locations are
+    computed by the operator, in float32 at least, since 16 bits cannot address the pixels of a wide level.
 
     Parameters
     ----------
@@ -97,22 +98,10 @@ class MSDeformAttn(nn.Module):
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
         value = value.view(N, -1, M, self.d_model // M)
         offsets = self.sampling_offsets(query).view(N, Q, M, L, P, 2)
-        weights = F.softmax(self.attention_weights(query).view(N, Q, M, L * P), -1).view(N, Q, M, L, P)
-        references = reference_points[:, :, None, :, None, :]
-        # 16 bits cannot address the pixels of a wide level: locations are float32 at least.
-        if offsets.dtype in SIXTEEN_BIT:
-            offsets, weights, references = offsets.float(), weights.float(), references.float()
-        if reference_points.shape[-1] == 2:
-            sizes = torch.as_tensor(input_spatial_shapes, device=query.device).flip(-1).to(offsets.dtype)
-            locations = references + offsets / sizes[:, None, :]
-        elif reference_points.shape[-1] == 4:
-            locations = references[..., :2] + offsets / P * references[..., 2:] * 0.5
-        else:
-            raise ValueError(
-                f"reference_points: expected shape [N, Q, L, 2] or [N, Q, L, 4], got {list(reference_points.shape)}"
-            )
-        attended = ms_deform_attn(
-            value, input_spatial_shapes, input_level_start_index, locations, weights, self.im2col_step
+        logits = self.attention_weights(query).view(N, Q, M, L, P)
+        references, offsets, logits = agreed_dtypes(value, reference_points, offsets, logits)
+        attended = ms_deform_attn_fused(
+            value, input_spatial_shapes, input_level_start_index, references, offsets, logits, self.im2col_step
         )
         return self.output_proj(attended)
 

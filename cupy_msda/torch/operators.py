@@ -74,7 +74,7 @@ def _backward(
         *read_form(form, shapes),
         Wanted(*output_mask),
     )
-    return tuple(grad if wanted else value.new_empty(0) for grad, wanted in zip(grads, output_mask, strict=True))
+    return tuple(grad if wanted else value.new_empty(0) for grad, wanted in zip(grads[:3], output_mask, strict=True))
 
 
 @torch.library.register_fake(FORWARD)
@@ -142,7 +142,7 @@ def save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def differentiate_forward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     mask = [needs[0], needs[3], needs[4]]
-    operator = _TransformedBackward.apply if under_transform() else backward_operator
+    operator = _transformed_backward if under_transform() else backward_operator
     grads = operator(grad_output, *ctx.saved_tensors, ctx.im2col_step, ctx.deterministic, mask, *ctx.form)
     of_value, of_locations, of_weights = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
     return of_value, None, None, of_locations, of_weights, None, None, *(None for _ in ctx.form)
@@ -260,36 +260,40 @@ def _unfold(tensor: Tensor, size: int) -> Tensor:
     return tensor.view(size, tensor.shape[0] // size, *tensor.shape[1:])
 
 
-_forward_rule = _vmap_rule(forward_operator, metadata=(1, 2))
-_backward_rule = _vmap_rule(backward_operator, metadata=(2, 3))
-if hasattr(torch.library, "register_vmap"):  # torch >= 2.5
-    torch.library.register_vmap(FORWARD, _forward_rule)
-    torch.library.register_vmap(BACKWARD, _backward_rule)
-
-
-# torch.func's transforms do not go through registered gradients, but through this form of a function.
 def under_transform() -> bool:
     """Whether this runs inside vmap, grad or another transform of torch.func."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-class TransformedFunction(torch.autograd.Function):
-    """The operator under torch.func."""
+def transformable(
+    operator: Callable[..., Any],
+    name: str,
+    save: Callable[..., None],
+    differentiate: Callable[..., Any],
+    metadata: tuple[int, int],
+) -> Callable[..., Any]:
+    """`operator` for torch.func, whose transforms do not go through registered gradients but through a function's.
 
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return forward_operator(*arguments)
+    Its rule for vmap is that of the operator `name`, too; `metadata` are the places of the arguments that are the same
+    for all.
+    """
+    rule = _vmap_rule(operator, metadata)
+    if hasattr(torch.library, "register_vmap"):  # torch >= 2.5
+        torch.library.register_vmap(name, rule)
 
-    setup_context = staticmethod(save_forward)
-    backward = staticmethod(differentiate_forward)
-    vmap = staticmethod(_forward_rule)
+    class Transformed(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
+
+        setup_context = staticmethod(save)
+        backward = staticmethod(differentiate)
+        vmap = staticmethod(rule)
+
+    return Transformed.apply
 
 
-class _TransformedBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return backward_operator(*arguments)
-
-    setup_context = staticmethod(_save_backward)
-    backward = staticmethod(_differentiate_backward)
-    vmap = staticmethod(_backward_rule)
+transformed_forward = transformable(forward_operator, FORWARD, save_forward, differentiate_forward, metadata=(1, 2))
+_transformed_backward = transformable(
+    backward_operator, BACKWARD, _save_backward, _differentiate_backward, metadata=(2, 3)
+)

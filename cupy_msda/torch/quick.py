@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from .. import api, cuda, interop, plan, problem
-from ..problem import PLAIN, Operands, Problem, Variant, Wanted
+from ..problem import FUSED_NAMES, NAMES, PLAIN, Operands, Problem, Variant, Wanted
 
 # What the vectors of the kernels want, and what torch's allocator gives.
 _ALIGNMENT = 16
 # A model comes back to few layouts; one that never does must not fill the memory.
 _MOST_RECIPES = 4096
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+# Of value, locations, weights and reference points. With those, offsets stand in for locations and logits for weights,
+# here and throughout, and weights are None where both are one array.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Recipe:
@@ -34,7 +36,8 @@ class Recipe:
     Attributes
     ----------
     forward : callable
-        ``forward(value, shapes, starts, locations, weights)`` -> output, or None where an address is not aligned.
+        ``forward(value, shapes, starts, locations, weights, references=None)`` -> output, or None where an address is
+        not aligned.
     levels : tuple of int
         The words of metadata that came from the host; empty where it is on the device.
     """
@@ -50,8 +53,8 @@ class Recipe:
         self.forward = self._forward(value.detach().new_empty(()).expand(found.output_shape))
 
     def backward(self, wanted: Wanted) -> Callable[..., Gradients | None]:
-        """``backward(grad_output, value, shapes, starts, locations, weights)`` -> the gradients that are wanted, or
-        None where a saved tensor came back with strides, or an address is not aligned.
+        """``backward(grad_output, value, shapes, starts, locations, weights, references=None)`` -> the gradients that
+        are wanted, or None where a saved tensor came back with strides, or an address is not aligned.
         """
         fixed_order = self.deterministic
         if fixed_order is None:  # torch's own switch, as it stands when the backward runs
@@ -64,22 +67,32 @@ class Recipe:
 
     def _forward(self, like_output: Tensor) -> Callable[..., Tensor | None]:
         levels, sizes, device = self.levels, self.problem.kernel_sizes, self.problem.device[1]
+        packed, to_logits = _packing(self.problem)
         get_device, set_device = _device_functions()
         empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
         with cuda.on_device(device):
             run = cuda.prepare_forward(self.problem, _ALIGNMENT, stream_of(device)).run
 
-        def forward(value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor) -> Tensor | None:
-            at_value, at_locations, at_weights = value.data_ptr(), locations.data_ptr(), weights.data_ptr()
-            if (at_value | at_locations | at_weights) % _ALIGNMENT:
+        def forward(
+            value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Any, references: Tensor | None = None
+        ) -> Tensor | None:
+            at_value, at_locations = value.data_ptr(), locations.data_ptr()
+            at_weights = 0 if packed else weights.data_ptr()
+            at_references = 0 if references is None else references.data_ptr()
+            if (at_value | at_locations | at_weights | at_references) % _ALIGNMENT:
                 return None
+            if packed:
+                at_weights = at_locations + to_logits
             output = empty_like(like_output)
             metadata = levels or (shapes.data_ptr(), starts.data_ptr())
             # Also gives a thread that has never used CUDA its context, which a launch by the driver does not.
             before = get_device()
             set_device(device)
             try:
-                run(stream_of(device), at_value, *metadata, at_locations, at_weights, 0, 0, output.data_ptr(), *sizes)
+                run(
+                    stream_of(device), at_value, *metadata, at_locations, at_weights, at_references, 0,
+                    output.data_ptr(), *sizes,
+                )  # fmt: skip
             finally:
                 if before != device:
                     set_device(before)
@@ -90,28 +103,39 @@ class Recipe:
     def _backward(self, wanted: Wanted, fixed_order: bool) -> Callable[..., Gradients | None]:
         levels, device = self.levels, self.problem.device[1]
         found = replace(self.problem, deterministic=fixed_order)
+        packed, to_logits = _packing(found)
+        wanted = found.computed(wanted)
         get_device, set_device = _device_functions()
         empty_like, empty, stream_of = torch.empty_like, torch.empty, torch._C._cuda_getCurrentRawStream
         with cuda.on_device(device):
             steps = cuda.prepare_backward(found, _ALIGNMENT, stream_of(device), wanted)
         run, need = steps.run, steps.workspace
         strides, contiguous = self.strides, torch.contiguous_format
-        grad_value, grad_locations, grad_weights, _ = wanted
+        grad_value, grad_locations, grad_weights, grad_references = wanted
 
         def backward(
-            grad_output: Tensor, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Tensor
+            grad_output: Tensor,
+            value: Tensor,
+            shapes: Any,
+            starts: Any,
+            locations: Tensor,
+            weights: Any,
+            references: Tensor | None = None,
         ) -> Gradients | None:
-            if not (locations.is_contiguous() and weights.is_contiguous()):
+            if not (locations.is_contiguous() and (packed or weights.is_contiguous())):
+                return None
+            if not (references is None or references.is_contiguous()):
                 return None
             if not value.is_contiguous() if strides is None else value.stride() != strides:
                 return None
             grad_output = grad_output.contiguous()
-            at_value, at_locations, at_weights = value.data_ptr(), locations.data_ptr(), weights.data_ptr()
-            at_grad_output = grad_output.data_ptr()
-            if (at_value | at_locations | at_weights | at_grad_output) % _ALIGNMENT:
+            at_value, at_locations, at_grad_output = value.data_ptr(), locations.data_ptr(), grad_output.data_ptr()
+            at_weights = 0 if packed else weights.data_ptr()
+            at_references = 0 if references is None else references.data_ptr()
+            if (at_value | at_locations | at_weights | at_references | at_grad_output) % _ALIGNMENT:
                 return None
-            of_value = of_locations = of_weights = None
-            at_grad_value = at_grad_locations = at_grad_weights = at_workspace = 0
+            of_value = of_locations = of_weights = of_references = None
+            at_grad_value = at_grad_locations = at_grad_weights = at_grad_references = at_workspace = 0
             if grad_value:
                 of_value = empty_like(value, memory_format=contiguous)
                 at_grad_value = of_value.data_ptr()
@@ -121,23 +145,35 @@ class Recipe:
             if grad_locations:
                 of_locations = empty_like(locations)
                 at_grad_locations = of_locations.data_ptr()
-            if grad_weights:
+            if packed:
+                at_weights = at_locations + to_logits
+                at_grad_weights = at_grad_locations + to_logits if grad_weights else 0
+            elif grad_weights:
                 of_weights = empty_like(weights)
                 at_grad_weights = of_weights.data_ptr()
+            if grad_references:
+                of_references = empty_like(references)
+                at_grad_references = of_references.data_ptr()
             metadata = levels or (shapes.data_ptr(), starts.data_ptr())
             before = get_device()
             set_device(device)
             try:
                 run(
-                    stream_of(device), metadata, at_value, at_locations, at_weights, 0, 0, at_grad_output,
-                    at_grad_value, at_grad_locations, at_grad_weights, 0, at_workspace,
+                    stream_of(device), metadata, at_value, at_locations, at_weights, at_references, 0, at_grad_output,
+                    at_grad_value, at_grad_locations, at_grad_weights, at_grad_references, at_workspace,
                 )  # fmt: skip
             finally:
                 if before != device:
                     set_device(before)
-            return of_value, of_locations, of_weights
+            return of_value, of_locations, of_weights, of_references
 
         return backward
+
+
+def _packing(found: Problem) -> tuple[bool, int]:
+    """Whether offsets and logits are one array, and the bytes in it before the first logits."""
+    packed = found.front is not None and found.front.packed
+    return packed, 2 * found.K * interop.item_size(found.location_dtype) if packed else 0
 
 
 _wants_fixed_order = torch.are_deterministic_algorithms_enabled
@@ -150,9 +186,11 @@ def _device_functions() -> tuple[Callable[[], int], Callable[[int], None]]:
 
 # All recipes by key, and what was called last, newest first: (matches, recipe, im2col_step, deterministic, whether an
 # input requires a gradient). `matches` is one C call of torch's compiler, which compares types, dispatch keys, dtypes,
-# devices, sizes and strides: a third of the time of a key, which decides wherever nothing here matches.
+# devices, sizes and strides: a third of the time of a key, which decides wherever nothing here matches. Calls with a
+# front end are apart, by whether they are packed: `matches` takes other tensors there.
 recipes: dict[tuple[Any, ...] | None, Recipe] = {}
 recent: tuple[tuple[Any, ...], ...] = ()
+recent_fused: dict[bool, tuple[tuple[Any, ...], ...]] = {False: (), True: ()}
 # The layers of a model come back to about as many layouts.
 _MOST_RECENT = 4
 
@@ -161,22 +199,28 @@ def recall(
     key: tuple[Any, ...] | None,
     value: Tensor,
     locations: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     shapes: Any,
     starts: Any,
     im2col_step: int,
     deterministic: bool | None,
     variant: Variant,
+    references: Tensor | None = None,
 ) -> Recipe | None:
     """The recipe of `key` if a call has left one; it is among the recent ones from then on."""
     global recent
     recipe = recipes.get(key)
     if recipe is not None and not recipe.levels and _TensorGuards is not None and variant == PLAIN:
-        tensors = (value, locations, weights, shapes, starts)
+        given = (value, locations, weights, references, shapes, starts)
+        tensors = [tensor for tensor in given if tensor is not None]
         guards = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         differentiable = any(tensor.requires_grad for tensor in tensors)
         entry = (guards.check, recipe, im2col_step, deterministic, differentiable)
-        recent = (entry, *recent[: _MOST_RECENT - 1])
+        if references is None:
+            recent = (entry, *recent[: _MOST_RECENT - 1])
+        else:
+            packed = weights is None
+            recent_fused[packed] = (entry, *recent_fused[packed][: _MOST_RECENT - 1])
     return recipe
 
 
@@ -186,15 +230,17 @@ _TensorGuards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards
 def key_of(
     value: Tensor,
     locations: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     shapes: Any,
     starts: Any,
     im2col_step: Any,
     deterministic: Any,
     variant: Variant,
+    references: Tensor | None = None,
 ) -> tuple[Any, ...] | None:
     """What a recipe for this call depends on; None where there can be none."""
-    if not (locations.is_contiguous() and weights.is_contiguous()):
+    others = [(t.shape, t.dtype, t.get_device()) if t is not None else None for t in (weights, references)]
+    if not (locations.is_contiguous() and all(t is None or t.is_contiguous() for t in (weights, references))):
         return None
     if not (type(im2col_step) is int and (deterministic is None or type(deterministic) is bool)):
         return None
@@ -211,8 +257,7 @@ def key_of(
     return (
         value.shape, value.dtype, value.get_device(), None if value.is_contiguous() else value.stride(),
         locations.shape, locations.dtype, locations.get_device(),
-        weights.shape, weights.dtype, weights.get_device(),
-        metadata, im2col_step, deterministic, variant,
+        *others, metadata, im2col_step, deterministic, variant,
     )  # fmt: skip
 
 
@@ -234,29 +279,34 @@ def forward(
     shapes: Any,
     starts: Any,
     locations: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     im2col_step: int = 64,
     deterministic: bool | None = None,
     variant: Variant = PLAIN,
     lengths: Tensor | None = None,
+    references: Tensor | None = None,
 ) -> Tensor:
     """The output, recording no gradient; arguments and errors of :func:`cupy_msda.ms_deform_attn`."""
     if lengths is not None:
         return api.forward(
             *problem.read(
                 value, shapes, starts, locations, weights, im2col_step, deterministic=deterministic, variant=variant,
-                query_lengths=lengths,
+                query_lengths=lengths, reference_points=references, names=_names(references),
             )
         )  # fmt: skip
-    key = key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant)
-    call = (shapes, starts, locations, weights, im2col_step, deterministic, False, variant)
+    key = key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant, references)
+    call = (shapes, starts, locations, weights, im2col_step, deterministic, False, variant, references)
     return follow(recipes.get(key), key, value, *call)
+
+
+def _names(references: Tensor | None) -> tuple[str, str]:
+    return NAMES if references is None else FUSED_NAMES
 
 
 def follow(recipe: Recipe | None, key: tuple[Any, ...] | None, value: Tensor, *others: Any) -> Tensor:
     """The output by `recipe` where there is one that applies, else as :func:`first_forward`, whose arguments follow."""
     if recipe is not None:
-        output = recipe.forward(value, *others[:4])
+        output = recipe.forward(value, *others[:4], *others[8:])
         if output is not None:
             return output
     return first_forward(key, value, *others)
@@ -268,16 +318,17 @@ def first_forward(
     shapes: Any,
     starts: Any,
     locations: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     im2col_step: int,
     deterministic: bool | None,
     validate: bool,
     variant: Variant,
+    references: Tensor | None = None,
 ) -> Tensor:
     """The general way, which leaves a recipe for `key` where one is possible."""
     found, operands = problem.read(
         value, shapes, starts, locations, weights, im2col_step, deterministic=deterministic, validate=validate,
-        variant=variant,
+        variant=variant, reference_points=references, names=_names(references),
     )  # fmt: skip
     output = api.forward(found, operands)
     if key is not None and not validate and key not in recipes and _repeatable(found, operands):
@@ -293,27 +344,30 @@ def backward(
     shapes: Any,
     starts: Any,
     locations: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     im2col_step: int,
     deterministic: bool | None,
     variant: Variant,
     lengths: Tensor | None,
     wanted: Wanted,
+    references: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of value, locations and weights, those that are wanted."""
+    """The gradients that are wanted."""
     recipe = None
     if lengths is None:
-        recipe = recipes.get(key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant))
+        recipe = recipes.get(
+            key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant, references)
+        )
     if recipe is not None and grad_output.dtype is value.dtype:
         repeat = recipe.backward(wanted)
-        grads = repeat(grad_output, value, shapes, starts, locations, weights)
+        grads = repeat(grad_output, value, shapes, starts, locations, weights, references)
         if grads is not None:
             return grads
     found, operands = problem.read(
         value, shapes, starts, locations, weights, im2col_step, grad_output, deterministic=deterministic,
-        variant=variant, query_lengths=lengths,
+        variant=variant, query_lengths=lengths, reference_points=references, names=_names(references),
     )  # fmt: skip
-    return api.backward(found, operands, wanted)[:3]
+    return tuple(api.backward(found, operands, wanted))
 
 
 def _repeatable(found: Problem, operands: Operands) -> bool:
