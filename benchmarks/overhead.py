@@ -9,17 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cupy_msda import cuda
-from cupy_msda.torch import functional, ms_deform_attn, quick
+from cupy_msda.torch import functional, ms_deform_attn, ms_deform_attn_fused, quick
 
 from . import cases, implementations
 from .cases import Inputs
+from .front_end import Unfused
 from .provenance import provenance
 from .timing import summary
 
@@ -37,23 +39,52 @@ def seconds(call: Callable[[], Any]) -> float:
     return elapsed / CALLS
 
 
-def usages(function: Callable[..., torch.Tensor], inputs: Inputs) -> dict[str, Callable[[], Any]]:
-    """The three ways of calling that are measured."""
-    value, shapes, starts, locations, weights, grad_output = inputs
-    leaves = [t.detach().clone().requires_grad_() for t in (value, locations, weights)]
+def usages(function: Callable[..., Tensor], tensors: Sequence[Tensor], grad_output: Tensor) -> dict[str, Callable]:
+    """The three ways of calling that are measured; `function` is differentiated by `tensors`."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
 
     def without_gradient() -> None:
         with torch.no_grad():
-            function(value, shapes, starts, locations, weights)
+            function(*tensors)
 
     def with_gradient() -> None:
-        function(leaves[0], shapes, starts, *leaves[1:])
+        function(*leaves)
 
     def both() -> None:
-        output = function(leaves[0], shapes, starts, *leaves[1:])
-        torch.autograd.grad(output, leaves, grad_output)
+        torch.autograd.grad(function(*leaves), leaves, grad_output)
 
     return {"forward, no_grad": without_gradient, "forward, with grad": with_gradient, "forward and backward": both}
+
+
+def implementations_of(workload: cases.Workload) -> dict[str, dict[str, Callable]]:
+    """The usages of each implementation."""
+    inputs = cases.make_inputs(workload, torch.float32, "cuda")
+    value, shapes, starts, locations, weights, grad_output = inputs
+    functions = {"cupy_msda": ms_deform_attn, "cupy_msda, registered operator": operator}
+    theirs = implementations.torch_ms_deform_attn()
+    if theirs.unavailable("cuda") is None:
+        functions[theirs.name] = theirs.function
+    found = {
+        name: usages(
+            lambda v, x, w, function=function: function(v, shapes, starts, x, w),
+            (value, locations, weights),
+            grad_output,
+        )
+        for name, function in functions.items()
+    }
+    front = cases.make_front_inputs(workload, torch.float32, "cuda")
+    metadata, references, samples = front[1:3], front.reference_points, front[4:6]
+
+    def unfused(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        changed = front._replace(sampling_offsets=offsets, attention_logits=logits)
+        return ms_deform_attn(value, *metadata, *Unfused(changed, torch.float32).samples())
+
+    def fused(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        return ms_deform_attn_fused(value, *metadata, references, offsets, logits)
+
+    for name, function in {"softmax, locations, cupy_msda": unfused, "cupy_msda, fused": fused}.items():
+        found[name] = usages(function, (front.value, *samples), front.grad_output)
+    return found
 
 
 def steps(inputs: Inputs) -> dict[str, Callable[[], Any]]:
@@ -91,15 +122,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=101)
     options = parser.parse_args()
-    inputs = cases.make_inputs(cases.load()["tiny_call"], torch.float32, "cuda")
-    functions = {"cupy_msda": ms_deform_attn, "cupy_msda, registered operator": operator}
-    theirs = implementations.torch_ms_deform_attn()
-    if theirs.unavailable("cuda") is None:
-        functions[theirs.name] = theirs.function
+    workload = cases.load()["tiny_call"]
     calls = {
-        (name, usage): call for name, function in functions.items() for usage, call in usages(function, inputs).items()
+        (name, usage): call for name, found in implementations_of(workload).items() for usage, call in found.items()
     }
-    parts = steps(inputs)
+    parts = steps(cases.make_inputs(workload, torch.float32, "cuda"))
     for call in (*calls.values(), *parts.values()):
         seconds(call)
     timed: dict[Any, list[float]] = {name: [] for name in (*calls, *parts)}
@@ -121,7 +148,7 @@ def main() -> None:
         print(f"{label:55} {entry['median_us']:8.1f} us")
 
 
-def operator(*inputs: torch.Tensor) -> torch.Tensor:
+def operator(*inputs: Tensor) -> Tensor:
     """The dispatcher's way, which compiled code takes."""
     return torch.ops.cupy_msda.ms_deform_attn.default(*inputs, 64, None)
 
