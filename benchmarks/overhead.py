@@ -99,7 +99,7 @@ def steps(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     at = [t.data_ptr() for t in (value, shapes, starts, locations, weights, output)]
     run = cuda.prepare_forward(problem, quick._ALIGNMENT, stream).run
     like_output = value.new_empty(()).expand(output.shape)
-    get_device, set_device, _ = quick._device_functions()
+    get_device, set_device = quick._device_functions()
 
     def switch() -> None:
         get_device()
