@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from . import detector, models_report, scaling
+from . import detector, front_end_report, models_report, scaling
 from .backward import SKEWS
 
 RESULTS = Path(__file__).with_name("results")
@@ -21,6 +21,7 @@ PARTS = {
     "cpu": "cpu_*.json",
     "overhead": "overhead_*.json",
     "models": "models_*.json",
+    "front_end": "front_end_*.json",
 }
 OURS, BASELINE, CPU_BASELINE = "cupy_msda", "torch-ms-deform-attn", "grid_sample"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -139,6 +140,11 @@ def overhead_table(path: Path, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def front_end_table(path: Path, result: dict[str, Any]) -> str:
+    """Markdown: the front end in the kernel against torch's arithmetic before the operator."""
+    return front_end_report.table(result, recorded(result["provenance"], path))
+
+
 def models_table() -> str:
     """Markdown: models of transformers from end to end, each from its newest record."""
     results = models_report.newest(RESULTS.glob(PARTS["models"]))
@@ -149,7 +155,7 @@ def models_table() -> str:
 def enclosed(part: str) -> str:
     """A part of the README with its markers."""
     begin, end = markers(part)
-    make = {"overhead": overhead_table, "backward": backward_table}.get(part, table)
+    make = {"overhead": overhead_table, "backward": backward_table, "front_end": front_end_table}.get(part, table)
     made = models_table() if part == "models" else make(*latest(PARTS[part]))
     return f"{begin}\n{made}\n{end}"
 
@@ -253,6 +259,7 @@ def main() -> None:
     plot(latest(PARTS["benchmark"])[1], RESULTS / "benchmark.png")
     plot_backward(latest(PARTS["backward"])[1], RESULTS / "backward.png")
     plot_overhead(latest(PARTS["overhead"])[1], RESULTS / "overhead.png")
+    front_end_report.plot(latest(PARTS["front_end"])[1], RESULTS / "front_end.png")
     models_report.plot(models_report.newest(RESULTS.glob(PARTS["models"])).values(), RESULTS / "models.png")
     scaling.plot(latest("scaling_*.json")[1], RESULTS / "scaling.png")
     detector.plot(latest("detector_*.json")[1], RESULTS / "detector.png")
