@@ -1,7 +1,8 @@
 """python -m benchmarks.models: detectors of transformers from end to end, as they are and served by this operator.
 
 Random weights, images of the size that each model is used at, float32 (TF32 where the GPU has it) and bfloat16
-autocast, eager and compiled. Writes images a second, peak memory and the share of the time spent in the operator.
+autocast, eager and compiled. Writes images a second, peak memory and the share of the time spent in the operator; and
+how far outputs and the gradients of all parameters are from those of the model as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from cupy_msda.torch.patches import Patch
 from .provenance import provenance
 from .timing import summary
 
+MODES = ("eager", "gradients", "compiled")
 WARM_CALLS = 3
 RANGE = "multi-scale deformable attention"
 
@@ -101,85 +103,193 @@ def share(call: Callable[[], Any], family: str, model: nn.Module, device: str) -
     return (times.get(RANGE, 0.0) + ours) / (times["all"] + ours)
 
 
-def measure(
-    detector: Detector, dtype: str, served: bool, compiled: bool, device: str, rounds: int, exact: list[Tensor] | None
-) -> tuple[dict[str, Any], list[Tensor]]:
-    """One record, and the outputs; `exact` are those of the model as it is."""
-    torch.manual_seed(0)
-    model = detector.make().to(device).eval()
-    images = torch.randn(detector.N, 3, *detector.size, device=device)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if served:
-            stack.enter_context(serve.patch(detector.family))
-        if dtype == "bfloat16":
-            stack.enter_context(torch.autocast(device, torch.bfloat16))
-        called = torch.compile(model) if compiled else model
+class Subject:
+    """A model on its device, as it is or served; `setting` is what its calls run in."""
 
-        def call() -> list[Tensor]:
-            return [t for t in called(pixel_values=images).to_tuple() if torch.is_tensor(t) and t.is_floating_point()]
+    def __init__(self, detector: Detector, dtype: str, served: bool, device: str) -> None:
+        torch.manual_seed(0)
+        self.detector, self.dtype, self.served, self.device = detector, dtype, served, device
+        self.model = self.called = detector.make().to(device).eval()
+        self.images = torch.randn(detector.N, 3, *detector.size, device=device)
 
-        for _ in range(WARM_CALLS if device == "cuda" else 1):
-            outputs = call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        samples = []
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            call()
+    @contextlib.contextmanager
+    def setting(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.served:
+                stack.enter_context(serve.patch(self.detector.family))
+            if self.dtype == "bfloat16":
+                stack.enter_context(torch.autocast(self.device, torch.bfloat16))
+            yield
+
+    def outputs(self) -> list[Tensor]:
+        found = self.called(pixel_values=self.images).to_tuple()
+        return [t for t in found if torch.is_tensor(t) and t.is_floating_point()]
+
+    def seconds(self) -> float:
+        begin = time.perf_counter()
+        self.outputs()
+        synchronize(self.device)
+        return time.perf_counter() - begin
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The largest ||a - b|| / ||b|| of pairs of tensors, but for those that are infinite or zero."""
+    pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs if b.isfinite().all() and b.any())
+
+
+@torch.no_grad()
+def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """Two records: of the model as it is, and served.
+
+    Eager models are timed in turn, because their time is the host's and drifts; compiled ones one after the other,
+    because what is compiled depends on what is patched.
+    """
+    subjects, records, exact = [], [], []
+    for served in (False, True):
+        held = torch.cuda.memory_allocated() if device == "cuda" else 0
+        subject = Subject(detector, dtype, served, device)
+        record: dict[str, Any] = {"served": served}
+        with subject.setting():
+            if compiled:
+                subject.called = torch.compile(subject.model)
+            for _ in range(WARM_CALLS if device == "cuda" else 1):
+                outputs = subject.outputs()
+            synchronize(device)
             if device == "cuda":
-                torch.cuda.synchronize()
-            samples.append(time.perf_counter() - begin)
-        record = {"time": summary(samples)}
+                torch.cuda.reset_peak_memory_stats()
+            subject.outputs()
+            synchronize(device)
+            if device == "cuda":
+                record["peak_bytes"] = torch.cuda.max_memory_allocated() - held
+            if compiled:
+                record["time"] = summary([subject.seconds() for _ in range(rounds)])
+            else:
+                record["share_of_operator"] = share(subject.outputs, detector.family, subject.model, device)
+        if served:
+            record["largest_difference"] = difference(outputs, exact)
+        exact = outputs
+        subjects.append(subject)
+        records.append(record)
+        if compiled:
+            torch.compiler.reset()
+    if not compiled:
+        samples: list[list[float]] = [[], []]
+        for _ in range(rounds):
+            for subject, found in zip(subjects, samples, strict=True):
+                with subject.setting():
+                    found.append(subject.seconds())
+        for record, found in zip(records, samples, strict=True):
+            record["time"] = summary(found)
+    for record in records:
         record["images_per_second"] = detector.N / (record["time"]["median_us"] * 1e-6)
-        if device == "cuda":
-            record["peak_bytes"] = torch.cuda.max_memory_allocated()
-        if not compiled:
-            record["share_of_operator"] = share(call, detector.family, model, device)
-        if exact is not None:
-            pairs = [(a.float(), b.float()) for a, b in zip(outputs, exact, strict=True)]
-            record["largest_difference"] = max(float((a - b).norm() / b.norm()) for a, b in pairs if b.isfinite().all())
-    return record, outputs
+        yield record
+
+
+def compare_gradients(detector: Detector, device: str) -> dict[str, Any]:
+    """How far the gradients of all parameters in float32 are from those of the model as it is in float64.
+
+    Served and as it is. Products of matrices in float32, not TF32: its rounding would be all that one sees.
+    """
+    exact, exact_outputs = _gradients(detector, torch.float64, False, device)
+    record: dict[str, Any] = {"parameters": len(exact)}
+    for served in (False, True):
+        grads, outputs = _gradients(detector, torch.float32, served, device)
+        name = "served" if served else "as_it_is"
+        record[f"output_error_{name}"] = difference(outputs, exact_outputs)
+        every = [torch.cat([grads[n].flatten() for n in exact]), torch.cat([g.flatten() for g in exact.values()])]
+        record[f"gradient_error_{name}"] = difference(every[:1], every[1:])
+    return record
+
+
+def _gradients(
+    detector: Detector, dtype: torch.dtype, served: bool, device: str
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Those of every parameter, and the outputs, of one call."""
+    subject = Subject(detector, "float32", served, device)
+    _condition(subject.model)
+    subject.model.to(dtype)
+    subject.images = subject.images.to(dtype)
+    with subject.setting(), _float32_products():
+        outputs = subject.outputs()
+        sum(t.square().mean() for t in outputs if t.requires_grad and t.isfinite().all()).backward()
+    grads = {name: p.grad.double() for name, p in subject.model.named_parameters() if p.grad is not None}
+    return grads, [t.detach() for t in outputs]
+
+
+@torch.no_grad()
+def _condition(model: nn.Module) -> None:
+    """Parameters at which rounding does not decide the gradients.
+
+    Untrained offsets are whole pixels, so that every sample of an encoder lies on a centre, where rounding picks the
+    slope: they are moved. Small convolutions make the activations of a deep backbone vanish: they get He's weights.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("sampling_offsets.bias"):
+            parameter += 0.3 * torch.randn_like(parameter)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+
+
+@contextlib.contextmanager
+def _float32_products() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=DETECTORS, default=list(DETECTORS))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--size", nargs=2, type=int, metavar=("H", "W"), help="other images than the model's usual ones"
     )
     parser.add_argument("--batch", type=int, help="another number of images")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, help="folder for a JSON file a model, models_NAME.json")
     options = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
-    result: dict[str, Any] = {"provenance": provenance(options.device), "records": []}
+    failed = False
     for name in options.models:
         detector = DETECTORS[name]
         detector = detector._replace(size=tuple(options.size or detector.size), N=options.batch or detector.N)
-        for dtype in options.dtypes:
-            for mode in options.modes:
-                exact = None
-                for served in (False, True):
-                    about = {"model": name, "dtype": dtype, "mode": mode, "served": served}
-                    about |= {"size": detector.size, "N": detector.N}
-                    try:
-                        settings = (dtype, served, mode == "compiled", options.device, options.rounds)
-                        record, outputs = measure(detector, *settings, exact)
-                        exact = outputs if exact is None else exact
-                    except (RuntimeError, TypeError, ValueError) as error:
-                        record = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-                    torch.compiler.reset()
-                    result["records"].append(about | record)
-                    print(json.dumps(about | record), flush=True)
-                    if options.out:
-                        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if any("failed" in record for record in result["records"]) else 0
+        result: dict[str, Any] = {"provenance": provenance(options.device), "records": []}
+        for about, found in _records(detector, options):
+            record = {"model": name, **about, "size": detector.size, "N": detector.N, **found}
+            failed = failed or "failed" in record
+            result["records"].append(record)
+            print(json.dumps(record), flush=True)
+            if options.out:
+                options.out.mkdir(parents=True, exist_ok=True)
+                (options.out / f"models_{detector.family}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return int(failed)
+
+
+def _records(detector: Detector, options: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
+    """What each record is about, and what was found or went wrong."""
+    for mode in options.modes:
+        for dtype in options.dtypes if mode != "gradients" else ["float32"]:
+            about = {"dtype": dtype, "mode": mode}
+            try:
+                if mode == "gradients":
+                    yield about, compare_gradients(detector, options.device)
+                    continue
+                for record in measure(detector, dtype, mode == "compiled", options.device, options.rounds):
+                    yield about, record
+            except (RuntimeError, TypeError, ValueError) as error:
+                yield about, {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+            torch.compiler.reset()
 
 
 if __name__ == "__main__":

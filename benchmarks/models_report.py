@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ def by_row(results: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], dict
     """Records by (model, dtype, mode), and whether they are served by this operator; only what was measured twice."""
     rows: dict[tuple[str, str, str], dict[bool, Record]] = {}
     for record in (record for result in results for record in result["records"]):
-        if "failed" not in record:
+        if "images_per_second" in record:
             rows.setdefault((record["model"], record["dtype"], record["mode"]), {})[record["served"]] = record
     return {key: pair for key, pair in rows.items() if len(pair) == 2}
 
 
-def table(results: Iterable[dict[str, Any]], recorded: str) -> str:
+def table(results: Collection[dict[str, Any]], recorded: str) -> str:
     """Markdown: images a second, memory and the operator's share, as the model is and served."""
     heads = ["images", "images / s", "served", "peak MiB", "served", "operator's share of the GPU's time", "served"]
     lines = [f"| model | {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 1)}"]
@@ -45,11 +45,19 @@ def table(results: Iterable[dict[str, Any]], recorded: str) -> str:
         cells += ["" if share is None else f"{100 * share:.1f} %" for share in shares]
         lines.append(f"| {model}, {dtype}, {mode} | {' | '.join(cells)} |")
     apart = [pair[True]["largest_difference"] for (_, *way), pair in rows.items() if way == ["float32", "eager"]]
+    compared = [r for result in results for r in result["records"] if r["mode"] == "gradients" and "failed" not in r]
+    with_grads = ""
+    if compared:
+        served, as_it_is = (max(r[f"gradient_error_{way}"] for r in compared) for way in ("served", "as_it_is"))
+        with_grads = (
+            f"With float32 products the gradients of all parameters are at most {served:.0e} of their norm off those in "
+            f"float64, and {as_it_is:.0e} as the models are. "
+        )
     lines += [
         "",
         "Models of transformers with random weights, as they are and inside `cupy_msda.torch.transformers.patch()`; "
         "float32 is TF32 in matrix products. In eager float32 no output differs by more than "
-        f"{max(apart):.0e} of its norm. Eager models of this size are bound by the host. {recorded}",
+        f"{max(apart):.0e} of its norm. {with_grads}Eager models of this size are bound by the host. {recorded}",
     ]
     return "\n".join(lines)
 
