@@ -50,8 +50,8 @@ def table(results: Collection[dict[str, Any]], recorded: str) -> str:
     if compared:
         served, as_it_is = (max(r[f"gradient_error_{way}"] for r in compared) for way in ("served", "as_it_is"))
         with_grads = (
-            f"With float32 products the gradients of all parameters are at most {served:.0e} of their norm off those in "
-            f"float64, and {as_it_is:.0e} as the models are. "
+            f"With float32 products the gradients of all parameters are at most {served:.0e} of their norm off those "
+            f"in float64, and {as_it_is:.0e} as the models are. "
         )
     lines += [
         "",
