@@ -38,6 +38,7 @@ ON_THE_GPU = (
     *SANITIZED,
     "test_torch_variants.py",
     "test_torch_operator.py",
+    "test_torch_modules.py",
     "test_golden.py",
     "test_errors.py",
     "test_interop.py",

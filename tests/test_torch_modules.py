@@ -152,3 +152,59 @@ def test_kernel_layer_is_the_operator():
     locations, weights = torch.rand(2, 5, 2, 2, 3, 2), torch.rand(2, 5, 2, 2, 3)
     have = MultiScaleDeformableAttention()(value, shapes, LEVELS, starts, locations, weights, 64)
     torch.testing.assert_close(have, ms_deform_attn(value, shapes, starts, locations, weights), rtol=0, atol=0)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_layer_compiles_into_one_graph_for_all_sizes(device, coordinates, mode):
+    torch._dynamo.reset()
+    layer = module().float().to(device)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, mode=mode)
+    for Q in (5, 9, 7):
+        inputs = [t.to(device) for t in single(arguments(coordinates, Q=Q))]
+        for _ in range(2):
+            torch.testing.assert_close(compiled(*inputs), layer(*inputs), rtol=1e-4, atol=1e-5)
+        grads = []
+        for way in (compiled, layer):
+            layer.zero_grad()
+            way(*inputs).square().sum().backward()
+            grads.append([p.grad.clone() for p in layer.parameters()])
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layer_in_sixteen_bits_with_float32_references(device, dtype):
+    layer, inputs = module().to(device), [t.to(device) for t in arguments()]
+    want = layer(*inputs)
+    query, references, memory, *metadata = inputs
+    have = layer.to(dtype)(query.to(dtype), references.float(), memory.to(dtype), *metadata)
+    assert have.dtype is dtype
+    torch.testing.assert_close(have.double(), want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layer_trains_under_autocast(device, dtype):
+    layer, inputs = module().float().to(device), [t.to(device) for t in single(arguments(4))]
+    optimizer, losses = torch.optim.Adam(layer.parameters(), lr=0.03), []
+    for _ in range(12):
+        with torch.autocast(device, dtype):
+            loss = (layer(*inputs).float() - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_layer_refuses_references_with_another_number_of_levels():
+    layer, (query, references, *others) = module(), arguments()
+    with pytest.raises(ValueError, match=r"reference_points: expected shape \[N, Q, L, 2\] = \[2, 5, 2, 2\]"):
+        layer(query, references.repeat(1, 1, 2, 1)[:, :, :3], *others)
