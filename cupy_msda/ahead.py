@@ -152,6 +152,8 @@ def _front_ends(size: Sizes, dtypes: Iterable[str]) -> list[FrontEnd | None]:
     """What the samples of calls of this size come from: reference points of each dtype, or nothing."""
     coordinates = size.reference_coordinates
     if coordinates is None:
+        if size.one_reference or size.packed:
+            raise ValueError("sizes: expected reference_coordinates 2 or 4 beside one_reference or packed, got None")
         return [None]
     if coordinates not in (2, 4):
         raise ValueError(f"sizes: expected reference_coordinates 2, 4 or None, got {coordinates!r}")

@@ -100,3 +100,5 @@ def test_calls_with_a_front_end_are_compiled_ahead(coordinates, one_reference, p
 def test_references_are_points_or_boxes():
     with pytest.raises(ValueError, match="sizes: expected reference_coordinates 2, 4 or None, got 3"):
         keys([Sizes(ENCODER.levels, reference_coordinates=3)], ["float32"])
+    with pytest.raises(ValueError, match="sizes: expected reference_coordinates 2 or 4 beside one_reference or packed"):
+        keys([Sizes(ENCODER.levels, packed=True)], ["float32"])
