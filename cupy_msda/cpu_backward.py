@@ -215,6 +215,6 @@ def _backward_pieces(
             slope = _slope(axis, some)
             np.multiply(step, strength * slope, out=gradient[..., i])
             if problem.variant.clamped:
-                gradient[..., i][slope == 0] = 0  # whatever the pixels are
+                np.copyto(gradient[..., i], 0, where=slope == 0)  # whatever the pixels are
         np.add(top * upper, ay * lower, out=gradient[..., 2])
         _items(found)[some.samples] = _items(gradient)

@@ -165,6 +165,8 @@ VARIANTS = (
     Case("nearest", levels=((6, 7), (1, 4)), variant={"interpolation": "nearest"}),
     Case("border", levels=((6, 7), (1, 4)), variant={"padding_mode": "border"}),
     Case("align_corners", levels=((6, 7), (1, 4)), variant={"align_corners": True}),
+    Case("one_sample_border", levels=((6, 7), (1, 4)), queries=1, P=1, variant={"padding_mode": "border"}),
+    Case("one_sample_nearest", levels=((6, 7), (1, 4)), queries=1, P=1, variant={"interpolation": "nearest"}),
     Case("border_align_corners", variant={"padding_mode": "border", "align_corners": True}),
     Case(
         "encoder_order_nearest_points",
