@@ -105,7 +105,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
                 msda_values out;
 #pragma unroll
                 for (int v = 0; v < MSDA_VEC; ++v) msda_store(sum[turn][v], out.element[v]);
-                reinterpret_cast<msda_values*>(target + channel)->word = out.word;
+                *reinterpret_cast<decltype(out.word)*>(target + channel) = out.word;
             }
         }
     }

@@ -54,6 +54,11 @@ def test_dtypes(case, pair):
     check(case, pair, seed=1)
 
 
+@pytest.mark.parametrize("pair", [("float16", "float16"), ("bfloat16", "float32")], ids="-".join)
+def test_odd_channels_of_sixteen_bits_under_the_sanitizers(pair):
+    check(PATHS[3], pair, sanitize=True)
+
+
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_variants(case):
     check(case, ("float32", "float32"), seed=2)
