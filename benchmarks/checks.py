@@ -39,6 +39,7 @@ ON_THE_GPU = (
     "test_torch_variants.py",
     "test_torch_operator.py",
     "test_torch_modules.py",
+    "test_random_problems.py",
     "test_golden.py",
     "test_errors.py",
     "test_interop.py",
