@@ -247,6 +247,16 @@ def test_a_repeated_call_is_neither_validated_nor_planned_again(monkeypatch, dty
 
 
 @pytest.mark.gpu
+def test_validation_reads_metadata_on_the_gpu():
+    shapes, (value, *samples), _ = tensors("cuda", "float32")
+    attend(shapes, value, *samples, validate=True)
+    shapes[1, 0] = 400
+    assert attend(shapes, value, *samples).isnan().any()
+    with pytest.raises(ValueError, match=r"spatial_shapes|level_start_index"):
+        attend(shapes, value, *samples, validate=True)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
 def test_layouts_that_a_known_one_does_not_serve(packed):
     shapes, leaves, _ = tensors("cuda", "float32", packed=packed)

@@ -31,19 +31,21 @@ def ms_deform_attn_fused(
     align_corners: bool = False,
     query_lengths: Any = None,
     deterministic: bool | None = None,
+    validate: bool = False,
 ) -> Tensor:
     """:func:`cupy_msda.ms_deform_attn_fused` for torch tensors, with the gradients of all that are not metadata.
 
     Parameters, result and errors are those of :func:`cupy_msda.ms_deform_attn_fused`; the metadata may be tensors on
     any device, NumPy arrays or Python sequences. Under autocast, what has a dtype that does not go with value's is
-    taken in float32. Works under ``torch.compile``, ``torch.export``, ``torch.func`` and ``torch.onnx.export``; second
-    derivatives go through a composition of torch's own functions. `deterministic` holds for the gradients; None is what
+    taken in float32. Works under ``torch.compile``, ``torch.export``, ``torch.func`` and ``torch.onnx.export``, where
+    `validate` has no effect, because it reads data (nor has it beside `query_lengths`); second derivatives go through a
+    composition of torch's own functions. `deterministic` holds for the gradients; None is what
     ``torch.use_deterministic_algorithms`` says when the backward runs.
     """
     variant = PLAIN
     if num_points is not None or interpolation != "bilinear" or padding_mode != "zeros" or align_corners is not False:
         variant = read_variant(Variant(num_points, interpolation, padding_mode, align_corners), len(spatial_shapes))
-    elif not (torch.compiler.is_compiling() or query_lengths is not None or decomposes() or observed()):
+    elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or decomposes() or observed()):
         tensors = (value, sampling_offsets, attention_logits, reference_points, spatial_shapes, level_start_index)
         if attention_logits is None:
             tensors = (*tensors[:2], *tensors[3:])
@@ -77,10 +79,10 @@ def ms_deform_attn_fused(
         settings = (*metadata, im2col_step, deterministic)
         inputs = (value, sampling_offsets, attention_logits)
         key = quick.key_of(*inputs, *settings, variant, reference_points)
-        recipe = quick.recall(key, *inputs, *settings, variant, reference_points)
+        recipe = None if validate else quick.recall(key, *inputs, *settings, variant, reference_points)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
-            return apply(*inputs, reference_points, (recipe, key, *settings, False, variant))
-        settings = (im2col_step, deterministic, False, variant, reference_points)
+            return apply(*inputs, reference_points, (recipe, key, *settings, validate, variant))
+        settings = (im2col_step, deterministic, validate, variant, reference_points)
         return quick.follow(recipe, key, value, *metadata, *inputs[1:], *settings)
     if decomposes():
         return _decompose(value, *metadata, *samples, variant, query_lengths)

@@ -64,9 +64,9 @@ def ms_deform_attn(
     Parameters, result and errors are those of :func:`cupy_msda.ms_deform_attn`; the metadata may be tensors on any
     device, NumPy arrays or Python sequences. Under autocast, locations and weights whose dtype does not go with value's
     are taken in float32; value and the output keep theirs. Works under ``torch.compile``, ``torch.export``,
-    ``torch.func`` and ``torch.onnx.export``; `validate` has no effect there, because it reads data. `deterministic`
-    holds for the gradients, as in :func:`cupy_msda.ms_deform_attn_backward`; None is what
-    ``torch.use_deterministic_algorithms`` says when the backward runs. With
+    ``torch.func`` and ``torch.onnx.export``; `validate` has no effect there, because it reads data, nor beside
+    `query_lengths`. `deterministic` holds for the gradients, as in :func:`cupy_msda.ms_deform_attn_backward`; None is
+    what ``torch.use_deterministic_algorithms`` says when the backward runs. With
     ``interpolation="nearest"`` locations that require a gradient are refused with a ValueError: there is none.
     """
     variant = PLAIN
