@@ -86,8 +86,36 @@ def test_compiles_in_one_graph(packed):
 def test_schema_fake_and_autograd_hold_together(packed):
     shapes, leaves, _ = tensors("cpu", packed=packed)
     samples = (*leaves, None)[1:4]
-    arguments = (leaves[0], shapes, None, *samples, 64, None, None, "bilinear", "zeros", False, None)
+    arguments = (leaves[0], shapes, None, *samples, 64, None, None, "bilinear", "zeros", False, None, None)
     torch.library.opcheck(torch.ops.cupy_msda.ms_deform_attn_fused.default, arguments)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_operator_with_level_sizes_as_numbers(packed):
+    shapes, leaves, _ = tensors("cpu", packed=packed)
+    operator, sizes = torch.ops.cupy_msda.ms_deform_attn_fused.default, shapes.flatten().tolist()
+    settings = (64, None, None, "bilinear", "zeros", False, None, sizes)
+    samples = (*leaves, None)[1:4]
+    torch.testing.assert_close(operator(leaves[0], None, None, *samples, *settings), attend(shapes, *leaves))
+    torch.library.opcheck(operator, (leaves[0], None, None, *samples, *settings))
+    few = [(leaf[:1] if i == 0 else leaf[:1, :2]).detach().requires_grad_() for i, leaf in enumerate(leaves)]
+
+    def call(value, *samples):
+        return operator(value, None, None, *(*samples, None)[:3], *settings)
+
+    assert torch.autograd.gradgradcheck(call, few, fast_mode=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_with_level_sizes_as_numbers(dynamic):
+    torch._dynamo.reset()
+    _, leaves, grad = tensors("cpu")
+    compiled = torch.compile(Net(), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    got, want = compiled(*leaves), Net()(*leaves)
+    torch.testing.assert_close(got, want)
+    for one, other in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True):
+        torch.testing.assert_close(one, other)
+    torch._dynamo.reset()
 
 
 def test_autocast_takes_references_in_float32():

@@ -124,13 +124,65 @@ def test_dynamic_compilation_serves_other_sizes(device):
     assert counter.frame_count == 1
 
 
+def with_numbers(device, **sizes):
+    """Arguments with level sizes as numbers."""
+    value, shapes, _, locations, weights, grad_output = tensors(device, **sizes)
+    return value, shapes.tolist(), None, locations, weights, grad_output
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_with_level_sizes_as_numbers(device, mode):
+    arguments = with_numbers(device)
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
+    want = results(layer, arguments)
+    for _ in range(3):
+        assert_same([r.clone() for r in results(compiled, arguments)], want)
+    if device == "cuda":
+        assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_numbers_become_no_tensor_of_compiled_code():
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    arguments = with_numbers("cpu")
+    torch.compile(layer, fullgraph=True, backend=keep)(*arguments[:5])
+    (graph,) = graphs
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert operator in called
+    assert not {torch.as_tensor, torch.tensor} & set(called)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compile_with_level_sizes_as_numbers(device):
-    value, _, _, locations, weights, grad_output = tensors(device)
-    arguments = (value, [list(level) for level in LEVELS], None, locations, weights, grad_output)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert_same(results(compiled, arguments), results(layer, arguments))
+def test_dynamic_compilation_serves_other_numbers(device):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for queries, levels in ((5, LEVELS), (9, ((8, 5), (4, 3))), (30, ((10, 12), (2, 9)))):
+        arguments = with_numbers(device, queries=queries, levels=levels)
+        assert_same(results(compiled, arguments), results(layer, arguments))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_operator_with_level_sizes_as_numbers(device):
+    value, shapes, _, locations, weights, _ = tensors(device, torch.float64, starts=False)
+    sizes = [size for level in shapes.tolist() for size in level]
+    arguments = (value, None, None, locations, weights, 64, None, None, "bilinear", "zeros", False, None, sizes)
+    torch.testing.assert_close(operator(*arguments), ms_deform_attn(value, shapes, None, locations, weights))
+    torch.library.opcheck(operator, arguments)
+    few = [t.detach().requires_grad_() for t in (value[:1], locations[:1, :2], weights[:1, :2])]
+
+    def call(value, locations, weights):
+        return operator(value, None, None, locations, weights, *arguments[5:])
+
+    assert torch.autograd.gradgradcheck(call, few, fast_mode=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -12,7 +12,7 @@ from ..problem import PLAIN, Variant, read_variant
 from . import quick
 from .compositions import front_end
 from .front_operators import agreed_dtypes, dtypes_agree, forward_operator, transformed_forward
-from .functional import apply, compose, decomposes, is_plain, metadata_tensor, observed, refuse_tangents
+from .functional import apply, compose, decomposes, is_plain, level_sizes, metadata_tensor, observed, refuse_tangents
 from .operators import under_transform
 
 
@@ -91,9 +91,10 @@ def ms_deform_attn_fused(
         refuse_tangents(value, *samples)
         if under_transform():
             operator = transformed_forward
+    shapes, sizes = level_sizes(spatial_shapes, value)
     return operator(
-        value, *(metadata_tensor(part, value) for part in metadata), *samples, im2col_step, deterministic, *variant,
-        metadata_tensor(query_lengths, value),
+        value, shapes, metadata_tensor(level_start_index, value), *samples, im2col_step, deterministic, *variant,
+        metadata_tensor(query_lengths, value), sizes,
     )  # fmt: skip
 
 

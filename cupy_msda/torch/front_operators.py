@@ -13,6 +13,7 @@ from .compositions import front_end, gather_composition, without_padding
 from .operators import (
     AUTOCAST,
     SIXTEEN_BIT,
+    check_ndim,
     differentiate_twice,
     library,
     read_form,
@@ -22,12 +23,12 @@ from .operators import (
 
 FORWARD, BACKWARD = "cupy_msda::ms_deform_attn_fused", "cupy_msda::ms_deform_attn_fused_backward"
 _INPUTS = (
-    "Tensor value, Tensor spatial_shapes, Tensor? level_start_index, Tensor reference_points, "
+    "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor reference_points, "
     "Tensor sampling_offsets, Tensor? attention_logits, int im2col_step"
 )
 _VARIANT = (
     "bool? deterministic, int[]? num_points, str interpolation, str padding_mode, bool align_corners, "
-    "Tensor? query_lengths"
+    "Tensor? query_lengths, SymInt[]? level_sizes"
 )
 torch.library.define(FORWARD, f"({_INPUTS}, {_VARIANT}) -> Tensor")
 # Entries of the result that output_mask leaves out are empty tensors; so is that of logits in the offsets' array.
@@ -42,7 +43,7 @@ backward_operator = torch.ops.cupy_msda.ms_deform_attn_fused_backward.default
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
 def _forward(
     value: Tensor,
-    shapes: Tensor,
+    shapes: Tensor | None,
     starts: Tensor | None,
     references: Tensor,
     offsets: Tensor,
@@ -51,7 +52,7 @@ def _forward(
     deterministic: bool | None,
     *form: Any,
 ) -> Tensor:
-    variant, lengths = read_form(form, shapes)
+    shapes, variant, lengths = read_form(shapes, form)
     return quick.forward(
         value, shapes, starts, offsets, logits, im2col_step, deterministic, variant, lengths, references
     )
@@ -61,7 +62,7 @@ def _forward(
 def _backward(
     grad_output: Tensor,
     value: Tensor,
-    shapes: Tensor,
+    shapes: Tensor | None,
     starts: Tensor | None,
     references: Tensor,
     offsets: Tensor,
@@ -73,9 +74,10 @@ def _backward(
     *form, mask = form_and_mask
     # The mask and the results in the order of the arguments.
     wanted = Wanted(mask[0], mask[2], mask[3], mask[1])
+    shapes, *variant_and_lengths = read_form(shapes, form)
     of_value, of_offsets, of_logits, of_references = quick.backward(
-        grad_output, value, shapes, starts, offsets, logits, im2col_step, deterministic,
-        *read_form(tuple(form), shapes), wanted, references,
+        grad_output, value, shapes, starts, offsets, logits, im2col_step, deterministic, *variant_and_lengths, wanted,
+        references,
     )  # fmt: skip
     grads = (of_value, of_references, of_offsets, of_logits)
     return tuple(
@@ -85,17 +87,14 @@ def _backward(
 
 @torch.library.register_fake(FORWARD)
 def _forward_fake(
-    value: Tensor, shapes: Tensor, starts: Tensor | None, references: Tensor, offsets: Tensor, *_: Any
+    value: Tensor, shapes: Tensor | None, starts: Tensor | None, references: Tensor, offsets: Tensor, *_: Any
 ) -> Tensor:
     for name, tensor, symbols in (
         ("value", value, "[N, S, M, D]"),
         ("spatial_shapes", shapes, "[L, 2]"),
         ("reference_points", references, "[N, Q, L, 2]"),
     ):
-        ndim = symbols.count(",") + 1
-        torch._check(
-            tensor.ndim == ndim, lambda n=name, s=symbols, t=tensor: f"{n}: expected shape {s}, got {list(t.shape)}"
-        )
+        check_ndim(name, tensor, symbols)
     N, _, M, D = value.shape
     return value.new_empty((N, offsets.shape[1], M * D))
 
@@ -104,7 +103,7 @@ def _forward_fake(
 def _backward_fake(
     grad_output: Tensor,
     value: Tensor,
-    shapes: Tensor,
+    shapes: Tensor | None,
     starts: Tensor | None,
     references: Tensor,
     offsets: Tensor,
@@ -120,7 +119,7 @@ def _backward_fake(
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:6], inputs[12])
-    ctx.settings = inputs[6:12]
+    ctx.settings, ctx.level_sizes = inputs[6:12], inputs[13]
 
 
 def _differentiate_forward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,22 +127,23 @@ def _differentiate_forward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None
     needs = ctx.needs_input_grad
     mask = [needs[0], needs[3], needs[4], needs[5]]
     operator = _transformed_backward if under_transform() else backward_operator
-    grads = operator(grad_output, *inputs, *ctx.settings, lengths, mask)
+    grads = operator(grad_output, *inputs, *ctx.settings, lengths, ctx.level_sizes, mask)
     of_value, of_references, of_offsets, of_logits = (
         grad if asked else None for grad, asked in zip(grads, mask, strict=True)
     )
-    return of_value, None, None, of_references, of_offsets, of_logits, *(None,) * 7
+    return of_value, None, None, of_references, of_offsets, of_logits, *(None,) * 8
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:7], inputs[13])
-    ctx.settings, ctx.mask = inputs[7:13], inputs[14]
+    ctx.settings, ctx.level_sizes, ctx.mask = inputs[7:13], *inputs[14:]
 
 
 def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Second order, through a composition that torch differentiates twice."""
     grad_output, value, shapes, starts, references, offsets, logits, lengths = ctx.saved_tensors
-    variant, lengths = read_form((*ctx.settings[2:], lengths), shapes)
+    shapes, variant, lengths = read_form(shapes, (*ctx.settings[2:], lengths, ctx.level_sizes))
+    shapes = torch.as_tensor(shapes, device=value.device)
     inputs = [t for t in (value, references, offsets, logits) if t is not None]
 
     def output_of(value: Tensor, *samples: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     of_output, of_value, of_references, of_offsets, *of_logits = differentiate_twice(
         output_of, (grad_output, *inputs), grads[: len(inputs)], ctx.mask[: len(inputs)]
     )
-    return of_output, of_value, None, None, of_references, of_offsets, *(of_logits or [None]), *(None,) * 8
+    return of_output, of_value, None, None, of_references, of_offsets, *(of_logits or [None]), *(None,) * 9
 
 
 torch.library.register_autograd(FORWARD, _differentiate_forward, setup_context=_save_forward)
@@ -186,7 +186,7 @@ def agreed_dtypes(
 
 def _forward_autocast(
     value: Tensor,
-    shapes: Tensor,
+    shapes: Tensor | None,
     starts: Tensor | None,
     references: Tensor,
     offsets: Tensor,

@@ -143,9 +143,10 @@ def _dispatch(
         refuse_tangents(value, sampling_locations, attention_weights)
         if under_transform():
             operator = transformed_forward
+    shapes, sizes = level_sizes(spatial_shapes, value)
     return operator(
         value,
-        metadata_tensor(spatial_shapes, value),
+        shapes,
         metadata_tensor(level_start_index, value),
         sampling_locations,
         attention_weights,
@@ -153,6 +154,7 @@ def _dispatch(
         deterministic,
         *variant,
         metadata_tensor(query_lengths, value),
+        sizes,
     )
 
 
@@ -230,7 +232,7 @@ def _dispatch_backward(
     samples = (references, locations, weights)
     mask = [wanted.value, wanted.references, wanted.locations, wanted.weights]
     of_value, of_references, of_locations, of_weights = front_operators.backward_operator(
-        grad_output, value, *metadata, *samples, im2col_step, deterministic, *variant, None, mask
+        grad_output, value, *metadata, *samples, im2col_step, deterministic, *variant, None, None, mask
     )
     return of_value, of_locations, of_weights, of_references
 
@@ -276,6 +278,16 @@ def metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:
     # A compiled graph wants all on one device; elsewhere the host is better, because what is there is validated.
     device = value.device if torch.compiler.is_compiling() else "cpu"
     return torch.as_tensor(metadata, device=device)
+
+
+def level_sizes(shapes: Any, value: Tensor) -> tuple[Tensor | None, list[int] | None]:
+    """As the operators take them: a tensor, or in compiled code that has them as numbers those, one after the other.
+
+    A tensor of numbers would be copied to the GPU in every call, and make the compiler give up its CUDA graphs.
+    """
+    if torch.compiler.is_compiling() and isinstance(shapes, (list, tuple)):
+        return None, [size for level in shapes for size in level]
+    return metadata_tensor(shapes, value), None
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:

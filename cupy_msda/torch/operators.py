@@ -18,13 +18,14 @@ from .compositions import gather_composition, without_padding
 
 FORWARD, BACKWARD = "cupy_msda::ms_deform_attn", "cupy_msda::ms_deform_attn_backward"
 _INPUTS = (
-    "Tensor value, Tensor spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, "
+    "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, "
     "Tensor attention_weights, int im2col_step"
 )
 _VARIANT = (
     'int[]? num_points=None, str interpolation="bilinear", str padding_mode="zeros", bool align_corners=False, '
-    "Tensor? query_lengths=None"
+    "Tensor? query_lengths=None, SymInt[]? level_sizes=None"
 )
+# What the variant is followed by: lengths, and H, W of every level in the place of spatial_shapes, for compiled code.
 torch.library.define(FORWARD, f"({_INPUTS}=64, bool? deterministic=None, {_VARIANT}) -> Tensor")
 # Entries of the result that output_mask leaves out are empty tensors.
 torch.library.define(
@@ -37,23 +38,25 @@ backward_operator = torch.ops.cupy_msda.ms_deform_attn_backward.default
 
 
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
-def _forward(value: Tensor, shapes: Tensor, *others: Any) -> Tensor:
+def _forward(value: Tensor, shapes: Tensor | None, *others: Any) -> Tensor:
     """`others` are those of ``quick.forward`` and then the form's, without defaults at the end."""
-    variant, lengths = read_form(others[5:], shapes)
+    shapes, variant, lengths = read_form(shapes, others[5:])
     return quick.forward(value, shapes, *others[:5], variant=variant, lengths=lengths)
 
 
-def read_form(form: tuple[Any, ...], shapes: Tensor) -> tuple[Variant, Tensor | None]:
-    """The variant and the lengths of queries out of what follows the other arguments of an operator."""
-    variant, lengths = form[:4], form[4] if len(form) > 4 else None
-    return read_variant(Variant(*variant), shapes.shape[0]) if variant else PLAIN, lengths
+def read_form(shapes: Tensor | None, form: Sequence[Any]) -> tuple[Any, Variant, Tensor | None]:
+    """Level sizes, the variant, and the lengths of queries, out of an operator's shapes and what comes last in it."""
+    variant, lengths, sizes = form[:4], form[4] if len(form) > 4 else None, form[5] if len(form) > 5 else None
+    if sizes is not None:
+        shapes = [[h, w] for h, w in zip(sizes[::2], sizes[1::2], strict=True)]
+    return shapes, read_variant(Variant(*variant), len(shapes)) if variant else PLAIN, lengths
 
 
 @torch.library.impl(BACKWARD, ("cpu", "cuda"))
 def _backward(
     grad_output: Tensor,
     value: Tensor,
-    shapes: Tensor,
+    shapes: Tensor | None,
     starts: Tensor | None,
     locations: Tensor,
     weights: Tensor,
@@ -62,17 +65,10 @@ def _backward(
     output_mask: list[bool],
     *form: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shapes, *variant_and_lengths = read_form(shapes, form)
+    samples, wanted = (starts, locations, weights), Wanted(*output_mask)
     grads = quick.backward(
-        grad_output,
-        value,
-        shapes,
-        starts,
-        locations,
-        weights,
-        im2col_step,
-        deterministic,
-        *read_form(form, shapes),
-        Wanted(*output_mask),
+        grad_output, value, shapes, *samples, im2col_step, deterministic, *variant_and_lengths, wanted
     )
     return tuple(grad if wanted else value.new_empty(0) for grad, wanted in zip(grads[:3], output_mask, strict=True))
 
@@ -80,14 +76,14 @@ def _backward(
 @torch.library.register_fake(FORWARD)
 def _forward_fake(
     value: Tensor,
-    shapes: Tensor,
+    shapes: Tensor | None,
     starts: Tensor | None,
     locations: Tensor,
     weights: Tensor,
     im2col_step: int = 64,
     deterministic: bool | None = None,
     num_points: list[int] | None = None,
-    *_: Any,
+    *others: Any,
 ) -> Tensor:
     points = "L, P" if num_points is None else "sum(num_points)"
     for name, tensor, symbols in (
@@ -96,13 +92,11 @@ def _forward_fake(
         ("sampling_locations", locations, f"[N, Q, M, {points}, 2]"),
         ("attention_weights", weights, f"[N, Q, M, {points}]"),
     ):
-        ndim = symbols.count(",") + 1
-        torch._check(
-            tensor.ndim == ndim, lambda n=name, s=symbols, t=tensor: f"{n}: expected shape {s}, got {list(t.shape)}"
-        )
+        check_ndim(name, tensor, symbols)
     N, _, M, D = value.shape
     Q = locations.shape[1]
-    samples = (shapes.shape[0], locations.shape[4]) if num_points is None else (sum(num_points),)
+    L = len(others[4]) // 2 if shapes is None else shapes.shape[0]
+    samples = (L, locations.shape[4]) if num_points is None else (sum(num_points),)
     for name, tensor, symbols, expected in (
         ("sampling_locations", locations, f"[N, Q, M, {points}, 2]", (N, Q, M, *samples, 2)),
         ("attention_weights", weights, f"[N, Q, M, {points}]", (N, Q, M, *samples)),
@@ -115,11 +109,19 @@ def _forward_fake(
     return value.new_empty((N, Q, M * D))
 
 
+def check_ndim(name: str, tensor: Tensor | None, symbols: str) -> None:
+    """An error that names the tensor, where there is one, unless it has the dimensions that `symbols` list."""
+    torch._check(
+        tensor is None or tensor.ndim == symbols.count(",") + 1,
+        lambda: f"{name}: expected shape {symbols}, got {list(tensor.shape)}",
+    )
+
+
 @torch.library.register_fake(BACKWARD)
 def _backward_fake(
     grad_output: Tensor,
     value: Tensor,
-    shapes: Tensor,
+    shapes: Tensor | None,
     starts: Tensor | None,
     locations: Tensor,
     weights: Tensor,
@@ -159,7 +161,8 @@ def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     It holds the four rows of every sample, 4 * N * Q * M * L * P * D numbers, several times over.
     """
     grad_output, value, shapes, starts, locations, weights = ctx.saved_tensors
-    variant, lengths = read_form(ctx.form, shapes)
+    shapes, variant, lengths = read_form(shapes, ctx.form)
+    shapes = torch.as_tensor(shapes, device=value.device)
 
     def output_of(value: Tensor, *samples: Tensor) -> Tensor:
         return gather_composition(value, shapes, starts, *without_padding(*samples, lengths), variant)
@@ -221,7 +224,7 @@ AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C
 
 
 def _forward_autocast(
-    value: Tensor, shapes: Tensor, starts: Tensor | None, locations: Tensor, weights: Tensor, *settings: Any
+    value: Tensor, shapes: Tensor | None, starts: Tensor | None, locations: Tensor, weights: Tensor, *settings: Any
 ) -> Tensor:
     locations, weights = agreed_dtypes(value, locations, weights)
     with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
