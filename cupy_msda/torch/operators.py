@@ -66,9 +66,9 @@ def _backward(
     *form: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes, *variant_and_lengths = read_form(shapes, form)
-    samples, wanted = (starts, locations, weights), Wanted(*output_mask)
+    inputs, wanted = (starts, locations, weights), Wanted(*output_mask)
     grads = quick.backward(
-        grad_output, value, shapes, *samples, im2col_step, deterministic, *variant_and_lengths, wanted
+        grad_output, value, shapes, *inputs, im2col_step, deterministic, *variant_and_lengths, wanted
     )
     return tuple(grad if wanted else value.new_empty(0) for grad, wanted in zip(grads[:3], output_mask, strict=True))
 
