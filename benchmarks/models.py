@@ -144,7 +144,7 @@ def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds: int) -> Iterator[dict[str, Any]]:
+def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds: int) -> list[dict[str, Any]]:
     """Two records: of the model as it is, and served.
 
     Eager models are timed in turn, because their time is the host's and drifts; compiled ones one after the other,
@@ -188,7 +188,7 @@ def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds:
             record["time"] = summary(found)
     for record in records:
         record["images_per_second"] = detector.N / (record["time"]["median_us"] * 1e-6)
-        yield record
+    return records
 
 
 def compare_gradients(detector: Detector, device: str) -> dict[str, Any]:
@@ -198,12 +198,12 @@ def compare_gradients(detector: Detector, device: str) -> dict[str, Any]:
     """
     exact, exact_outputs = _gradients(detector, torch.float64, False, device)
     record: dict[str, Any] = {"parameters": len(exact)}
+    every = torch.cat([grad.flatten() for grad in exact.values()])
     for served in (False, True):
         grads, outputs = _gradients(detector, torch.float32, served, device)
         name = "served" if served else "as_it_is"
         record[f"output_error_{name}"] = difference(outputs, exact_outputs)
-        every = [torch.cat([grads[n].flatten() for n in exact]), torch.cat([g.flatten() for g in exact.values()])]
-        record[f"gradient_error_{name}"] = difference(every[:1], every[1:])
+        record[f"gradient_error_{name}"] = difference([torch.cat([grads[n].flatten() for n in exact])], [every])
     return record
 
 
@@ -241,8 +241,10 @@ def _condition(model: nn.Module) -> None:
 def _float32_products() -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def main(arguments: list[str] | None = None) -> int:

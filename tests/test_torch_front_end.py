@@ -11,6 +11,8 @@ from cases import Case
 
 torch = pytest.importorskip("torch")
 
+from test_torch_operator import DEVICES
+
 import cupy_msda
 from cupy_msda import problem
 from cupy_msda.problem import PLAIN
@@ -19,7 +21,6 @@ from cupy_msda.torch import front_end as functions
 from cupy_msda.torch.compositions import front_end
 
 CASE = Case("front", levels=((6, 7), (3, 4)), N=2, M=2, D=8, P=3)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 FORMS = list(itertools.product((2, 4), (None, 1), (False, True)))
 
 

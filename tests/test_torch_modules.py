@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_torch_operator import DEVICES
 from torch import nn
 
 from cupy_msda.torch import MSDeformAttn, MultiScaleDeformableAttention, decomposed, ms_deform_attn
@@ -152,9 +153,6 @@ def test_kernel_layer_is_the_operator():
     locations, weights = torch.rand(2, 5, 2, 2, 3, 2), torch.rand(2, 5, 2, 2, 3)
     have = MultiScaleDeformableAttention()(value, shapes, LEVELS, starts, locations, weights, 64)
     torch.testing.assert_close(have, ms_deform_attn(value, shapes, starts, locations, weights), rtol=0, atol=0)
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -12,8 +12,17 @@ from ..problem import PLAIN, Variant, read_variant
 from . import quick
 from .compositions import front_end
 from .front_operators import agreed_dtypes, dtypes_agree, forward_operator, transformed_forward
-from .functional import apply, compose, decomposes, is_plain, level_sizes, metadata_tensor, observed, refuse_tangents
-from .operators import under_transform
+from .functional import (
+    apply,
+    compose,
+    decomposes,
+    dispatched,
+    is_plain,
+    observed,
+    refuse_gradient,
+    require_tensors,
+    straight,
+)
 
 
 def ms_deform_attn_fused(
@@ -45,7 +54,7 @@ def ms_deform_attn_fused(
     variant = PLAIN
     if num_points is not None or interpolation != "bilinear" or padding_mode != "zeros" or align_corners is not False:
         variant = read_variant(Variant(num_points, interpolation, padding_mode, align_corners), len(spatial_shapes))
-    elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or decomposes() or observed()):
+    elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or observed()):
         tensors = (value, sampling_offsets, attention_logits, reference_points, spatial_shapes, level_start_index)
         if attention_logits is None:
             tensors = (*tensors[:2], *tensors[3:])
@@ -68,44 +77,19 @@ def ms_deform_attn_fused(
     }
     if attention_logits is None:
         del tensors["attention_logits"]
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    require_tensors(**tensors)
     if interpolation == "nearest" and torch.is_grad_enabled():
-        _refuse_gradients(reference_points, None if attention_logits is None else sampling_offsets)
-    samples = (reference_points, sampling_offsets, attention_logits)
-    metadata = (spatial_shapes, level_start_index)
+        refuse_gradient("reference_points", reference_points)
+        if attention_logits is not None:
+            refuse_gradient("sampling_offsets", sampling_offsets)
+    samples, metadata = (reference_points, sampling_offsets, attention_logits), (spatial_shapes, level_start_index)
     if query_lengths is None and is_plain(*tensors.values()) and dtypes_agree(value, *samples):
-        settings = (*metadata, im2col_step, deterministic)
-        inputs = (value, sampling_offsets, attention_logits)
-        key = quick.key_of(*inputs, *settings, variant, reference_points)
-        recipe = None if validate else quick.recall(key, *inputs, *settings, variant, reference_points)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
-            return apply(*inputs, reference_points, (recipe, key, *settings, validate, variant))
-        settings = (im2col_step, deterministic, validate, variant, reference_points)
-        return quick.follow(recipe, key, value, *metadata, *inputs[1:], *settings)
+        inputs = (value, sampling_offsets, attention_logits, reference_points)
+        return straight(*inputs, *metadata, im2col_step, deterministic, validate, variant)
     if decomposes():
         return _decompose(value, *metadata, *samples, variant, query_lengths)
-    operator = forward_operator
-    if not torch.compiler.is_compiling():
-        refuse_tangents(value, *samples)
-        if under_transform():
-            operator = transformed_forward
-    shapes, sizes = level_sizes(spatial_shapes, value)
-    return operator(
-        value, shapes, metadata_tensor(level_start_index, value), *samples, im2col_step, deterministic, *variant,
-        metadata_tensor(query_lengths, value), sizes,
-    )  # fmt: skip
-
-
-def _refuse_gradients(references: Tensor, offsets: Tensor | None) -> None:
-    """What interpolation='nearest' has no gradient of; None where offsets and logits are one array."""
-    for name, tensor in (("reference_points", references), ("sampling_offsets", offsets)):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor that requires no gradient beside interpolation='nearest', which has "
-                "none for it: detach() it"
-            )
+    operators = (forward_operator, transformed_forward)
+    return dispatched(operators, value, *metadata, samples, im2col_step, deterministic, variant, query_lengths)
 
 
 def _decompose(

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ..problem import Wanted
-from . import quick
+from . import operators, quick
 from .compositions import front_end, gather_composition, without_padding
 from .operators import (
     AUTOCAST,
-    SIXTEEN_BIT,
     check_ndim,
     differentiate_twice,
     library,
@@ -166,22 +165,18 @@ _transformed_backward = transformable(
 
 def dtypes_agree(value: Tensor, references: Tensor, offsets: Tensor, logits: Tensor | None) -> bool:
     """Whether the contract allows these dtypes together."""
-    allowed = (value.dtype, torch.float32) if value.dtype in SIXTEEN_BIT else (value.dtype,)
-    return (
-        references.dtype in allowed and offsets.dtype in allowed and (logits is None or logits.dtype is offsets.dtype)
-    )
+    samples = (offsets,) if logits is None else (offsets, logits)
+    return operators.dtypes_agree(value, references) and operators.dtypes_agree(value, *samples)
 
 
 def agreed_dtypes(
     value: Tensor, references: Tensor, offsets: Tensor, logits: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """References, offsets and logits in dtypes that go with value's, those that do not in the widest that does."""
-    wide = torch.float32 if value.dtype in SIXTEEN_BIT else value.dtype
-    if references.dtype not in (value.dtype, wide):
-        references = references.to(wide)
-    if offsets.dtype not in (value.dtype, wide) or (logits is not None and logits.dtype is not offsets.dtype):
-        offsets, logits = offsets.to(wide), None if logits is None else logits.to(wide)
-    return references, offsets, logits
+    (references,) = operators.agreed_dtypes(value, references)
+    if logits is None:
+        return references, *operators.agreed_dtypes(value, offsets), None
+    return references, *operators.agreed_dtypes(value, offsets, logits)
 
 
 def _forward_autocast(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,12 +72,9 @@ def ms_deform_attn(
     variant = PLAIN
     if num_points is not None or interpolation != "bilinear" or padding_mode != "zeros" or align_corners is not False:
         variant = read_variant(Variant(num_points, interpolation, padding_mode, align_corners), len(spatial_shapes))
-        if interpolation == "nearest" and torch.is_grad_enabled() and sampling_locations.requires_grad:
-            raise ValueError(
-                "sampling_locations: expected a tensor that requires no gradient beside interpolation='nearest', which "
-                "has none for it: detach() it"
-            )
-    elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or _decomposed or observed()):
+        if interpolation == "nearest" and torch.is_grad_enabled():
+            refuse_gradient("sampling_locations", sampling_locations)
+    elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or observed()):
         for matches, recipe, step, fixed_order, differentiable in quick.recent:
             if (
                 step is im2col_step
@@ -110,52 +107,76 @@ def _dispatch(
     query_lengths: Any,
 ) -> Tensor:
     """A call that is not just like a recent one."""
-    if (
-        query_lengths is None
-        and is_plain(value, sampling_locations, attention_weights)
-        and dtypes_agree(value, sampling_locations, attention_weights)
-    ):
-        call = (spatial_shapes, level_start_index, im2col_step, deterministic, variant)
-        key = quick.key_of(value, sampling_locations, attention_weights, *call)
-        recipe = None if validate else quick.recall(key, value, sampling_locations, attention_weights, *call)
-        if torch.is_grad_enabled() and (
-            value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad
-        ):
-            call = (recipe, key, *call[:-1], validate, variant)
-            return apply(value, sampling_locations, attention_weights, None, call)
-        return quick.follow(
-            recipe, key, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step,
-            deterministic, validate, variant,
-        )  # fmt: skip
-    for name, tensor in (
-        ("value", value),
-        ("sampling_locations", sampling_locations),
-        ("attention_weights", attention_weights),
-    ):
+    samples, metadata = (sampling_locations, attention_weights), (spatial_shapes, level_start_index)
+    if query_lengths is None and is_plain(value, *samples) and dtypes_agree(value, *samples):
+        return straight(value, *samples, None, *metadata, im2col_step, deterministic, validate, variant)
+    require_tensors(value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
+    if decomposes():
+        return compose(value, *metadata, *samples, variant, query_lengths)
+    operators = (forward_operator, transformed_forward)
+    return dispatched(operators, value, *metadata, samples, im2col_step, deterministic, variant, query_lengths)
+
+
+def require_tensors(**tensors: Any) -> None:
+    """TypeError for what is none, by its name."""
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if decomposes():
-        return compose(
-            value, spatial_shapes, level_start_index, sampling_locations, attention_weights, variant, query_lengths
+
+
+def refuse_gradient(name: str, places: Tensor) -> None:
+    """ValueError where a gradient is asked for that ``interpolation="nearest"`` does not have."""
+    if places.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor that requires no gradient beside interpolation='nearest', which has none for "
+            "it: detach() it"
         )
-    operator = forward_operator
+
+
+def straight(
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor | None,
+    references: Tensor | None,
+    shapes: Any,
+    starts: Any,
+    im2col_step: int,
+    deterministic: bool | None,
+    validate: bool,
+    variant: Variant,
+) -> Tensor:
+    """The output of a call that :func:`is_plain`, past the dispatcher; tensors as for :class:`_Function`."""
+    inputs, settings = (value, locations, weights), (shapes, starts, im2col_step, deterministic)
+    key = quick.key_of(*inputs, *settings, variant, references)
+    recipe = None if validate else quick.recall(key, *inputs, *settings, variant, references)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, references)):
+        return apply(*inputs, references, (recipe, key, *settings, validate, variant))
+    settings = (im2col_step, deterministic, validate, variant, references)
+    return quick.follow(recipe, key, value, shapes, starts, locations, weights, *settings)
+
+
+def dispatched(
+    operators: tuple[Callable[..., Tensor], Callable[..., Tensor]],
+    value: Tensor,
+    shapes: Any,
+    starts: Any,
+    samples: tuple[Tensor | None, ...],
+    im2col_step: int,
+    deterministic: bool | None,
+    variant: Variant,
+    lengths: Any,
+) -> Tensor:
+    """The output by a registered operator; `operators` are that and its form for torch.func."""
+    operator, transformed = operators
     if not torch.compiler.is_compiling():
-        refuse_tangents(value, sampling_locations, attention_weights)
+        _refuse_tangents(value, *samples)
         if under_transform():
-            operator = transformed_forward
-    shapes, sizes = level_sizes(spatial_shapes, value)
+            operator = transformed
+    shapes, sizes = _level_sizes(shapes, value)
     return operator(
-        value,
-        shapes,
-        metadata_tensor(level_start_index, value),
-        sampling_locations,
-        attention_weights,
-        im2col_step,
-        deterministic,
-        *variant,
-        metadata_tensor(query_lengths, value),
-        sizes,
-    )
+        value, shapes, _metadata_tensor(starts, value), *samples, im2col_step, deterministic, *variant,
+        _metadata_tensor(lengths, value), sizes,
+    )  # fmt: skip
 
 
 class MSDeformAttnFunction:
@@ -225,7 +246,7 @@ def _dispatch_backward(
     """The gradients by the registered operator, which is differentiable in its turn."""
     value, locations, weights, references = saved
     _, _, shapes, starts, im2col_step, deterministic, _, variant = call
-    metadata = [metadata_tensor(part, value) for part in (shapes, starts)]
+    metadata = [_metadata_tensor(part, value) for part in (shapes, starts)]
     if references is None:
         samples, settings, mask = (locations, weights), (im2col_step, deterministic), list(wanted[:3])
         return *backward_operator(grad_output, value, *metadata, *samples, *settings, mask, *variant), None
@@ -248,7 +269,7 @@ def is_plain(*tensors: Tensor) -> bool:
     Everything else (compilation, export, fake tensors, subclasses, torch.func, forward-mode gradients, modes, the
     profiler) sees the registered operator.
     """
-    if torch.compiler.is_compiling() or _decomposed:
+    if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
         if type(tensor) not in _PLAIN:
@@ -257,8 +278,8 @@ def is_plain(*tensors: Tensor) -> bool:
 
 
 def observed() -> bool:
-    """Whether a profiler or a forward-mode gradient is active, which the keys of a dispatch do not show."""
-    return _profiling() or forward_ad._current_level >= 0
+    """Whether :func:`decomposed`, a profiler or a forward-mode gradient is active: the keys of a dispatch show none."""
+    return _decomposed > 0 or _profiling() or forward_ad._current_level >= 0
 
 
 def decomposes() -> bool:
@@ -271,7 +292,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiling = torch._C._autograd._profiler_enabled
 
 
-def metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:
+def _metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:
     """As the operators take it."""
     if metadata is None or isinstance(metadata, Tensor):
         return metadata
@@ -280,17 +301,17 @@ def metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:
     return torch.as_tensor(metadata, device=device)
 
 
-def level_sizes(shapes: Any, value: Tensor) -> tuple[Tensor | None, list[int] | None]:
+def _level_sizes(shapes: Any, value: Tensor) -> tuple[Tensor | None, list[int] | None]:
     """As the operators take them: a tensor, or in compiled code that has them as numbers those, one after the other.
 
     A tensor of numbers would be copied to the GPU in every call, and make the compiler give up its CUDA graphs.
     """
     if torch.compiler.is_compiling() and isinstance(shapes, (list, tuple)):
         return None, [size for level in shapes for size in level]
-    return metadata_tensor(shapes, value), None
+    return _metadata_tensor(shapes, value), None
 
 
-def refuse_tangents(*tensors: Tensor | None) -> None:
+def _refuse_tangents(*tensors: Tensor | None) -> None:
     """Dual numbers raise NotImplementedError."""
     if forward_ad._current_level >= 0 and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
@@ -308,7 +329,7 @@ def compose(
     firsts = starts.tolist() if hasattr(starts, "tolist") else starts
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     locations, weights = agreed_dtypes(value, locations, weights)
-    locations, weights = without_padding(locations, weights, metadata_tensor(lengths, value))
+    locations, weights = without_padding(locations, weights, _metadata_tensor(lengths, value))
     # grid_sample promises nothing for NaN; what lies this far outside is the same as at infinity.
     nothing = locations.isnan().any(-1)
     locations = torch.where(nothing[..., None], -1, locations).clamp(-1, 2)

@@ -198,23 +198,24 @@ torch.library.register_autograd(FORWARD, differentiate_forward, setup_context=sa
 torch.library.register_autograd(BACKWARD, _differentiate_backward, setup_context=_save_backward)
 
 
-def dtypes_agree(value: Tensor, locations: Tensor, weights: Tensor) -> bool:
-    """Whether the contract allows these dtypes together."""
-    return locations.dtype is weights.dtype and (
-        locations.dtype is value.dtype or (locations.dtype is torch.float32 and value.dtype in SIXTEEN_BIT)
+def dtypes_agree(value: Tensor, *together: Tensor) -> bool:
+    """Whether the contract allows value's dtype beside those of `together`, which have to be the same."""
+    dtype = together[0].dtype
+    return all(tensor.dtype is dtype for tensor in together) and (
+        dtype is value.dtype or (dtype is torch.float32 and value.dtype in SIXTEEN_BIT)
     )
 
 
-def agreed_dtypes(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Locations and weights in dtypes that go with value's: themselves where they do, else in the widest that does.
+def agreed_dtypes(value: Tensor, *together: Tensor) -> tuple[Tensor, ...]:
+    """`together`, such as locations and weights, in dtypes that go with value's: their own, else the widest that does.
 
     The rule of autocast. It lowers nothing and never touches value, so it costs no copy in the usual case, where a
     linear layer made value 16-bit, and softmax and the reference points made the others float32.
     """
-    if dtypes_agree(value, locations, weights):
-        return locations, weights
+    if dtypes_agree(value, *together):
+        return together
     dtype = torch.float32 if value.dtype in SIXTEEN_BIT else value.dtype
-    return locations.to(dtype), weights.to(dtype)
+    return tuple(tensor.to(dtype) for tensor in together)
 
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
