@@ -15,7 +15,7 @@ _TYPES, _COMMON = ("types.cuh",), ("types.cuh", "common.cuh", "samples.cuh")
 # What comes before each kernel's own file.
 _HEADERS = {
     "forward": _COMMON,
-    "backward": (*_COMMON, "atomics.cuh"),
+    "backward": (*_COMMON, "atomics.cuh", "gradients.cuh"),
     "round": _TYPES,
     "sort": (*_COMMON, "bins.cuh"),
     "count": (*_COMMON, "bins.cuh"),
