@@ -128,13 +128,9 @@ class Subject:
     def seconds(self) -> float:
         begin = time.perf_counter()
         self.outputs()
-        synchronize(self.device)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - begin
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
@@ -160,12 +156,11 @@ def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds:
                 subject.called = torch.compile(subject.model)
             for _ in range(WARM_CALLS if device == "cuda" else 1):
                 outputs = subject.outputs()
-            synchronize(device)
             if device == "cuda":
+                torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            subject.outputs()
-            synchronize(device)
-            if device == "cuda":
+                subject.outputs()
+                torch.cuda.synchronize()
                 record["peak_bytes"] = torch.cuda.max_memory_allocated() - held
             if compiled:
                 record["time"] = summary([subject.seconds() for _ in range(rounds)])
