@@ -46,36 +46,48 @@ struct msda_metadata {
 };
 #endif
 
-// One thread a level. Returns, in the first warp, whether the levels follow each other and together have `total`
-// pixels (false where there are more than 32).
+// Level `l` into its place, with 0 pixels where it does not fit.
+struct msda_extent {
+    long long start, size;
+    bool fits;
+};
+
+__device__ __forceinline__ msda_extent msda_read_level(
+        const msda_metadata& metadata, long long S, int l, msda_level& level) {
+#if MSDA_LEVELS_ON_DEVICE
+    const long long h = metadata.shapes[2 * l], w = metadata.shapes[2 * l + 1];
+    long long start = 0;
+    if (metadata.starts) {
+        start = metadata.starts[l];
+    } else {
+        // Unsigned, because garbage may wrap around; what then seems to fit is still inside the array.
+#pragma unroll 1
+        for (int k = 0; k < l; ++k)
+            start = (long long)((msda_address)start +
+                                (msda_address)metadata.shapes[2 * k] * (msda_address)metadata.shapes[2 * k + 1]);
+    }
+#else
+    const long long h = metadata.level[l][0], w = metadata.level[l][1], start = metadata.level[l][2];
+#endif
+    const bool fits = h > 0 && w > 0 && h <= 0x7fffffff && w <= 0x7fffffff && start >= 0 && start <= S &&
+                      h * w <= S - start;
+    level.h = fits ? (int)h : 0;
+    level.w = fits ? (int)w : 0;
+    level.start = fits ? (msda_index)start : 0;
+    return {fits ? start : 0, fits ? h * w : 0, fits};
+}
+
+// One thread of a block a level. Returns, in the first warp, whether the levels follow each other and together have
+// `total` pixels (false where there are more than 32).
 __device__ __forceinline__ bool msda_read_levels(
         const msda_metadata& metadata, long long S, long long total, msda_level* levels) {
     [[maybe_unused]] long long size = 0;
     [[maybe_unused]] bool packed = MSDA_L <= 32;
 #pragma unroll 1
     for (int l = threadIdx.x; l < MSDA_L; l += MSDA_THREADS) {
-#if MSDA_LEVELS_ON_DEVICE
-        const long long h = metadata.shapes[2 * l], w = metadata.shapes[2 * l + 1];
-        long long start = 0;
-        if (metadata.starts) {
-            start = metadata.starts[l];
-        } else {
-            // Unsigned, because garbage may wrap around; what then seems to fit is still inside the array.
-#pragma unroll 1
-            for (int k = 0; k < l; ++k)
-                start = (long long)((msda_address)start +
-                                    (msda_address)metadata.shapes[2 * k] * (msda_address)metadata.shapes[2 * k + 1]);
-        }
-#else
-        const long long h = metadata.level[l][0], w = metadata.level[l][1], start = metadata.level[l][2];
-#endif
-        const bool fits = h > 0 && w > 0 && h <= 0x7fffffff && w <= 0x7fffffff && start >= 0 && start <= S &&
-                          h * w <= S - start;
-        levels[l].h = fits ? (int)h : 0;
-        levels[l].w = fits ? (int)w : 0;
-        levels[l].start = fits ? (msda_index)start : 0;
-        size = fits ? h * w : 0;
-        packed = packed && fits;
+        const msda_extent extent = msda_read_level(metadata, S, l, levels[l]);
+        size = extent.size;
+        packed = packed && extent.fits;
     }
 #if MSDA_BAND
     if (threadIdx.x < 32) {
@@ -277,7 +289,11 @@ __device__ __forceinline__ long long msda_row(const msda_sample& sample) { retur
 
 struct msda_shared {
     msda_sample samples[MSDA_HELD][MSDA_QUERIES * MSDA_PITCH];
+#if MSDA_ALONE
+    msda_level levels[MSDA_WARPS][MSDA_L];   // each warp's own
+#else
     msda_level levels[MSDA_L];
+#endif
     msda_index query[MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES];   // -1 past the last one, -2 - q where q does not count
 #if MSDA_MERGE
     alignas(16) unsigned of_warps[MSDA_WARPS];                      // aligned: read 16 bytes at a time, and no more
@@ -314,6 +330,7 @@ __device__ __forceinline__ msda_index msda_length(const long long* __restrict__ 
 #endif
 }
 
+#if !MSDA_ALONE
 // What a block shares: its levels and its queries. By the whole block, not by each warp for its own few queries: that
 // was a tenth of all instructions.
 __device__ __forceinline__ void msda_begin(
@@ -331,6 +348,7 @@ __device__ __forceinline__ void msda_begin(
     }
     __syncthreads();
 }
+#endif
 
 // Query `local` of this warp's `round`; only the lanes beyond the last group of a warp have a `local` that is too high.
 // Negative where there is none to work on.

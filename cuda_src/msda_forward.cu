@@ -3,11 +3,53 @@
 // A warp takes MSDA_QUERIES queries of one head at a time. Its lanes first work out the samples, one each, into shared
 // memory; then MSDA_LANES lanes a query read the four rows of each sample and accumulate MSDA_VEC channels each in
 // registers. Where queries are not pixels, MSDA_SPLIT groups of lanes share the samples of a query, and add up their sums
-// at the end. Warps share the levels and the list of queries, made once at the start, so
-// none waits for another after that.
+// at the end. No warp waits for another.
 
+// The same sample with weights of zero for the neighbours that lie outside.
+__device__ __forceinline__ void msda_screen(msda_sample& sample) {
+#if !MSDA_NEAREST
+    const int inside = (int)sample.place;
+    const bool left = inside & 5, right = inside & 10, upper = inside & 3, lower = inside & 12;
+    if (!left || !right) {
+        sample.attention *= left ? 1 - sample.ax : sample.ax;
+        sample.ax = left ? 0 : 1;
+    }
+    if (!upper || !lower) {
+        sample.attention *= upper ? 1 - sample.ay : sample.ay;
+        sample.ay = upper ? 0 : 1;
+    }
+#endif
+}
+
+// Raw samples to prepared ones in shared memory. Where there is none, its mark makes one that does not count.
+__device__ __forceinline__ void msda_fill_marked(
+        msda_sample* samples, const msda_level* levels, msda_raw& raw, int k0) {
+#if MSDA_FRONT
+    msda_softmax(raw);
+#endif
+    // Where the lanes of a warp are whole queries, all samples of a lane are of one level.
+    msda_level level = levels[min(MSDA_LEVEL_OF(k0 + (int)threadIdx.x % MSDA_SPAN), MSDA_L - 1)];
+#pragma unroll
+    for (int fill = 0; fill < MSDA_FILLS; ++fill) {
+        const int i = fill * 32 + threadIdx.x % 32;
+        const int local = i / MSDA_SPAN, place = i % MSDA_SPAN;
+        if (local < MSDA_QUERIES && place < MSDA_CHUNK) {
+            const int l = min(MSDA_LEVEL_OF(k0 + place), MSDA_L - 1);
+            if (32 % MSDA_SPAN) level = levels[l];
+            const msda_point point = msda_point_of(raw, fill, l, level);
+            msda_sample sample = msda_prepare(point.x, point.y, point.attention, level);
+            if (MSDA_SCREENED) msda_screen(sample);
+            samples[local * MSDA_PITCH + place] = sample;
+        }
+    }
+}
+
+typedef msda_acc msda_sums[MSDA_TURNS][MSDA_VEC];
+
+// Adds a sample. Of a neighbour outside, `row` becomes zeros; screened, it keeps a row that this query has read before,
+// which costs nothing, and its weight is zero: infinity may so become NaN, but in no other query.
 __device__ __forceinline__ void msda_accumulate(
-        msda_acc (&sum)[MSDA_TURNS][MSDA_VEC], const msda_sample& sample, msda_address image, msda_address below,
+        msda_sums& sum, msda_values (&row)[4], const msda_sample& sample, msda_address image, msda_address below,
         int lane) {
     msda_acc weight[4];
     msda_weights(sample, weight);
@@ -19,10 +61,15 @@ __device__ __forceinline__ void msda_accumulate(
         const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
         if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
         const msda_address at = turn * MSDA_STEP * sizeof(msda_value);
-        msda_values row[4];
 #pragma unroll
-        for (int c = 0; c < MSDA_CORNERS; ++c)
-            row[c] = msda_read_if(inside >> c & 1, (c < 2 ? upper : lower) + (c % 2 ? right : 0) + at);
+        for (int c = 0; c < MSDA_CORNERS; ++c) {
+            const msda_address from = (c < 2 ? upper : lower) + (c % 2 ? right : 0) + at;
+            if (MSDA_SCREENED) {
+                msda_read_over(row[c].word, inside & 1 << c, from);
+            } else {
+                row[c] = msda_read_if(inside >> c & 1, from);
+            }
+        }
 #pragma unroll
         for (int c = 0; c < MSDA_CORNERS; ++c) {
             msda_acc x[MSDA_VEC];
@@ -44,9 +91,16 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
     const msda_index Q = (msda_index)Q_;
 
     const msda_work work = msda_work_of_block(Q);
+#if MSDA_ALONE
+    const msda_level* levels = shared.levels[threadIdx.x / 32];
+    msda_begin_queries(shared, work, lengths, Q, MSDA_BAND && msda_begin_levels(shared, metadata, S, Q));
+#else
+    const msda_level* levels = shared.levels;
     msda_begin(shared, work, metadata, lengths, S, Q);
+#endif
     locations += msda_first_element(work, Q_, MSDA_LOCATIONS_PITCH);
     weights += msda_first_element(work, Q_, MSDA_WEIGHTS_PITCH);
+    msda_keep(locations), msda_keep(weights);   // else their bases are added anew at each load
     if (MSDA_FRONT) references += work.image * Q_ * (MSDA_REFERENCES * MSDA_FRONT);
     const int group = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
     const int local = group / MSDA_SPLIT, turn_of_group = group % MSDA_SPLIT;
@@ -57,19 +111,29 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
 
     msda_raw raw;
     msda_load_raw(raw, shared, 0, 0, locations, weights, references);
+#if MSDA_ALONE && !MSDA_BAND
+    msda_begin_levels(shared, metadata, S, Q);   // while the samples come
+#endif
 #pragma unroll 1
     for (int round = 0; round < MSDA_ROUNDS; ++round) {
         const msda_index q = msda_query_of(shared, round, local);
         const bool active = q >= 0;
-        msda_acc sum[MSDA_TURNS][MSDA_VEC];
+        msda_sums sum;
 #pragma unroll
         for (int turn = 0; turn < MSDA_TURNS; ++turn)
 #pragma unroll
             for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = 0;
+        msda_values row[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) row[c].word = decltype(row[c].word)();
 
 #pragma unroll 1
         for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
+#if MSDA_ALONE
+            msda_fill_marked(samples, levels, raw, k0);
+#else
             msda_fill(samples, shared, raw, round, k0);
+#endif
             __syncwarp();
             if (k0 + MSDA_CHUNK < MSDA_K) {
                 msda_load_raw(raw, shared, round, k0 + MSDA_CHUNK, locations, weights, references);
@@ -77,14 +141,18 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
                 msda_load_raw(raw, shared, round + 1, 0, locations, weights, references);
             }
             if (active) {
+                const msda_sample* of_query = samples + local * MSDA_PITCH;
+                msda_sample ahead = of_query[turn_of_group];   // read early, so that the next rows do not wait for it
 #pragma unroll msda_unroll
                 for (int step = 0; step < MSDA_CHUNK; step += MSDA_SPLIT) {
                     const int k = step + turn_of_group;
                     if (MSDA_CHUNK % MSDA_SPLIT != 0 && k >= MSDA_CHUNK) break;
                     const int level = MSDA_CHUNK >= MSDA_K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
                     const msda_address below =
-                        (msda_address)shared.levels[level].w * (MSDA_STRIDE * sizeof(msda_value));
-                    msda_accumulate(sum, samples[local * MSDA_PITCH + k], image, below, lane);
+                        (msda_address)levels[level].w * (MSDA_STRIDE * sizeof(msda_value));
+                    const msda_sample sample = MSDA_SCREENED ? ahead : of_query[k];
+                    if (MSDA_SCREENED) ahead = of_query[min(k + MSDA_SPLIT, MSDA_CHUNK - 1)];
+                    msda_accumulate(sum, row, sample, image, below, lane);
                 }
             }
             __syncwarp();
@@ -105,7 +173,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
                 msda_values out;
 #pragma unroll
                 for (int v = 0; v < MSDA_VEC; ++v) msda_store(sum[turn][v], out.element[v]);
-                *reinterpret_cast<decltype(out.word)*>(target + channel) = out.word;
+                __stcs(reinterpret_cast<decltype(out.word)*>(target + channel), out.word);
             }
         }
     }

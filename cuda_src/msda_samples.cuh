@@ -84,6 +84,12 @@ __device__ __forceinline__ msda_location msda_load_attention(
     return msda_stream<1>(weights, msda_in_image(q, k, MSDA_WEIGHTS_PITCH)).element[0];
 }
 
+#if MSDA_ALONE
+__device__ __forceinline__ uint4 msda_ones(uint4) { return {~0u, ~0u, ~0u, ~0u}; }
+__device__ __forceinline__ uint2 msda_ones(uint2) { return {~0u, ~0u}; }
+__device__ __forceinline__ unsigned msda_ones(unsigned) { return ~0u; }
+#endif
+
 // `locations` and `weights` begin at the first sample, `references` at the image.
 __device__ __forceinline__ void msda_load_raw(
         msda_raw& raw, const msda_shared& shared, int round, int k0, const msda_location* __restrict__ locations,
@@ -93,7 +99,10 @@ __device__ __forceinline__ void msda_load_raw(
         const int i = fill * 32 + threadIdx.x % 32;
         const int local = i / MSDA_SPAN, k = k0 + i % MSDA_SPAN;
         const msda_index q = msda_query_of(shared, round, local);
-#if MSDA_FRONT
+#if MSDA_ALONE
+        raw.xy[fill].word = msda_ones(raw.xy[fill].word);   // NaN: where there is no sample, none that counts
+#endif
+#if MSDA_FRONT || MSDA_ALONE
         raw.attention[fill] = msda_location();   // whatever it is, others' softmax may look at it
 #endif
         if (q >= 0 && k < MSDA_K) {
@@ -198,6 +207,7 @@ __device__ __forceinline__ msda_point msda_point_of(
 #endif
 }
 
+#if !MSDA_ALONE
 // Raw samples to prepared ones in shared memory. Where there is none, a sample that does not count.
 __device__ __forceinline__ void msda_fill(
         msda_sample* samples, const msda_shared& shared, msda_raw& raw, int round, int k0) {
@@ -220,3 +230,4 @@ __device__ __forceinline__ void msda_fill(
         }
     }
 }
+#endif

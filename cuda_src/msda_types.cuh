@@ -16,6 +16,8 @@
 //   MSDA_PADDED       only the first queries of an image count, `lengths` says how many; the others get zeros
 //   MSDA_VEC          channels a lane moves at once
 //   MSDA_LANES        lanes of a warp that share the channels of one (n, q, m)
+//   MSDA_ALONE        the warps of a block do not wait for each other, in the forward
+//   MSDA_SCREENED     neighbours outside the level have a weight of zero, instead of zeros as their values, in the forward
 //   MSDA_SPLIT        groups of MSDA_LANES lanes that share the samples of one (n, q, m), in the forward; 1 elsewhere
 //   MSDA_CHUNK        samples of a query that are in shared memory at a time
 //   MSDA_WARPS        warps of a block, all on one head
@@ -133,9 +135,12 @@ __device__ __forceinline__ void msda_store(float x, msda_f16& y) {
 #endif
 }
 __device__ __forceinline__ void msda_store(float x, msda_bf16& y) {
-    // In integers: the instruction exists from sm_80 on only.
+#if MSDA_PTX && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
     const unsigned bits = __float_as_uint(x);
-    y.bits = x != x ? 0x7fc0 : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    y.bits = x != x ? 0x7fff : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
 }
 
 __device__ __forceinline__ float msda_exp(float x) { return exp2f(x * 1.4426950408889634f); }
@@ -208,8 +213,9 @@ __device__ __forceinline__ void msda_unpack(const msda_vector<msda_bf16, N>& v, 
     if (N % 2) x[N - 1] = msda_load(v.element[N - 1]);
 }
 
-// Keeps an address in its register: the compiler may not work it out again wherever it is used.
-__device__ __forceinline__ void msda_keep(msda_address& address) {
+// Keeps an address or pointer in its register: the compiler may not work it out again wherever it is used.
+template <typename T>
+__device__ __forceinline__ void msda_keep(T& address) {
 #if MSDA_PTX
     asm volatile("" : "+l"(address));
 #endif
@@ -220,6 +226,40 @@ __device__ __forceinline__ msda_values msda_read(msda_address address) {
     msda_values v;
     v.word = __ldg(reinterpret_cast<const decltype(v.word)*>(address));
     return v;
+}
+
+// The same where `present`; elsewhere `word` keeps what it holds.
+__device__ __forceinline__ void msda_read_over(uint4& word, int present, msda_address address) {
+#if MSDA_PTX
+    asm("{ .reg .pred p; setp.ne.s32 p, %4, 0; @p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%5]; }"
+        : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w) : "r"(present), "l"(address));
+#else
+    if (present) word = *reinterpret_cast<const uint4*>(address);
+#endif
+}
+__device__ __forceinline__ void msda_read_over(uint2& word, int present, msda_address address) {
+#if MSDA_PTX
+    asm("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.nc.v2.b32 {%0, %1}, [%3]; }"
+        : "+r"(word.x), "+r"(word.y) : "r"(present), "l"(address));
+#else
+    if (present) word = *reinterpret_cast<const uint2*>(address);
+#endif
+}
+__device__ __forceinline__ void msda_read_over(unsigned& word, int present, msda_address address) {
+#if MSDA_PTX
+    asm("{ .reg .pred p; setp.ne.s32 p, %1, 0; @p ld.global.nc.b32 %0, [%2]; }"
+        : "+r"(word) : "r"(present), "l"(address));
+#else
+    if (present) word = *reinterpret_cast<const unsigned*>(address);
+#endif
+}
+__device__ __forceinline__ void msda_read_over(unsigned short& word, int present, msda_address address) {
+#if MSDA_PTX
+    asm("{ .reg .pred p; setp.ne.s32 p, %1, 0; @p ld.global.nc.b16 %0, [%2]; }"
+        : "+h"(word) : "r"(present), "l"(address));
+#else
+    if (present) word = *reinterpret_cast<const unsigned short*>(address);
+#endif
 }
 
 // The same where `present`, zeros elsewhere: a predicated load, no branch. (Predicated additions instead of the zeros,

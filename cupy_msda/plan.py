@@ -71,6 +71,8 @@ class KernelKey:
     rows: int = 0
     merge: int = 0
     split: int = 1
+    alone: bool = False
+    screened: bool = False
     stride: int = 0
     padded: bool = False
     front: int = 0
@@ -122,10 +124,16 @@ def levels_by_value(problem: Problem) -> bool:
 def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Launch:
     """Launch of the forward kernel; `alignment` is the bytes that all value-like addresses are multiples of.
 
-    Where queries are pixels, large blocks share a patch in L1. Where they are not, small blocks finish independently,
-    and the samples of a query are shared by LANES_A_QUERY lanes, or of 16 bits by half of them where there are many
-    queries. On an H100, microseconds, against a row's lanes alone: decoder_300 9.2 and 9.6 in float32, 6.7 and 8.0 in
-    float16; decoder_900 58.5 and 60.2, 38.2 and 38.1; rtdetr_640 37.7 and 39.1, 25.0 and 25.8.
+    Where queries are pixels, large blocks share a patch in L1, and neighbours outside a level are screened instead of
+    set to zero. On an H100, microseconds, with and without: encoder_800x1333 150 and 157 in float32, 114 and 120 in
+    float16; mask2former_1024 65 and 69.5, 47 and 49. It takes registers, so not where the loops over samples are
+    nested, which spilled; and it makes a lane wait for a sample's rows before the next one's, so not where queries are
+    few: decoder_900 61.8 and 56.8, rtdetr_640 41.2 and 37.5.
+
+    Where queries are not pixels, small blocks finish independently, and the samples of a query are shared by
+    LANES_A_QUERY lanes, or of 16 bits by half of them where there are many queries. Against a row's lanes alone:
+    decoder_300 9.2 and 9.6 in float32, 6.7 and 8.0 in float16; decoder_900 58.5 and 60.2, 38.2 and 38.1; rtdetr_640
+    37.7 and 39.1, 25.0 and 25.8.
     """
     itemsize = item_size(problem.value_dtype)
     vec = _vector(problem.D, itemsize, min(alignment, problem.stride_alignment, VECTOR_BYTES))
@@ -136,10 +144,10 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     elif itemsize == 8:
         choices = {"warps": 8, "min_blocks": 3, "unroll": 2}
     elif problem.Q == problem.S and not few:
-        choices = {"warps": 16, "min_blocks": 3, "unroll": 4}
-        if itemsize == 2:
-            # encoder_800x1333 and mask2former_1024 with 6 blocks and 5: 124 and 131, 57.6 and 56.4 in bfloat16.
-            choices |= {"warps": 8, "min_blocks": 6 if problem.value_dtype == "bfloat16" else 5}
+        # 16 bits with 6 blocks a multiprocessor spill where locations are float32 or the softmax is in the kernel, and
+        # then take 130 us instead of 114 on encoder_800x1333. bfloat16 with 2 samples at a time: 118 instead of 120 us.
+        choices = {"warps": 16, "min_blocks": 3} if itemsize == 4 else {"warps": 8, "min_blocks": 5}
+        choices |= {"unroll": 2 if problem.value_dtype == "bfloat16" else 4, "screened": True}
     elif itemsize == 2 and not few:
         split = _split(LANES_A_QUERY // 2, lanes, problem.K)
         choices = {"warps": 4, "min_blocks": 8, "unroll": max(1, 2 // split), "split": split}
@@ -245,6 +253,9 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
             warps //= 2
         if chunk > most:
             choices["min_blocks"] = 1
+    alone = kind == "forward" and problem.L <= 32
+    if chunk < K or not alone:
+        choices.pop("screened", None)  # in chunks it would spill
     key = KernelKey(
         kind,
         problem.value_dtype,
@@ -268,6 +279,7 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
         stride=problem.strides.row,
         padded=problem.padded,
         pixels=front is not None,
+        alone=alone,
         **choices,
     )
     grid = problem.N * problem.M * -(-problem.Q // (warps * rounds * key.queries))
@@ -338,7 +350,8 @@ def shared_bytes(key: KernelKey) -> int:
     samples = held * (key.chunk | 1) * sample_bytes(key.index_64, accumulator_of(key.value_dtype))
     index = 8 if key.index_64 else 4
     queries = key.rounds * key.warps * key.queries * index
-    size = -(-(samples + key.L * (index + 8) + queries) // 16) * 16
+    copies = key.warps if key.alone else 1
+    size = -(-(samples + copies * key.L * (index + 8) + queries) // 16) * 16
     merging = (4 << key.merge) + 4 * key.warps + 2 * held * key.chunk if key.merge else 0
     return size + -(-merging // 16) * 16
 

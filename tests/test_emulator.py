@@ -26,6 +26,7 @@ PATHS = [
     Case("few_samples", levels=((20, 26), (13, 13)), N=1, M=2, D=32, queries=60),
     Case("few_samples_three_turns", levels=((9, 13),), N=1, M=1, D=260, P=3, queries=20),
     Case("overlap", starts=(3, 10), S=60, N=1, D=8),
+    Case("many_levels", levels=((2, 3),) * 33, N=1, M=2, D=8, P=1, queries=None),
 ]
 
 
@@ -85,6 +86,26 @@ def test_hostile_locations_in_variants_under_the_sanitizers(variant, bad):
     assert_close(emulator.forward(inputs, variant=variant, sanitize=True), want_output, "float32")
     for grad, want in zip(emulator.backward(inputs, variant=variant, sanitize=True), want_grads, strict=True):
         assert_close(grad, want, "float32")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("pair", [DTYPE_PAIRS[0], DTYPE_PAIRS[2]], ids="-".join)
+@pytest.mark.parametrize("multiprocessors", [1, 132], ids=["screened", "zeros"])
+def test_what_is_not_finite_reaches_its_samples_only(multiprocessors, pair, bad):
+    inputs = PATHS[0].inputs(*pair, seed=6)
+    inputs.value[0, [0, 7, 40, 98, 100]] = bad
+    want = cases.expected(inputs)[0]
+    got = emulator.forward(inputs, multiprocessors=multiprocessors).astype(np.float64)
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+    finite = np.isfinite(want)
+    assert finite.any()
+    assert not finite.all()
+    assert_close(got[finite], want[finite], pair[0])
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
+def test_pixels_as_queries_on_a_full_gpu(pair):
+    check(PATHS[0], pair, seed=7, multiprocessors=1, sanitize=True)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 132], ids=["throughput", "latency"])

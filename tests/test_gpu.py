@@ -33,6 +33,20 @@ def test_result_is_of_the_callers_framework_and_device(cuda_backend):
     assert interop.view("output", output).device == interop.view("value", put[0]).device
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("queries", [None, 900], ids=["pixels", "others"])
+def test_what_is_not_finite_reaches_its_samples_only(cuda_backend, queries, bad):
+    case = Case("large", levels=((40, 50), (20, 25), (10, 13)), N=2, M=8, D=32, queries=queries)
+    inputs = case.inputs(seed=5)
+    inputs.value[0, [0, 49, 777, 1999, 2000, -1]] = bad
+    output = cuda_backend.get(cupy_msda.ms_deform_attn(*(cuda_backend.put(array) for array in inputs[:5])))
+    want = cupy_msda.ms_deform_attn(*inputs[:5])  # on the CPU
+    finite = np.isfinite(want)
+    assert 0.9 < finite.mean() < 1
+    np.testing.assert_array_equal(np.isfinite(output), finite)
+    assert_close(output[finite], want[finite], "float32")
+
+
 @pytest.mark.parametrize("deterministic", [True])
 def test_forward_is_bitwise_reproducible(cuda_backend, deterministic):
     put = [cuda_backend.put(array) for array in CASE.inputs()]

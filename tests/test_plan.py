@@ -131,6 +131,21 @@ def test_patches_only_where_queries_are_pixels():
     assert not plan.forward(problem(Q=22222), 16).key.band
 
 
+def test_neighbours_outside_are_screened_where_pixels_fill_the_gpu_and_samples_fit_into_one_chunk():
+    assert plan.forward(problem(Q=22223), 16).key.screened
+    assert not plan.forward(problem(Q=22222), 16).key.screened
+    assert not plan.forward(problem(Q=22223, N=1, M=1), 16, 100_000).key.screened
+    chunked = plan.forward(problem(Q=22223, P=9), 16).key
+    assert (chunked.chunk < chunked.K, chunked.screened) == (True, False)
+
+
+def test_warps_wait_for_each_other_only_where_a_block_does_something_together():
+    assert plan.forward(problem(), 16).key.alone
+    assert not plan.backward(problem(), 16).key.alone
+    many = tuple((1, 1, 0) for _ in range(33))
+    assert not plan.forward(problem(levels=many, P=1), 16).key.alone
+
+
 def test_metadata_by_value_unless_it_is_on_the_device_or_long():
     assert not plan.forward(problem(), 16).key.levels_on_device
     assert plan.forward(problem(levels=None), 16).key.levels_on_device

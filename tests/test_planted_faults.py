@@ -16,10 +16,14 @@ CHECKED = [
     Case("encoder_order", levels=((9, 11), (4, 5), (2, 2)), N=1, M=2, D=8, queries=None),
     Case("tail_and_chunks", levels=((4, 5), (3, 3), (2, 2)), N=2, M=2, D=32, P=24, queries=5),
 ]
-FILL = "msda_fill(samples, shared, raw, round, k0);\n            __syncwarp();"
+FILL = (
+    "msda_fill_marked(samples, levels, raw, k0);\n#else\n            msda_fill(samples, shared, raw, round, k0);\n"
+    "#endif\n            __syncwarp();"
+)
+BACKWARD_FILL = "msda_fill(samples, shared, raw, round, k0);\n            __syncwarp();"
 SUM = "sum[turn][v] = fma(weight[c], x[v], sum[turn][v]);"
 HALF_SUM = "{ msda_f16 half; msda_store(fma(weight[c], x[v], sum[turn][v]), half); sum[turn][v] = msda_load(half); }"
-QUERIES = "shared.query[i] = q;\n    }\n    __syncthreads();"
+QUERIES = "shared.query[at] = q;\n    }\n    __syncwarp();"
 
 # name: (kernel, text of the source, what it becomes)
 FAULTS = {
@@ -27,7 +31,11 @@ FAULTS = {
     "off-by-one bound of a row": ("backward", "cell.y0 + 1 < level.h ? 12", "cell.y0 + 1 <= level.h ? 12"),
     "bound of a sample that counts": ("forward", "px > -1 && py > -1", "px > -2 && py > -1"),
     "missing barrier after the fill": ("forward", FILL, FILL.replace("__syncwarp();", "")),
-    "missing barrier after the fill of the backward": ("backward", FILL, FILL.replace("__syncwarp();", "")),
+    "missing barrier after the fill of the backward": (
+        "backward",
+        BACKWARD_FILL,
+        BACKWARD_FILL.replace("__syncwarp();", ""),
+    ),
     "missing barrier before the next chunk": (
         "forward",
         "            __syncwarp();\n        }\n\n#pragma unroll\n        for (int mask",
@@ -38,9 +46,27 @@ FAULTS = {
         "            __syncwarp();\n#if MSDA_GRAD_SAMPLES\n            msda_w",
         "#if MSDA_GRAD_SAMPLES\n            msda_w",
     ),
-    "missing barrier after the queries": ("forward", QUERIES, QUERIES.replace("\n    __syncthreads();", "")),
-    "vote of the block that is the warp's own": ("forward", "__syncthreads_or(packed);", "packed; __syncthreads();"),
-    "missing barrier after the levels": ("backward", "packed = __syncthreads_or(packed);", "packed = true;"),
+    "missing barrier after the queries": ("forward", QUERIES, QUERIES.replace("\n    __syncwarp();", "")),
+    "vote of the block that is the warp's own": (
+        "backward",
+        "__syncthreads_or(packed);",
+        "packed; __syncthreads();",
+    ),
+    "missing barrier after the levels": ("forward", "__syncwarp();\n    return packed;", "return packed;"),
+    "missing barrier after the levels of a block": (
+        "backward",
+        "packed = __syncthreads_or(packed);",
+        "packed = true;",
+    ),
+    "levels in another order": ("forward", "(int)extent.start == (lane ? before : 0)", "true"),
+    "neighbour outside with a weight": ("forward", "if (MSDA_SCREENED) msda_screen(sample);", ""),
+    "wrong side of a screened column": ("forward", "sample.ax = left ? 0 : 1;", "sample.ax = left ? 1 : 0;"),
+    "wrong side of a screened row": ("forward", "sample.ay = upper ? 0 : 1;", "sample.ay = upper ? 1 : 0;"),
+    "row of another query": (
+        "forward",
+        "for (int c = 0; c < 4; ++c) row[c].word = decltype(row[c].word)();",
+        "for (int c = 0; c < 4; ++c) row[c] = msda_read((msda_address)value + 3 * MSDA_STRIDE * sizeof(msda_value));",
+    ),
     "barrier that some lanes do not reach": (
         "forward",
         FILL,
@@ -56,7 +82,7 @@ FAULTS = {
         "upper + (c >> 1) * below + right * sizeof(msda_value)",
         "upper + (c & 1) * below + right * sizeof(msda_value)",
     ),
-    "dropped tail guard": ("forward", "work.first + i < Q ? msda_query", "true ? msda_query"),
+    "dropped tail guard": ("forward", "work.first + at < Q ? msda_query", "true ? msda_query"),
     "dropped channel guard": (
         "forward",
         "if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;\n        const",
@@ -121,10 +147,15 @@ VARIANT_FAULTS = {
     "edges for centres": ("forward", {"align_corners": True}, "MSDA_ALIGN_CORNERS ? size - 1 : size", "size"),
     "half a pixel": ("backward", {"align_corners": True}, "MSDA_ALIGN_CORNERS ? (msda_acc)0 :", ""),
 }  # fmt: skip
+PADDED_QUERY = "q = -2 - q;\n        shared.query[at]"
 # Where only the first queries of each image count: (kernel, text of the source, what it becomes).
 PADDED_FAULTS = {
-    "padding that counts": ("forward", "q >= msda_length(lengths, work.image, Q)) q = -2 - q;", "q > Q) q = -2 - q;"),
-    "padding of another image": ("forward", "msda_length(lengths, work.image, Q)) q", "msda_length(lengths, 0, Q)) q"),
+    "padding that counts": (
+        "forward", f"q >= msda_length(lengths, work.image, Q)) {PADDED_QUERY}", f"q > Q) {PADDED_QUERY}",
+    ),
+    "padding of another image": (
+        "forward", f"(lengths, work.image, Q)) {PADDED_QUERY}", f"(lengths, 0, Q)) {PADDED_QUERY}",
+    ),
     "padding without an output": ("forward", "if (msda_number(q) >= 0 && turn", "if (q >= 0 && turn"),
     "padding without gradients": ("backward", "msda_number(q) < 0 || k >= MSDA_K) continue;\n        msda_g",
         "q < 0 || k >= MSDA_K) continue;\n        msda_g",
@@ -234,6 +265,21 @@ def run_bad_level(text):
     assert np.isnan(emulator.forward(inputs, **options)).all()
 
 
+def run_swapped_levels(text):
+    inputs = CHECKED[0].inputs(seed=23)
+    options = {"text": text, "multiprocessors": 1, "sanitize": True}
+    swapped = inputs._replace(starts=np.array((20, 0, 119)))
+    assert_close(emulator.forward(swapped, **options), cases.expected(swapped)[0], "float32")
+
+
+def run_infinite(text):
+    inputs = CHECKED[0].inputs(seed=24)
+    inputs.value[0, 3] = np.inf
+    want = cases.expected(inputs)[0]
+    got = emulator.forward(inputs, text=text, multiprocessors=1, sanitize=True)
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+
+
 def caught(kind, text):
     """What the first check to fail says, or None."""
     try:
@@ -243,6 +289,8 @@ def caught(kind, text):
         run(kind, text, ODD)
         if kind == "forward":
             run_bad_level(text)
+            run_swapped_levels(text)
+            run_infinite(text)
     except AssertionError as error:
         return str(error)
     return None
