@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,18 +109,28 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    def check(described: tuple[str, list[str], dict[str, str]]) -> dict[str, Any]:
-        log = options.out / f"{re.sub('[^a-z_]+', '_', described[0])}.txt"
-        return run(*described, log, options.timeout)
-
     every = list(commands(options.sanitizer))
     alone = [described for described in every if described[0].endswith(ALONE)]
+    described_by = provenance("cuda")
+    records: dict[str, dict[str, Any]] = {}
+    lock = threading.Lock()
+
+    def check(described: tuple[str, list[str], dict[str, str]]) -> None:
+        log = options.out / f"{re.sub('[^a-z_]+', '_', described[0])}.txt"
+        record = run(*described, log, options.timeout)
+        # After each: what has been seen stays on record should the machine go.
+        with lock:
+            records[described[0]] = record
+            seen = [records[name] for name, *_ in every if name in records]
+            left = [name for name, *_ in every if name not in records]
+            result = {"provenance": described_by, "checks": seen, "unfinished": left}
+            (options.out / "checks.json").write_text(json.dumps(result, indent=1) + "\n")
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        records = list(pool.map(check, [described for described in every if described not in alone]))
-    records += map(check, alone)
-    result = {"provenance": provenance("cuda"), "checks": records}
-    (options.out / "checks.json").write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(record["exit"] == 0 for record in records) else 1
+        list(pool.map(check, [described for described in every if described not in alone]))
+    for described in alone:
+        check(described)
+    return 0 if all(record["exit"] == 0 for record in records.values()) else 1
 
 
 if __name__ == "__main__":

@@ -127,8 +127,9 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     Where queries are pixels, large blocks share a patch in L1, and neighbours outside a level are screened instead of
     set to zero. On an H100, microseconds, with and without: encoder_800x1333 150 and 157 in float32, 114 and 120 in
     float16; mask2former_1024 65 and 69.5, 47 and 49. It takes registers, so not where the loops over samples are
-    nested, which spilled; and it makes a lane wait for a sample's rows before the next one's, so not where queries are
-    few: decoder_900 61.8 and 56.8, rtdetr_640 41.2 and 37.5.
+    nested, which spilled; and a lane waits for a part of a sample's rows before it asks for the next, so not where it
+    has several turns (D = 33 513 and 464 in float32) nor where queries are few (decoder_900 61.8 and 56.8, rtdetr_640
+    41.2 and 37.5).
 
     Where queries are not pixels, small blocks finish independently, and the samples of a query are shared by
     LANES_A_QUERY lanes, or of 16 bits by half of them where there are many queries. Against a row's lanes alone:
@@ -147,7 +148,7 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
         # 16 bits with 6 blocks a multiprocessor spill where locations are float32 or the softmax is in the kernel, and
         # then take 130 us instead of 114 on encoder_800x1333. bfloat16 with 2 samples at a time: 118 instead of 120 us.
         choices = {"warps": 16, "min_blocks": 3} if itemsize == 4 else {"warps": 8, "min_blocks": 5}
-        choices |= {"unroll": 2 if problem.value_dtype == "bfloat16" else 4, "screened": True}
+        choices |= {"unroll": 2 if problem.value_dtype == "bfloat16" else 4, "screened": turns == 1}
     elif itemsize == 2 and not few:
         split = _split(LANES_A_QUERY // 2, lanes, problem.K)
         choices = {"warps": 4, "min_blocks": 8, "unroll": max(1, 2 // split), "split": split}
@@ -255,7 +256,7 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
             choices["min_blocks"] = 1
     alone = kind == "forward" and problem.L <= 32
     if chunk < K or not alone:
-        choices.pop("screened", None)  # in chunks it would spill
+        choices.pop("screened", None)
     key = KernelKey(
         kind,
         problem.value_dtype,

@@ -131,12 +131,13 @@ def test_patches_only_where_queries_are_pixels():
     assert not plan.forward(problem(Q=22222), 16).key.band
 
 
-def test_neighbours_outside_are_screened_where_pixels_fill_the_gpu_and_samples_fit_into_one_chunk():
+def test_neighbours_outside_are_screened_where_pixels_fill_the_gpu_and_loops_are_not_nested():
     assert plan.forward(problem(Q=22223), 16).key.screened
     assert not plan.forward(problem(Q=22222), 16).key.screened
     assert not plan.forward(problem(Q=22223, N=1, M=1), 16, 100_000).key.screened
     chunked = plan.forward(problem(Q=22223, P=9), 16).key
     assert (chunked.chunk < chunked.K, chunked.screened) == (True, False)
+    assert not plan.forward(problem(Q=22223, D=33), 16).key.screened
 
 
 def test_warps_wait_for_each_other_only_where_a_block_does_something_together():
