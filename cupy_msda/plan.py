@@ -283,8 +283,13 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
         alone=alone,
         **choices,
     )
-    grid = problem.N * problem.M * -(-problem.Q // (warps * rounds * key.queries))
-    return Launch(key, grid, 32 * warps, shared_bytes(key))
+    return launch_of(problem, key)
+
+
+def launch_of(problem: Problem, key: KernelKey) -> Launch:
+    """Launch of a kernel whose blocks take queries of one head of an image."""
+    grid = problem.N * problem.M * -(-problem.Q // (key.warps * key.rounds * key.queries))
+    return Launch(key, grid, 32 * key.warps, shared_bytes(key))
 
 
 def front_axes(problem: Problem) -> dict[str, Any]:

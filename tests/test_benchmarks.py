@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import cases, implementations, report, run
+from benchmarks import cases, implementations, report, run, variants
+from cupy_msda import kernels, plan, problem
 
 SMALL = {
     "workloads": {
@@ -129,3 +130,21 @@ def test_models_end_to_end(tmp_path):
 @pytest.mark.parametrize("part", report.PARTS)
 def test_readme_repeats_the_latest_result(part):
     assert report.enclosed(part) in report.README.read_text()
+
+
+def test_variant_of_the_kernels_lasts_as_long_as_it_is_installed(tmp_path):
+    for file in kernels.source_folder().glob("msda_[ct]*.cuh"):  # a folder without some of the headers
+        (tmp_path / file.name).write_text(f"// {file.name}")
+    (tmp_path / "msda_forward.cu").write_text("// another forward")
+    levels = ((8, 8, 0),)
+    described = problem.Problem(1, 64, 2, 32, 1, 4, 64, "float32", "float32", ("cuda", 0), levels)
+    planned, source = plan.forward(described, 16), kernels.source("forward")
+    variant = variants.Variant(tmp_path, variants.parse_choices("warps=4,unroll=2"))
+    with variants.installed(variant):
+        launch = plan.forward(described, 16)
+        assert (launch.key.warps, launch.key.unroll, launch.block) == (4, 2, 128)
+        assert launch.grid * 4 == planned.grid * planned.key.warps
+        assert kernels.source("forward").endswith("// another forward")
+    assert plan.forward(described, 16) == planned
+    assert kernels.source("forward") == source
+    assert variants.parse_choices("") == {}
