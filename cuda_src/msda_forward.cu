@@ -44,41 +44,39 @@ __device__ __forceinline__ void msda_fill_marked(
     }
 }
 
-// Rows that are asked for before the first of them is used.
-#if MSDA_SCREENED
-enum { msda_flight = 2 };   // samples
-#else
-enum { msda_flight = 1 };
-#endif
+typedef msda_acc msda_sums[MSDA_TURNS][MSDA_VEC];
 
-// Asks for the rows of a sample at one turn of the lane. Of a neighbour outside, `row` becomes zeros; screened, it keeps a
-// row that this query has read before, which costs nothing, and its weight is zero: infinity may so become NaN, but in
-// no other query.
-__device__ __forceinline__ void msda_ask(
-        msda_values (&row)[4], const msda_sample& sample, msda_address image, msda_address below, int turn) {
+// Adds a sample. Of a neighbour outside, `row` becomes zeros; screened, it keeps a row that this query has read before,
+// which costs nothing, and its weight is zero: infinity may so become NaN, but in no other query.
+__device__ __forceinline__ void msda_accumulate(
+        msda_sums& sum, msda_values (&row)[4], const msda_sample& sample, msda_address image, msda_address below,
+        int lane) {
+    msda_acc weight[4];
+    msda_weights(sample, weight);
     const msda_address upper = image + msda_row(sample) * (MSDA_STRIDE * sizeof(msda_value)), lower = upper + below;
-    const msda_address right = MSDA_STRIDE * sizeof(msda_value), at = turn * MSDA_STEP * sizeof(msda_value);
+    const msda_address right = MSDA_STRIDE * sizeof(msda_value);
     const int inside = (int)sample.place;
 #pragma unroll
-    for (int c = 0; c < MSDA_CORNERS; ++c) {
-        const msda_address from = (c < 2 ? upper : lower) + (c % 2 ? right : 0) + at;
-        if (MSDA_SCREENED) {
-            msda_read_over(row[c].word, inside & 1 << c, from);
-        } else {
-            row[c] = msda_read_if(inside >> c & 1, from);
+    for (int turn = 0; turn < MSDA_TURNS; ++turn) {
+        const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
+        if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
+        const msda_address at = turn * MSDA_STEP * sizeof(msda_value);
+#pragma unroll
+        for (int c = 0; c < MSDA_CORNERS; ++c) {
+            const msda_address from = (c < 2 ? upper : lower) + (c % 2 ? right : 0) + at;
+            if (MSDA_SCREENED) {
+                msda_read_over(row[c].word, inside & 1 << c, from);
+            } else {
+                row[c] = msda_read_if(inside >> c & 1, from);
+            }
         }
-    }
-}
-
-// Adds them.
-__device__ __forceinline__ void msda_take(
-        msda_acc (&sum)[MSDA_VEC], const msda_values (&row)[4], const msda_acc (&weight)[4]) {
 #pragma unroll
-    for (int c = 0; c < MSDA_CORNERS; ++c) {
-        msda_acc x[MSDA_VEC];
-        msda_unpack(row[c], x);
+        for (int c = 0; c < MSDA_CORNERS; ++c) {
+            msda_acc x[MSDA_VEC];
+            msda_unpack(row[c], x);
 #pragma unroll
-        for (int v = 0; v < MSDA_VEC; ++v) sum[v] = fma(weight[c], x[v], sum[v]);
+            for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = fma(weight[c], x[v], sum[turn][v]);
+        }
     }
 }
 
@@ -120,16 +118,14 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
     for (int round = 0; round < MSDA_ROUNDS; ++round) {
         const msda_index q = msda_query_of(shared, round, local);
         const bool active = q >= 0;
-        msda_acc sum[MSDA_TURNS][MSDA_VEC];
+        msda_sums sum;
 #pragma unroll
         for (int turn = 0; turn < MSDA_TURNS; ++turn)
 #pragma unroll
             for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = 0;
-        msda_values row[msda_flight][4];
+        msda_values row[4];
 #pragma unroll
-        for (int i = 0; i < msda_flight; ++i)
-#pragma unroll
-            for (int c = 0; c < 4; ++c) row[i][c].word = decltype(row[i][c].word)();
+        for (int c = 0; c < 4; ++c) row[c].word = decltype(row[c].word)();
 
 #pragma unroll 1
         for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
@@ -146,46 +142,18 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
             }
             if (active) {
                 const msda_sample* of_query = samples + local * MSDA_PITCH;
-                const auto below = [&](int k) {
-                    const int level = MSDA_CHUNK >= MSDA_K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
-                    return (msda_address)levels[level].w * (MSDA_STRIDE * sizeof(msda_value));
-                };
-#if MSDA_SCREENED
-                msda_sample sample[msda_flight];
-                sample[0] = of_query[0];
-                msda_ask(row[0], sample[0], image, below(0), 0);
-#pragma unroll 1
-                for (int k0_ = 0; k0_ < MSDA_CHUNK; k0_ += MSDA_UNROLL) {
-#pragma unroll
-                    for (int u = 0; u < MSDA_UNROLL; ++u) {
-                        const int k = k0_ + u;
-                        if (MSDA_CHUNK % MSDA_UNROLL != 0 && k >= MSDA_CHUNK) break;
-                        if (k + 1 < MSDA_CHUNK) {
-                            sample[(u + 1) % 2] = of_query[k + 1];
-                            msda_ask(row[(u + 1) % 2], sample[(u + 1) % 2], image, below(k + 1), 0);
-                        }
-                        msda_acc weight[4];
-                        msda_weights(sample[u % 2], weight);
-                        msda_take(sum[0], row[u % 2], weight);
-                    }
-                }
-#else
+                msda_sample ahead = of_query[turn_of_group];   // read early, so that the next rows do not wait for it
 #pragma unroll msda_unroll
                 for (int step = 0; step < MSDA_CHUNK; step += MSDA_SPLIT) {
                     const int k = step + turn_of_group;
                     if (MSDA_CHUNK % MSDA_SPLIT != 0 && k >= MSDA_CHUNK) break;
-                    const msda_sample sample = of_query[k];
-                    const msda_address down = below(k);
-                    msda_acc weight[4];
-                    msda_weights(sample, weight);
-#pragma unroll
-                    for (int turn = 0; turn < MSDA_TURNS; ++turn) {
-                        if (MSDA_D % MSDA_STEP != 0 && turn * MSDA_STEP + lane * MSDA_VEC >= MSDA_D) continue;
-                        msda_ask(row[0], sample, image, down, turn);
-                        msda_take(sum[turn], row[0], weight);
-                    }
+                    const int level = MSDA_CHUNK >= MSDA_K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
+                    const msda_address below =
+                        (msda_address)levels[level].w * (MSDA_STRIDE * sizeof(msda_value));
+                    const msda_sample sample = MSDA_SCREENED ? ahead : of_query[k];
+                    if (MSDA_SCREENED) ahead = of_query[min(k + MSDA_SPLIT, MSDA_CHUNK - 1)];
+                    msda_accumulate(sum, row, sample, image, below, lane);
                 }
-#endif
             }
             __syncwarp();
         }
