@@ -46,12 +46,13 @@ struct msda_metadata {
 };
 #endif
 
-// Level `l` into its place, with 0 pixels where it does not fit.
+// Pixels of a level: none where it does not fit.
 struct msda_extent {
     long long start, size;
     bool fits;
 };
 
+// Level `l` into its place.
 __device__ __forceinline__ msda_extent msda_read_level(
         const msda_metadata& metadata, long long S, int l, msda_level& level) {
 #if MSDA_LEVELS_ON_DEVICE
@@ -294,7 +295,7 @@ struct msda_shared {
 #else
     msda_level levels[MSDA_L];
 #endif
-    msda_index query[MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES];   // -1 past the last one, -2 - q where q does not count
+    msda_index query[MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES];   // by msda_query_at
 #if MSDA_MERGE
     alignas(16) unsigned of_warps[MSDA_WARPS];                      // aligned: read 16 bytes at a time, and no more
     unsigned begin[1 << MSDA_MERGE];                                // of each key in `order`; counts at first
@@ -330,6 +331,14 @@ __device__ __forceinline__ msda_index msda_length(const long long* __restrict__ 
 #endif
 }
 
+// Query number `at` of a block: -1 past the last one, -2 - q where q does not count.
+__device__ __forceinline__ msda_index msda_query_at(
+        const msda_work& work, int at, const msda_level* levels, bool packed, const long long* __restrict__ lengths,
+        msda_index Q) {
+    const msda_index q = work.first + at < Q ? msda_query(work.first + at, levels, packed) : -1;
+    return MSDA_PADDED && q >= msda_length(lengths, work.image, Q) ? -2 - q : q;
+}
+
 #if !MSDA_ALONE
 // What a block shares: its levels and its queries. By the whole block, not by each warp for its own few queries: that
 // was a tenth of all instructions.
@@ -342,9 +351,7 @@ __device__ __forceinline__ void msda_begin(
 #endif
 #pragma unroll 1
     for (int i = threadIdx.x; i < MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES; i += MSDA_THREADS) {
-        msda_index q = work.first + i < Q ? msda_query(work.first + i, shared.levels, packed) : -1;
-        if (MSDA_PADDED && q >= msda_length(lengths, work.image, Q)) q = -2 - q;
-        shared.query[i] = q;
+        shared.query[i] = msda_query_at(work, i, shared.levels, packed, lengths, Q);
     }
     __syncthreads();
 }

@@ -23,7 +23,7 @@ FILL = (
 BACKWARD_FILL = "msda_fill(samples, shared, raw, round, k0);\n            __syncwarp();"
 SUM = "sum[turn][v] = fma(weight[c], x[v], sum[turn][v]);"
 HALF_SUM = "{ msda_f16 half; msda_store(fma(weight[c], x[v], sum[turn][v]), half); sum[turn][v] = msda_load(half); }"
-QUERIES = "shared.query[at] = q;\n    }\n    __syncwarp();"
+QUERIES = "shared.levels[threadIdx.x / 32], packed, lengths, Q);\n    }\n    __syncwarp();"
 
 # name: (kernel, text of the source, what it becomes)
 FAULTS = {
@@ -147,15 +147,10 @@ VARIANT_FAULTS = {
     "edges for centres": ("forward", {"align_corners": True}, "MSDA_ALIGN_CORNERS ? size - 1 : size", "size"),
     "half a pixel": ("backward", {"align_corners": True}, "MSDA_ALIGN_CORNERS ? (msda_acc)0 :", ""),
 }  # fmt: skip
-PADDED_QUERY = "q = -2 - q;\n        shared.query[at]"
 # Where only the first queries of each image count: (kernel, text of the source, what it becomes).
 PADDED_FAULTS = {
-    "padding that counts": (
-        "forward", f"q >= msda_length(lengths, work.image, Q)) {PADDED_QUERY}", f"q > Q) {PADDED_QUERY}",
-    ),
-    "padding of another image": (
-        "forward", f"(lengths, work.image, Q)) {PADDED_QUERY}", f"(lengths, 0, Q)) {PADDED_QUERY}",
-    ),
+    "padding that counts": ("forward", "q >= msda_length(lengths, work.image, Q) ?", "q > Q ?"),
+    "padding of another image": ("forward", "msda_length(lengths, work.image, Q) ?", "msda_length(lengths, 0, Q) ?"),
     "padding without an output": ("forward", "if (msda_number(q) >= 0 && turn", "if (q >= 0 && turn"),
     "padding without gradients": ("backward", "msda_number(q) < 0 || k >= MSDA_K) continue;\n        msda_g",
         "q < 0 || k >= MSDA_K) continue;\n        msda_g",
