@@ -71,7 +71,6 @@ class KernelKey:
     rows: int = 0
     merge: int = 0
     split: int = 1
-    alone: bool = False
     screened: bool = False
     stride: int = 0
     padded: bool = False
@@ -92,10 +91,16 @@ class KernelKey:
         """Queries that a warp works on at a time."""
         return 32 // (self.lanes * self.split)
 
+    @property
+    def alone(self) -> bool:
+        """Whether the warps of a block never wait for each other: the forward, if a warp has a lane for each level."""
+        return self.kind == "forward" and self.L <= 32
+
     def macros(self) -> dict[str, int | str]:
         """Preprocessor definitions, without dtypes, that the sources document."""
         skip = ("kind", "value_dtype", "location_dtype", "reference_dtype", "points")
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
+        named["alone"] = self.alone
         macros: dict[str, int | str] = {f"MSDA_{name.upper()}": int(number) for name, number in named.items()}
         if self.points:
             macros["MSDA_POINTS"] = ",".join(map(str, self.points))
@@ -254,8 +259,7 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
             warps //= 2
         if chunk > most:
             choices["min_blocks"] = 1
-    alone = kind == "forward" and problem.L <= 32
-    if chunk < K or not alone:
+    if chunk < K or problem.L > 32:
         choices.pop("screened", None)
     key = KernelKey(
         kind,
@@ -280,7 +284,6 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
         stride=problem.strides.row,
         padded=problem.padded,
         pixels=front is not None,
-        alone=alone,
         **choices,
     )
     return launch_of(problem, key)
