@@ -47,8 +47,7 @@ def parse_choices(text: str) -> dict[str, int]:
 
 def source_in(folder: Path, kind: str) -> str:
     """As :func:`cupy_msda.kernels.source`, out of `folder`; headers that it does not have yet are left out."""
-    files = [folder / f"msda_{name}" for name in (*kernels._HEADERS[kind], f"{kind}.cu")]
-    return "\n".join(file.read_text() for file in files if file.exists())
+    return "\n".join(file.read_text() for file in kernels.source_files(folder, kind) if file.exists())
 
 
 @contextlib.contextmanager
@@ -79,6 +78,7 @@ def measure(workload: cases.Workload, dtype: str, variants: list[Variant], backw
     operator = implementations.CupyMsda()
     sets = cases.input_sets(workload, DTYPES[dtype], "cuda")
     timed: list[tuple[Variant, Timer, list[float], str]] = []
+    kept: list[dict[Any, Any]] = []  # the graphs replay kernels, whose modules must stay loaded
     first: torch.Tensor | None = None
     for variant in variants:
         with installed(variant) as compiled:
@@ -91,6 +91,7 @@ def measure(workload: cases.Workload, dtype: str, variants: list[Variant], backw
                 raise RuntimeError(f"{variant}: expected calls that a CUDA graph can capture")
             result = result_of(calls[0]())
             first = result if first is None else first
+            kept.append(compiled)
             about = [f"{k.num_regs} registers, {k.local_size_bytes} B local" for k in compiled.values()]
             about.append(f"{relative_error(result, first):.1e} from the first")
         timed.append((variant, timer, [], "; ".join(about)))

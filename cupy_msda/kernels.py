@@ -38,11 +38,15 @@ def source_folder() -> Path:
     raise RuntimeError(f"the CUDA sources of cupy_msda are missing: expected them in {package / 'cuda_src'}")
 
 
+def source_files(folder: Path, kind: str) -> list[Path]:
+    """The files in `folder` that a kernel is made of, in their order."""
+    return [folder / f"msda_{name}" for name in (*_HEADERS[kind], f"{kind}.cu")]
+
+
 @functools.cache
 def source(kind: str) -> str:
     """One self-contained source: CuPy's disk cache hashes this text, but not the files that it would include."""
-    folder = source_folder()
-    return "\n".join((folder / f"msda_{name}").read_text() for name in (*_HEADERS[kind], f"{kind}.cu"))
+    return "\n".join(file.read_text() for file in source_files(source_folder(), kind))
 
 
 def options(key: KernelKey) -> tuple[str, ...]:
