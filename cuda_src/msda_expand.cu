@@ -4,11 +4,12 @@ extern "C" __global__ void MSDA_BOUNDS msda_expand(
         const msda_location* __restrict__ offsets, const __grid_constant__ msda_metadata metadata,
         const msda_location* __restrict__ logits, const msda_reference* __restrict__ references,
         const long long* __restrict__ lengths, msda_acc* __restrict__ locations, msda_acc* __restrict__ weights,
-        long long S, long long Q_) {
+        long long S, long long Q_, long long heads) {
     MSDA_SHARED_MEMORY(msda_memory);
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
     const msda_index Q = (msda_index)Q_;
-    const msda_work work = msda_work_of_block(Q);
+    if (msda_head_of_block() >= heads) return;
+    const msda_work work = msda_work_of_block();
     msda_begin(shared, work, metadata, lengths, S, Q);
     offsets += msda_first_element(work, Q_, MSDA_LOCATIONS_PITCH);
     logits += msda_first_element(work, Q_, MSDA_WEIGHTS_PITCH);

@@ -1,25 +1,55 @@
 // Forward: output[n, q, m] = sum over samples of attention * bilinear(value[n, :, m]).
 //
-// A warp takes MSDA_QUERIES queries of one head at a time. Its lanes first work out the samples, one each, into shared
-// memory; then MSDA_LANES lanes a query read the four rows of each sample and accumulate MSDA_VEC channels each in
-// registers. Where queries are not pixels, MSDA_SPLIT groups of lanes share the samples of a query, and add up their sums
-// at the end. No warp waits for another.
+// A warp takes MSDA_QUERIES queries of MSDA_HEADS neighbouring heads at a time. Its lanes first work out the samples, one
+// each, into shared memory; then MSDA_LANES lanes a query and head read the four rows of each sample and accumulate MSDA_VEC
+// channels each in registers. Where queries are not pixels, MSDA_SPLIT groups of lanes share the samples of a query, and add
+// up their sums at the end. No warp waits for another.
+//
+// A slot is a query and head of a warp. Lanes that are neighbours belong to different heads, whose rows lie in different
+// parts of their cache lines and come in one clock.
 
-// The same sample with weights of zero for the neighbours that lie outside.
-__device__ __forceinline__ void msda_screen(msda_sample& sample) {
-#if !MSDA_NEAREST
-    const int inside = (int)sample.place;
-    const bool left = inside & 5, right = inside & 10, upper = inside & 3, lower = inside & 12;
-    if (!left || !right) {
-        sample.attention *= left ? 1 - sample.ax : sample.ax;
-        sample.ax = left ? 0 : 1;
-    }
-    if (!upper || !lower) {
-        sample.attention *= upper ? 1 - sample.ay : sample.ay;
-        sample.ay = upper ? 0 : 1;
-    }
-#endif
+#if MSDA_SCREENED
+// Where a sample lies on one axis of a level: between pixels `first` and the next, each of which may be outside.
+struct msda_pair {
+    int first;
+    msda_acc fraction;      // weight of the next
+    bool has_first, has_next;
+};
+
+__device__ __forceinline__ msda_pair msda_pair_of(msda_acc x, int size) {
+    const msda_acc unit = msda_unit(size), p = msda_pixel(x, unit);
+    msda_pair pair;
+    pair.first = __float2int_rd(p > -1 ? p : (msda_acc)-2);     // NaN, like -1, has no neighbour inside
+    pair.fraction = fma(x, unit, -msda_shift() - (msda_acc)pair.first);     // rounded once, as in msda_locate
+    pair.has_first = (unsigned)pair.first < (unsigned)size;
+    pair.has_next = (unsigned)pair.first + 1 < (unsigned)size;
+    return pair;
 }
+
+// All weight to the neighbour that is inside, if only one is.
+__device__ __forceinline__ void msda_screen(const msda_pair& pair, msda_acc& fraction, msda_acc& attention) {
+    fraction = pair.fraction;
+    if (!pair.has_first || !pair.has_next) {
+        attention *= pair.has_first ? 1 - fraction : fraction;
+        fraction = pair.has_first ? (msda_acc)0 : (msda_acc)1;
+    }
+}
+
+// As msda_prepare, with weights of zero for the neighbours that lie outside, in two thirds of the instructions.
+__device__ __forceinline__ msda_sample msda_prepare_screened(
+        msda_acc x, msda_acc y, msda_acc attention, const msda_level& level) {
+    const msda_pair column = msda_pair_of(x, level.w), row = msda_pair_of(y, level.h);
+    const int columns = (column.has_first ? 5 : 0) | (column.has_next ? 10 : 0);
+    const int rows = (row.has_first ? 3 : 0) | (row.has_next ? 12 : 0), inside = columns & rows;
+    msda_sample sample;
+    // Unsigned, because nobody uses the place of a sample that does not count, wherever it is.
+    sample.place = (msda_index)(((msda_address)level.start + (msda_address)row.first * level.w + column.first) * 16 | inside);
+    msda_screen(column, sample.ax, attention);
+    msda_screen(row, sample.ay, attention);
+    sample.attention = inside ? attention : level.w ? (msda_acc)0 : msda_nan();
+    return sample;
+}
+#endif
 
 // Raw samples to prepared ones in shared memory. Where there is none, its mark makes one that does not count.
 __device__ __forceinline__ void msda_fill_marked(
@@ -28,18 +58,20 @@ __device__ __forceinline__ void msda_fill_marked(
     msda_softmax(raw);
 #endif
     // Where the lanes of a warp are whole queries, all samples of a lane are of one level.
-    msda_level level = levels[min(MSDA_LEVEL_OF(k0 + (int)threadIdx.x % MSDA_SPAN), MSDA_L - 1)];
+    msda_level level = msda_level_at(levels + min(MSDA_LEVEL_OF(k0 + (int)threadIdx.x % MSDA_SPAN), MSDA_L - 1));
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
-        const int local = i / MSDA_SPAN, place = i % MSDA_SPAN;
-        if (local < MSDA_QUERIES && place < MSDA_CHUNK) {
+        const int slot = i / MSDA_SPAN, place = i % MSDA_SPAN;
+        if (slot < MSDA_SLOTS && place < MSDA_CHUNK) {
             const int l = min(MSDA_LEVEL_OF(k0 + place), MSDA_L - 1);
-            if (32 % MSDA_SPAN) level = levels[l];
+            if (32 % MSDA_SPAN) level = msda_level_at(levels + l);
             const msda_point point = msda_point_of(raw, fill, l, level);
-            msda_sample sample = msda_prepare(point.x, point.y, point.attention, level);
-            if (MSDA_SCREENED) msda_screen(sample);
-            samples[local * MSDA_PITCH + place] = sample;
+#if MSDA_SCREENED
+            samples[slot * MSDA_PITCH + place] = msda_prepare_screened(point.x, point.y, point.attention, level);
+#else
+            samples[slot * MSDA_PITCH + place] = msda_prepare(point.x, point.y, point.attention, level);
+#endif
         }
     }
 }
@@ -85,12 +117,13 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
         const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
         const msda_reference* __restrict__ references, const long long* __restrict__ lengths,
         msda_value* __restrict__ output, long long S, long long Q_,
-        long long image_stride, long long head_stride) {
+        long long image_stride, long long head_stride, long long heads) {
     MSDA_SHARED_MEMORY(msda_memory);
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
     const msda_index Q = (msda_index)Q_;
 
-    const msda_work work = msda_work_of_block(Q);
+    if (msda_head_of_block() >= heads) return;
+    const msda_work work = msda_work_of_block();
 #if MSDA_ALONE
     const msda_level* levels = shared.levels[threadIdx.x / 32];
     msda_begin_queries(shared, work, lengths, Q, MSDA_BAND && msda_begin_levels(shared, metadata, S, Q));
@@ -103,11 +136,12 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
     msda_keep(locations), msda_keep(weights);   // else their bases are added anew at each load
     if (MSDA_FRONT) references += work.image * Q_ * (MSDA_REFERENCES * MSDA_FRONT);
     const int group = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
-    const int local = group / MSDA_SPLIT, turn_of_group = group % MSDA_SPLIT;
+    const int head = group % MSDA_HEADS, turn_of_group = group / MSDA_HEADS % MSDA_SPLIT;
+    const int local = group / (MSDA_HEADS * MSDA_SPLIT), slot = local * MSDA_HEADS + head;
     msda_sample* samples = shared.samples[threadIdx.x / 32];
     const msda_address image =
         (msda_address)value +
-        (work.image * image_stride + work.m * head_stride + lane * MSDA_VEC) * sizeof(msda_value);
+        (work.image * image_stride + (work.m + head) * head_stride + lane * MSDA_VEC) * sizeof(msda_value);
 
     msda_raw raw;
     msda_load_raw(raw, shared, 0, 0, locations, weights, references);
@@ -141,7 +175,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
                 msda_load_raw(raw, shared, round + 1, 0, locations, weights, references);
             }
             if (active) {
-                const msda_sample* of_query = samples + local * MSDA_PITCH;
+                const msda_sample* of_query = samples + slot * MSDA_PITCH;
                 msda_sample ahead = of_query[turn_of_group];   // read early, so that the next rows do not wait for it
 #pragma unroll msda_unroll
                 for (int step = 0; step < MSDA_CHUNK; step += MSDA_SPLIT) {
@@ -159,13 +193,13 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
         }
 
 #pragma unroll
-        for (int mask = MSDA_LANES; mask < MSDA_LANES * MSDA_SPLIT; mask *= 2)
+        for (int mask = MSDA_LANES * MSDA_HEADS; mask < MSDA_LANES * MSDA_HEADS * MSDA_SPLIT; mask *= 2)
 #pragma unroll
             for (int turn = 0; turn < MSDA_TURNS; ++turn)
 #pragma unroll
                 for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] += __shfl_xor_sync(0xffffffffu, sum[turn][v], mask);
         if (msda_number(q) >= 0 && turn_of_group == 0) {
-            msda_value* target = output + ((work.image * Q + msda_number(q)) * MSDA_M + work.m) * MSDA_D;
+            msda_value* target = output + ((work.image * Q + msda_number(q)) * MSDA_M + work.m + head) * MSDA_D;
 #pragma unroll
             for (int turn = 0; turn < MSDA_TURNS; ++turn) {
                 const int channel = turn * MSDA_STEP + lane * MSDA_VEC;

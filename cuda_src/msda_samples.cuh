@@ -11,7 +11,7 @@ __device__ constexpr int msda_power(int n) { return n <= 1 ? 1 : 2 * msda_power(
 #else
 #define MSDA_SPAN MSDA_CHUNK
 #endif
-#define MSDA_FILLS ((MSDA_QUERIES * MSDA_SPAN + 31) / 32)
+#define MSDA_FILLS ((MSDA_SLOTS * MSDA_SPAN + 31) / 32)
 
 // The samples of a lane.
 template <int FILLS>
@@ -50,24 +50,26 @@ __device__ __forceinline__ msda_vector<msda_location, N> msda_stream(
 }
 
 __device__ __forceinline__ msda_vector<msda_location, 2> msda_stream_pair(
-        const msda_location* __restrict__ locations, msda_index q, int k) {
+        const msda_location* __restrict__ locations, msda_index q, int head, int k) {
 #if MSDA_PACKED
     if (!MSDA_IN_PAIRS) {
         msda_vector<msda_location, 2> v;
+        const int first = head * MSDA_LOCATIONS_PITCH + 2 * k;
         for (int i = 0; i < 2; ++i)
-            v.element[i] = msda_stream<1>(locations, msda_in_image(q, 2 * k + i, MSDA_LOCATIONS_PITCH)).element[0];
+            v.element[i] = msda_stream<1>(locations, msda_in_image(q, first + i, MSDA_LOCATIONS_PITCH)).element[0];
         return v;
     }
 #endif
-    return msda_stream<2>(locations, msda_in_image(q, k, MSDA_LOCATIONS_PITCH / 2));
+    const int pitch = MSDA_LOCATIONS_PITCH / 2;
+    return msda_stream<2>(locations, msda_in_image(q, head * pitch + k, pitch));
 }
 
-// Where sample number `fill` of a lane is: sample k of query q.
+// Where sample number `fill` of a lane is: sample k of query q and of the block's head number `head`.
 template <int FILLS>
 __device__ __forceinline__ void msda_load_place(
-        msda_raw_of<FILLS>& raw, int fill, msda_index q, int k, const msda_location* __restrict__ locations,
+        msda_raw_of<FILLS>& raw, int fill, msda_index q, int head, int k, const msda_location* __restrict__ locations,
         [[maybe_unused]] const msda_reference* __restrict__ references) {
-    raw.xy[fill] = msda_stream_pair(locations, q, k);
+    raw.xy[fill] = msda_stream_pair(locations, q, head, k);
 #if MSDA_FRONT
     const msda_index point = q * MSDA_REFERENCES + (MSDA_REFERENCES > 1 ? MSDA_LEVEL_OF(k) : 0);
 #pragma unroll
@@ -80,8 +82,9 @@ __device__ __forceinline__ void msda_load_place(
 }
 
 __device__ __forceinline__ msda_location msda_load_attention(
-        const msda_location* __restrict__ weights, msda_index q, int k) {
-    return msda_stream<1>(weights, msda_in_image(q, k, MSDA_WEIGHTS_PITCH)).element[0];
+        const msda_location* __restrict__ weights, msda_index q, int head, int k) {
+    const int pitch = MSDA_WEIGHTS_PITCH;
+    return msda_stream<1>(weights, msda_in_image(q, head * pitch + k, pitch)).element[0];
 }
 
 #if MSDA_ALONE
@@ -97,8 +100,8 @@ __device__ __forceinline__ void msda_load_raw(
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
-        const int local = i / MSDA_SPAN, k = k0 + i % MSDA_SPAN;
-        const msda_index q = msda_query_of(shared, round, local);
+        const int slot = i / MSDA_SPAN, k = k0 + i % MSDA_SPAN;
+        const msda_index q = msda_query_of(shared, round, slot / MSDA_HEADS);
 #if MSDA_ALONE
         raw.xy[fill].word = msda_ones(raw.xy[fill].word);   // NaN: where there is no sample, none that counts
 #endif
@@ -106,8 +109,8 @@ __device__ __forceinline__ void msda_load_raw(
         raw.attention[fill] = msda_location();   // whatever it is, others' softmax may look at it
 #endif
         if (q >= 0 && k < MSDA_K) {
-            msda_load_place(raw, fill, q, k, locations, references);
-            raw.attention[fill] = msda_load_attention(weights, q, k);
+            msda_load_place(raw, fill, q, slot % MSDA_HEADS, k, locations, references);
+            raw.attention[fill] = msda_load_attention(weights, q, slot % MSDA_HEADS, k);
         }
     }
 }
@@ -196,14 +199,15 @@ __device__ __forceinline__ msda_reaches msda_reaches_of(
 template <int FILLS>
 __device__ __forceinline__ msda_point msda_point_of(
         const msda_raw_of<FILLS>& raw, int fill, [[maybe_unused]] int level, [[maybe_unused]] const msda_level& size) {
-    const msda_acc x = msda_load(raw.xy[fill].element[0]), y = msda_load(raw.xy[fill].element[1]);
+    msda_acc xy[2];
+    msda_unpack(raw.xy[fill], xy);
 #if MSDA_FRONT
     const msda_reaches reach = msda_reaches_of(raw, fill, level, size);
     const msda_vector<msda_reference, 2>& reference = raw.reference[fill][0];
-    return {fma(msda_load(reference.element[0]), msda_scale(size.w), x * reach.x),
-            fma(msda_load(reference.element[1]), msda_scale(size.h), y * reach.y), raw.weight[fill]};
+    return {fma(msda_load(reference.element[0]), msda_scale(size.w), xy[0] * reach.x),
+            fma(msda_load(reference.element[1]), msda_scale(size.h), xy[1] * reach.y), raw.weight[fill]};
 #else
-    return {x, y, msda_load(raw.attention[fill])};
+    return {xy[0], xy[1], msda_load(raw.attention[fill])};
 #endif
 }
 
@@ -217,16 +221,16 @@ __device__ __forceinline__ void msda_fill(
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
-        const int local = i / MSDA_SPAN, place = i % MSDA_SPAN, k = k0 + place;
-        if (local < MSDA_QUERIES && place < MSDA_CHUNK) {
-            const msda_index q = msda_query_of(shared, round, local);
+        const int slot = i / MSDA_SPAN, place = i % MSDA_SPAN, k = k0 + place;
+        if (slot < MSDA_SLOTS && place < MSDA_CHUNK) {
+            const msda_index q = msda_query_of(shared, round, slot / MSDA_HEADS);
             msda_sample sample = {0, 0, 0, 0};
             if (q >= 0 && k < MSDA_K) {
                 const int level = MSDA_LEVEL_OF(k);
                 const msda_point point = msda_point_of(raw, fill, level, shared.levels[level]);
                 sample = msda_prepare(point.x, point.y, point.attention, shared.levels[level]);
             }
-            samples[local * MSDA_PITCH + place] = sample;
+            samples[slot * MSDA_PITCH + place] = sample;
         }
     }
 }

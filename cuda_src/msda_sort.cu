@@ -84,7 +84,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_sort(
     msda_raw_of<1> raw[MSDA_TAKES];
 #pragma unroll
     for (int take = 0; take < MSDA_TAKES; ++take)
-        msda_load_place(raw[take], 0, lot.query(take), lot.k(take), locations, references);
+        msda_load_place(raw[take], 0, lot.query(take), 0, lot.k(take), locations, references);
     msda_read_levels(metadata, S, 0, levels);
     for (int i = lane; i < pitch / 2; i += 32) reinterpret_cast<unsigned*>(mine)[i] = 0;
     __syncthreads();
@@ -111,7 +111,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_sort(
     }
 #pragma unroll
     for (int take = 0; take < MSDA_TAKES; ++take)
-        raw[take].attention[0] = msda_load_attention(weights, lot.query(take), lot.k(take));
+        raw[take].attention[0] = msda_load_attention(weights, lot.query(take), 0, lot.k(take));
     __syncthreads();
 
     // Counts to places: a stretch of lists a thread.

@@ -19,6 +19,7 @@
 //   MSDA_ALONE        the warps of a block do not wait for each other, in the forward
 //   MSDA_SCREENED     neighbours outside the level have a weight of zero, instead of zeros as their values, in the forward
 //   MSDA_SPLIT        groups of MSDA_LANES lanes that share the samples of one (n, q, m), in the forward; 1 elsewhere
+//   MSDA_HEADS        neighbouring heads that a warp works on at a time, in the forward; 1 elsewhere
 //   MSDA_CHUNK        samples of a query that are in shared memory at a time
 //   MSDA_WARPS        warps of a block, all on one head
 //   MSDA_ROUNDS       groups of queries that a warp takes one after the other
@@ -89,7 +90,8 @@ typedef float msda_reference;
 #define MSDA_RESIDENT (2048 / MSDA_THREADS)
 #endif
 #define MSDA_BOUNDS __launch_bounds__(MSDA_THREADS, MSDA_MIN_BLOCKS < MSDA_RESIDENT ? MSDA_MIN_BLOCKS : MSDA_RESIDENT)
-#define MSDA_QUERIES (32 / (MSDA_LANES * MSDA_SPLIT))          // queries that a warp works on at a time
+#define MSDA_QUERIES (32 / (MSDA_LANES * MSDA_SPLIT * MSDA_HEADS))   // queries that a warp works on at a time
+#define MSDA_SLOTS (MSDA_QUERIES * MSDA_HEADS)                 // the same, each head counted: query, then head
 #ifdef MSDA_POINTS
 #define MSDA_K (msda_first_point.of[MSDA_L])
 #else
@@ -213,11 +215,16 @@ __device__ __forceinline__ void msda_unpack(const msda_vector<msda_bf16, N>& v, 
     if (N % 2) x[N - 1] = msda_load(v.element[N - 1]);
 }
 
-// Keeps an address or pointer in its register: the compiler may not work it out again wherever it is used.
+// Keeps an address, pointer or number in its register: the compiler may not work it out again wherever it is used.
 template <typename T>
 __device__ __forceinline__ void msda_keep(T& address) {
 #if MSDA_PTX
     asm volatile("" : "+l"(address));
+#endif
+}
+__device__ __forceinline__ void msda_keep(int& number) {
+#if MSDA_PTX
+    asm volatile("" : "+r"(number));
 #endif
 }
 

@@ -151,7 +151,7 @@ def _expanded(
     """The step `after`, with locations in pixels and weights, made at byte `at` of the workspace."""
     samples = problem.N * problem.Q * problem.M * problem.K
     nbytes = 2 * samples * interop.item_size(problem.accumulator_dtype)
-    sizes = (problem.S, problem.Q)
+    sizes = (problem.S, problem.Q, problem.N * problem.M)
 
     def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
         of = Addresses(*addresses)

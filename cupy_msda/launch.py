@@ -11,7 +11,7 @@ from . import kernels
 from .plan import SHARED_WITHOUT_OPT_IN, KernelKey, Launch
 
 _PARAMETERS = {
-    "forward": 11, "backward": 15, "round": 3, "sort": 14, "count": 6, "sum": 16, "add": 12, "expand": 9,
+    "forward": 12, "backward": 16, "round": 3, "sort": 14, "count": 6, "sum": 16, "add": 12, "expand": 10,
     "references": 3,
 }  # fmt: skip
 # The kernels that read levels, as their second parameter.
@@ -35,7 +35,7 @@ class PreparedLaunch:
             most = max(launch.shared, self._kernel.max_dynamic_shared_size_bytes)
             self._kernel.max_dynamic_shared_size_bytes = most
         function, driver_launch = self._kernel.kernel.ptr, import_module("cupy").cuda.driver.launchKernel
-        grid, threads, shared = launch.grid, launch.block, launch.shared
+        (x, y, z), threads, shared = launch.grid, launch.block, launch.shared
         sizes = _words(launch.key)
         pack = struct.Struct(f"={sum(sizes)}q").pack_into
         blocks: list[_Block] = []
@@ -47,7 +47,7 @@ class PreparedLaunch:
             except IndexError:
                 block = _Block(sizes)
             pack(block.memory, 0, *words)
-            driver_launch(function, grid, 1, 1, threads, 1, 1, shared, stream, block.pointers, 0)
+            driver_launch(function, x, y, z, threads, 1, 1, shared, stream, block.pointers, 0)
             blocks.append(block)
 
         #: Launch on the CUDA stream at an address, of the current device, with the words of all parameters.

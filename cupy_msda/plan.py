@@ -5,6 +5,7 @@ A :class:`KernelKey` spells every compile-time choice; :class:`Launch` adds what
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,10 +19,20 @@ WARP_SHARED_BUDGET = 5 * 1024
 MAX_FILLS = 4
 # Lanes that share the samples of a query where queries are not pixels.
 LANES_A_QUERY = 16
+# Bytes that the L1 cache hands out a clock: two rows of 64 together, if they lie in different halves of their lines.
+LINE_BYTES = 128
+# Size of the kernels' `msda_level`.
+LEVEL_BYTES = 16
+# Heads a warp works on at a time, at most.
+MAX_HEADS = 4
 # Warps a multiprocessor below which the latency of the forward counts, not its throughput.
 WARPS_THAT_FILL = 16
 # Rows of the patch of pixels that shares a block where queries are pixels.
 BAND = 8
+#: Most queries of an image that are taken so: the kernels find a query's band by divisions that are exact up to here.
+MAX_IN_BANDS = 2**21
+#: Blocks along the second axis of a grid, at most, which CUDA says.
+MAX_GRID_Y = 65535
 # Samples a row of value from which on those of a cell are merged before they are added to grad_value.
 MERGED = 4
 # Queries of a block whose samples are merged, and bits of the keys by which they are sorted.
@@ -71,6 +82,7 @@ class KernelKey:
     rows: int = 0
     merge: int = 0
     split: int = 1
+    heads: int = 1
     screened: bool = False
     stride: int = 0
     padded: bool = False
@@ -89,7 +101,7 @@ class KernelKey:
     @property
     def queries(self) -> int:
         """Queries that a warp works on at a time."""
-        return 32 // (self.lanes * self.split)
+        return 32 // (self.lanes * self.split * self.heads)
 
     @property
     def alone(self) -> bool:
@@ -113,10 +125,10 @@ class KernelKey:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and its launch: blocks, threads a block, bytes of dynamic shared memory."""
+    """A kernel and its launch: blocks along x, y and z, threads a block, bytes of dynamic shared memory."""
 
     key: KernelKey
-    grid: int
+    grid: tuple[int, int, int]
     block: int
     shared: int
 
@@ -134,7 +146,7 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     float16; mask2former_1024 65 and 69.5, 47 and 49. It takes registers, so not where the loops over samples are
     nested, which spilled; and a lane waits for a part of a sample's rows before it asks for the next, so not where it
     has several turns (D = 33 513 and 464 in float32) nor where queries are few (decoder_900 61.8 and 56.8, rtdetr_640
-    41.2 and 37.5).
+    41.2 and 37.5). Clamped locations have fewer neighbours outside, and keep the code of the other kernels.
 
     Where queries are not pixels, small blocks finish independently, and the samples of a query are shared by
     LANES_A_QUERY lanes, or of 16 bits by half of them where there are many queries. Against a row's lanes alone:
@@ -150,10 +162,10 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     elif itemsize == 8:
         choices = {"warps": 8, "min_blocks": 3, "unroll": 2}
     elif problem.Q == problem.S and not few:
-        # 16 bits with 6 blocks a multiprocessor spill where locations are float32 or the softmax is in the kernel, and
-        # then take 130 us instead of 114 on encoder_800x1333. bfloat16 with 2 samples at a time: 118 instead of 120 us.
+        # 16 bits with 6 blocks a multiprocessor spill, and take 131 to 138 us instead of 114 to 118 on
+        # encoder_800x1333; with 4 of 8 warps 107, 3 of 12 105 to 107, instead of 103. 2 samples at a time 105 to 106.
         choices = {"warps": 16, "min_blocks": 3} if itemsize == 4 else {"warps": 8, "min_blocks": 5}
-        choices |= {"unroll": 2 if problem.value_dtype == "bfloat16" else 4, "screened": turns == 1}
+        choices |= {"unroll": 4, "screened": turns == 1 and not problem.variant.clamped}
     elif itemsize == 2 and not few:
         split = _split(LANES_A_QUERY // 2, lanes, problem.K)
         choices = {"warps": 4, "min_blocks": 8, "unroll": max(1, 2 // split), "split": split}
@@ -161,7 +173,22 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
         split = _split(LANES_A_QUERY, lanes, problem.K)
         unroll = 4 if itemsize == 2 else max(1, 4 // split)
         choices = {"warps": 2, "min_blocks": 6, "unroll": unroll, "split": split}
+    choices["heads"] = _heads_of_a_line(problem, lanes * choices.get("split", 1))
     return _fitting(_launch(problem, "forward", vec, lanes, rounds=1, **choices))
+
+
+def _heads_of_a_line(problem: Problem, lanes: int) -> int:
+    """Heads whose rows of a pixel are one cache line, as far as a warp has so many times `lanes` lanes.
+
+    All rows of one head lie in the same part of their lines, and what lies in the same part is not handed out in the
+    same clock. Two heads instead of one, 64-byte rows: encoder_800x1333 103 us instead of 113 in float16, 105 instead
+    of 117 in bfloat16, mask2former_1024 43 instead of 50; encoder_uniform, which the L2 cache limits, 152 instead of
+    149 in float16; decoders no difference.
+    """
+    row = problem.D * item_size(problem.value_dtype)
+    if LINE_BYTES % row or problem.strides.head != problem.D:
+        return 1
+    return math.gcd(problem.M, min(LINE_BYTES // row, MAX_HEADS, 1 << (32 // lanes).bit_length() - 1))
 
 
 def _split(wanted: int, lanes: int, K: int) -> int:
@@ -275,7 +302,7 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
         chunk,
         warps,
         rounds,
-        band=BAND if problem.Q == problem.S and problem.Q < 2**31 and problem.L <= 32 else 0,
+        band=BAND if problem.Q == problem.S and problem.Q <= MAX_IN_BANDS and problem.L <= 32 else 0,
         levels_on_device=not levels_by_value(problem),
         points=variant.num_points or (),
         nearest=variant.nearest,
@@ -291,7 +318,9 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
 
 def launch_of(problem: Problem, key: KernelKey) -> Launch:
     """Launch of a kernel whose blocks take queries of one head of an image."""
-    grid = problem.N * problem.M * -(-problem.Q // (key.warps * key.rounds * key.queries))
+    heads = problem.N * problem.M // key.heads
+    along_y = min(heads, MAX_GRID_Y)
+    grid = (-(-problem.Q // (key.warps * key.rounds * key.queries)), along_y, -(-heads // along_y))
     return Launch(key, grid, 32 * key.warps, shared_bytes(key))
 
 
@@ -331,7 +360,7 @@ def sum_references(problem: Problem) -> Launch:
         1, 0, False, front=front.coordinates, references=front.levels, reference_dtype=front.dtype,
     )  # fmt: skip
     count = problem.N * problem.Q * front.levels * front.coordinates
-    return Launch(key, max(1, min(-(-count // 256), 1 << 16)), 256, 0)
+    return Launch(key, (max(1, min(-(-count // 256), 1 << 16)), 1, 1), 256, 0)
 
 
 def sample_bytes(index_64: bool, accumulator_dtype: str) -> int:
@@ -355,12 +384,12 @@ def shared_bytes(key: KernelKey) -> int:
         step = key.lanes * key.vec
         sums = key.rows * -(-key.D // step) * step * accumulator
         return key.warps * (32 * 4 * accumulator + -(-sums // 16) * 16)
-    held = key.warps * (key.rounds if key.merge else 1) * key.queries
+    held = key.warps * (key.rounds if key.merge else 1) * key.queries * key.heads
     samples = held * (key.chunk | 1) * sample_bytes(key.index_64, accumulator_of(key.value_dtype))
     index = 8 if key.index_64 else 4
     queries = key.rounds * key.warps * key.queries * index
     copies = key.warps if key.alone else 1
-    size = -(-(samples + copies * key.L * (index + 8) + queries) // 16) * 16
+    size = -(-(samples + copies * key.L * LEVEL_BYTES + queries) // 16) * 16
     merging = (4 << key.merge) + 4 * key.warps + 2 * held * key.chunk if key.merge else 0
     return size + -(-merging // 16) * 16
 
@@ -369,4 +398,4 @@ def round_gradient(value_dtype: str, count: int) -> Launch:
     """Launch of the kernel that rounds a float32 gradient of `count` elements to a 16-bit dtype."""
     assert value_dtype in SIXTEEN_BIT
     key = KernelKey("round", value_dtype, "float32", False, 1, 1, 1, 1, 1, 1, 1, 8, 1, 1, 1, 0, False)
-    return Launch(key, max(1, min(-(-count // 1024), 1 << 16)), 256, 0)
+    return Launch(key, (max(1, min(-(-count // 1024), 1 << 16)), 1, 1), 256, 0)

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import plan
 from .interop import item_size
-from .plan import KernelKey, Launch, lanes_of_gradient, levels_by_value, shared_bytes
+from .plan import LEVEL_BYTES, KernelKey, Launch, lanes_of_gradient, levels_by_value, shared_bytes
 from .problem import ALL, SIXTEEN_BIT, Problem, Wanted
 
 # Rows of value, of all images and heads, from which on lists pay for their launches: of 32 bits and more, and of 16,
@@ -182,16 +182,16 @@ def summation(problem: Problem, alignment: int) -> Summation:
         most = 2 * heads * (2 * parts * samples // PIECE)
         of_piece = of_sum.rows * -(-problem.D // (of_sum.lanes * of_sum.vec)) * of_sum.lanes * of_sum.vec
         of_count = _key("count", warps=COUNT_WARPS, rows=of_sum.rows)
-        count = Launch(of_count, heads * -(-bins // 32), 32 * of_count.warps, shared_bytes(of_count))
+        count = Launch(of_count, (heads * -(-bins // 32), 1, 1), 32 * of_count.warps, shared_bytes(of_count))
     pieces = _aligned(counts + (16 + 8 * heads * bins if count else 0))
     sums = _aligned(pieces + 16 * most)
-    levels = problem.L * (16 if of_sort.index_64 else 12)
+    levels = problem.L * LEVEL_BYTES
     sorted_bytes = -(-max(capacity * entry, of_sort.warps * pitch) // 16) * 16
     bins_of_block = 1 if of_sum.kind == "sum" else of_sum.warps
     return Summation(
-        Launch(of_sort, heads * runs, 32 * of_sort.warps, sorted_bytes + levels + 4 * of_sort.warps + pitch),
+        Launch(of_sort, (heads * runs, 1, 1), 32 * of_sort.warps, sorted_bytes + levels + 4 * of_sort.warps + pitch),
         count,
-        Launch(of_sum, heads * -(-bins // bins_of_block), 32 * of_sum.warps, shared_bytes(of_sum)),
+        Launch(of_sum, (heads * -(-bins // bins_of_block), 1, 1), 32 * of_sum.warps, shared_bytes(of_sum)),
         heads=heads,
         rows=bins * of_sum.rows,
         runs=runs,

@@ -126,9 +126,9 @@ class Problem:
         return self.value_strides or Strides(self.S * self.M * self.D, self.M * self.D, self.D)
 
     @property
-    def kernel_sizes(self) -> tuple[int, int, int, int]:
-        """S, Q and the strides of value's images and heads: the last words of the forward and the backward kernels."""
-        return (self.S, self.Q, self.strides.image, self.strides.head)
+    def kernel_sizes(self) -> tuple[int, int, int, int, int]:
+        """S, Q, the strides of value's images and heads, N * M: the last words of the forward and backward kernels."""
+        return (self.S, self.Q, self.strides.image, self.strides.head, self.N * self.M)
 
     @property
     def stride_alignment(self) -> int:

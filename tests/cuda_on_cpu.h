@@ -37,7 +37,7 @@
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
-struct emulator_index { unsigned x; };
+struct emulator_index { unsigned x, y, z; };
 
 static emulator_index threadIdx, blockIdx, blockDim, gridDim;
 
@@ -70,7 +70,7 @@ static void (*kernel)(void*);
 static void* kernel_arguments;
 
 inline void fail(const char* what, int line) {
-    if (!failed) snprintf(message, sizeof message, "%s (block %u, thread %d, line %d)", what, blockIdx.x, current, line);
+    if (!failed) snprintf(message, sizeof message, "%s (block %u of head %u, thread %d, line %d)", what, blockIdx.x, blockIdx.y, current, line);
     failed = true;
 }
 
@@ -205,12 +205,12 @@ inline void run_block(int order) {
 }
 
 // Returns null, or what went wrong.
-inline const char* launch(void (*entry)(void*), void* arguments, int grid, int block, size_t shared, int order) {
+inline const char* launch(void (*entry)(void*), void* arguments, const long long* grid, int block, size_t shared, int order) {
     failed = false;
     threads = block;
     kernel = entry;
     kernel_arguments = arguments;
-    gridDim.x = (unsigned)grid;
+    gridDim.x = (unsigned)grid[0], gridDim.y = (unsigned)grid[1], gridDim.z = (unsigned)grid[2];
     blockDim.x = (unsigned)block;
     fibers = (Fiber*)calloc((size_t)block, sizeof(Fiber));
     warps = (Warp*)calloc((size_t)block / 32, sizeof(Warp));
@@ -219,8 +219,10 @@ inline const char* launch(void (*entry)(void*), void* arguments, int grid, int b
         fibers[t].stack = malloc(stack_size);
         fibers[t].stack_size = stack_size;
     }
-    for (int b = 0; b < grid && !failed; ++b) {
-        blockIdx.x = (unsigned)b;
+    for (long long b = 0; b < grid[0] * grid[1] * grid[2] && !failed; ++b) {
+        blockIdx.x = (unsigned)(b % grid[0]);
+        blockIdx.y = (unsigned)(b / grid[0] % grid[1]);
+        blockIdx.z = (unsigned)(b / grid[0] / grid[1]);
         // Exactly the launch's bytes, so that an access beyond them is seen.
         if (posix_memalign((void**)&shared_memory, 16, shared ? shared : 1)) abort();
         memset(shared_memory, 0xff, shared);
@@ -256,6 +258,10 @@ template <typename T> inline void __stcs(T* p, T x) { *p = x; }
 template <typename T> inline T atomicAdd(T* p, T x) { const T old = *p; *p = old + x; return old; }
 inline float __fmul_rn(float x, float y) { volatile float product = x * y; return product; }
 inline double __dmul_rn(double x, double y) { volatile double product = x * y; return product; }
+inline int __float2int_rd(float x) {
+    if (!(x == x)) return 0;
+    return x >= 2147483648.0f ? 2147483647 : x < -2147483648.0f ? (-2147483647 - 1) : (int)__builtin_floorf(x);
+}
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }

@@ -63,14 +63,15 @@ def build(key, text=None, sanitize=False):
 def launch(described, arrays, S, Q, more=(), *, text=None, sanitize=False, order=0):
     """Run `described` (a plan.Launch) on `arrays` in place; None stands for a null pointer.
 
-    `more` are the sizes that only some kernels have: value's image and head stride of the forward and the backward; of
+    `more` are the sizes that only some kernels have: value's image and head stride, and heads, of the forward and the
+    backward; heads of the expansion; of
     a summation runs, capacity, first head, heads, first row, rows, parts of a piece.
     """
     target = build(described.key, text, sanitize)
     more = (*more, *(0,) * (7 - len(more)))
     sizes = [-1 if array is None else array.nbytes for array in arrays]
     numbers = np.array(
-        [len(arrays), S, Q, described.grid, described.block, described.shared, order, *more, *sizes], np.int64
+        [len(arrays), S, Q, *described.grid, described.block, described.shared, order, *more, *sizes], np.int64
     )
     if sanitize:
         _run_executable(target, numbers, arrays)
@@ -220,7 +221,7 @@ def summation(
     if expand:
         expanded = [_poisoned((found.N, found.Q, found.M, found.K, n), found.accumulator_dtype) for n in (2, 1)]
         arrays = [None, metadata, *samples, lengths_of(lengths), *expanded, *device]
-        launch(expand, arrays, found.S, found.Q, text=(texts or {}).get("expand"), **options)
+        launch(expand, arrays, found.S, found.Q, (found.N * found.M,), text=(texts or {}).get("expand"), **options)
         samples = [*expanded, None]
     result = _poisoned(inputs.value.shape, inputs.value.dtype)
     begins = _poisoned((planned.heads, planned.runs, 2 * (planned.rows // planned.sum.key.rows) + 2), np.uint16)

@@ -46,10 +46,11 @@ inline void enter(void* pointer) {
     if (MSDA_PACKED) weights = locations + 2 * MSDA_K;
 #if EMULATED_KIND == 0
     msda_forward((const msda_value*)a[0], metadata, locations, weights, (const msda_reference*)a[4],
-                 (const long long*)a[5], (msda_value*)a[6], call.S, call.Q, call.more[0], call.more[1]);
+                 (const long long*)a[5], (msda_value*)a[6], call.S, call.Q, call.more[0], call.more[1],
+                 call.more[2]);
 #elif EMULATED_KIND == 7
     msda_expand(locations, metadata, weights, (const msda_reference*)a[4], (const long long*)a[5], (msda_acc*)a[6],
-                (msda_acc*)a[7], call.S, call.Q);
+                (msda_acc*)a[7], call.S, call.Q, call.more[0]);
 #elif EMULATED_KIND == 3
     const long long* more = call.more;
     msda_sort(locations, metadata, weights, (const msda_reference*)a[4], (const long long*)a[5],
@@ -60,30 +61,33 @@ inline void enter(void* pointer) {
     if (MSDA_PACKED) grad_weights = grad_locations + 2 * MSDA_K;
     msda_backward((const msda_value*)a[0], metadata, locations, weights, (const msda_reference*)a[4],
                   (const long long*)a[5], (const msda_value*)a[6], (msda_acc*)a[7], grad_locations, grad_weights,
-                  (msda_acc*)a[10], call.S, call.Q, call.more[0], call.more[1]);
+                  (msda_acc*)a[10], call.S, call.Q, call.more[0], call.more[1], call.more[2]);
 #endif
 #endif
 }
 
 }  // namespace emulator
 
-// numbers: count of arrays, S, Q, grid, block, shared bytes, order, seven more sizes (runs, capacity, first head, heads,
-// first row, rows, parts of a piece; of the forward and the backward: value's image and head stride), then the size of each array in bytes.
+// numbers: count of arrays, S, Q, grid (x, y, z), block, shared bytes, order, seven more sizes (runs, capacity, first head,
+// heads, first row, rows, parts of a piece; of the forward and the backward: value's image and head stride, heads; of the
+// expansion: heads), then the size of each array in bytes.
+enum { NUMBERS = 16 };
+
 extern "C" const char* emulate(const long long* numbers, void** arrays) {
     emulator::Call call;
     call.S = numbers[1];
     call.Q = numbers[2];
-    call.more = numbers + 7;
+    call.more = numbers + 9;
     for (int i = 0; i < numbers[0]; ++i) {
-        const long long size = numbers[14 + i];
+        const long long size = numbers[NUMBERS + i];
         void* copy = size < 0 ? nullptr : malloc(size ? (size_t)size : 1);
         if (size > 0) memcpy(copy, arrays[i], (size_t)size);
         call.arrays.push_back(copy);
     }
-    const char* wrong = emulator::launch(emulator::enter, &call, (int)numbers[3], (int)numbers[4], (size_t)numbers[5],
-                                         (int)numbers[6]);
+    const char* wrong = emulator::launch(emulator::enter, &call, numbers + 3, (int)numbers[6], (size_t)numbers[7],
+                                         (int)numbers[8]);
     for (int i = 0; i < numbers[0]; ++i) {
-        if (numbers[14 + i] > 0) memcpy(arrays[i], call.arrays[i], (size_t)numbers[14 + i]);
+        if (numbers[NUMBERS + i] > 0) memcpy(arrays[i], call.arrays[i], (size_t)numbers[NUMBERS + i]);
         free(call.arrays[i]);
     }
     return wrong;
@@ -93,15 +97,15 @@ extern "C" const char* emulate(const long long* numbers, void** arrays) {
 // argv[1]: the numbers and the arrays, one after the other; written back in place.
 int main(int, char** argv) {
     FILE* file = fopen(argv[1], "r+b");
-    long long head[14];
-    if (!file || fread(head, 8, 14, file) != 14) return 4;
-    std::vector<long long> numbers(head, head + 14);
-    numbers.resize((size_t)(14 + head[0]));
-    if (fread(&numbers[14], 8, (size_t)head[0], file) != (size_t)head[0]) return 4;
+    long long head[NUMBERS];
+    if (!file || fread(head, 8, NUMBERS, file) != NUMBERS) return 4;
+    std::vector<long long> numbers(head, head + NUMBERS);
+    numbers.resize((size_t)(NUMBERS + head[0]));
+    if (fread(&numbers[NUMBERS], 8, (size_t)head[0], file) != (size_t)head[0]) return 4;
     std::vector<std::vector<char>> data;
     std::vector<void*> arrays;
     for (int i = 0; i < head[0]; ++i) {
-        data.emplace_back((size_t)(numbers[14 + i] > 0 ? numbers[14 + i] : 0));
+        data.emplace_back((size_t)(numbers[NUMBERS + i] > 0 ? numbers[NUMBERS + i] : 0));
         if (!data.back().empty() && fread(data.back().data(), 1, data.back().size(), file) != data.back().size()) return 4;
     }
     for (auto& array : data) arrays.push_back(array.data());

@@ -10,7 +10,7 @@ import reference
 from cases import CASES, DTYPE_PAIRS, VARIANTS, Case
 from tolerance import assert_close
 
-from cupy_msda import plan_backward
+from cupy_msda import plan, plan_backward
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 
@@ -26,6 +26,7 @@ PATHS = [
     Case("few_samples", levels=((20, 26), (13, 13)), N=1, M=2, D=32, queries=60),
     Case("few_samples_three_turns", levels=((9, 13),), N=1, M=1, D=260, P=3, queries=20),
     Case("overlap", starts=(3, 10), S=60, N=1, D=8),
+    Case("heads_of_a_line", levels=((5, 6), (3, 3)), N=2, M=6, D=32, queries=None),
     Case("many_levels", levels=((2, 3),) * 33, N=1, M=2, D=8, P=1, queries=None),
 ]
 
@@ -50,9 +51,14 @@ def test_paths(case):
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
-@pytest.mark.parametrize("case", [PATHS[1], PATHS[3]], ids=str)
+@pytest.mark.parametrize("case", [PATHS[1], PATHS[3], PATHS[10]], ids=str)
 def test_dtypes(case, pair):
     check(case, pair, seed=1)
+
+
+def test_grid_with_room_for_more_heads_than_there_are(monkeypatch):
+    monkeypatch.setattr(plan, "MAX_GRID_Y", 5)
+    check(Case("twelve_heads", levels=((4, 5), (3, 3)), N=3, M=4, D=64, queries=7), DTYPE_PAIRS[0], sanitize=True)
 
 
 @pytest.mark.parametrize("pair", [("float16", "float16"), ("bfloat16", "float32")], ids="-".join)

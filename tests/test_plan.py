@@ -7,7 +7,7 @@ from cases import CASES, DTYPE_PAIRS
 
 from cupy_msda import plan, plan_backward
 from cupy_msda.interop import item_size
-from cupy_msda.problem import Problem, Variant, Wanted
+from cupy_msda.problem import Problem, Strides, Variant, Wanted
 
 VALUE = Wanted(True, False, False)
 LEVELS = ((100, 167, 0), (50, 84, 16700), (25, 42, 20900), (13, 21, 21950))
@@ -55,8 +55,20 @@ def test_every_query_has_a_warp(Q):
     for launch in both(problem(Q=Q)):
         key = launch.key
         in_block = key.warps * key.rounds * key.queries
-        assert launch.grid % (2 * 8) == 0
-        assert (launch.grid // 16 - 1) * in_block < Q <= launch.grid // 16 * in_block
+        blocks, *heads = launch.grid
+        assert heads == [2 * 8, 1]
+        assert (blocks - 1) * in_block < Q <= blocks * in_block
+
+
+@pytest.mark.parametrize(("N", "heads"), [(8191, [65528, 1]), (8192, [65535, 2]), (100_000, [65535, 13])])
+def test_a_grid_has_room_for_the_heads_of_any_batch(N, heads):
+    for launch in both(problem(N=N)):
+        assert [*launch.grid[1:]] == heads
+
+
+@pytest.mark.parametrize(("pixels", "banded"), [(2**21, True), (2**21 + 1, False)])
+def test_queries_are_taken_in_bands_where_the_kernels_division_is_exact(pixels, banded):
+    assert [bool(launch.key.band) for launch in both(problem(S=pixels, Q=pixels))] == [banded, banded]
 
 
 @pytest.mark.parametrize(("S", "wide"), [(2**26 - 1, False), (2**26, True)])
@@ -138,6 +150,34 @@ def test_neighbours_outside_are_screened_where_pixels_fill_the_gpu_and_loops_are
     chunked = plan.forward(problem(Q=22223, P=9), 16).key
     assert (chunked.chunk < chunked.K, chunked.screened) == (True, False)
     assert not plan.forward(problem(Q=22223, D=33), 16).key.screened
+
+    border = replace(problem(Q=22223), variant=Variant(None, "bilinear", "border", False))
+    assert not plan.forward(border, 16).key.screened
+
+
+@pytest.mark.parametrize(
+    ("value", "D", "M", "heads"),
+    [
+        ("float16", 32, 8, 2),
+        ("float16", 32, 7, 1),
+        ("float16", 16, 8, 4),
+        ("float16", 16, 6, 2),
+        ("float16", 64, 8, 1),
+        ("float16", 30, 8, 1),
+        ("float32", 32, 8, 1),
+        ("float32", 16, 8, 2),
+        ("float32", 1, 8, 4),
+    ],
+)
+@pytest.mark.parametrize("Q", [300, 22223])
+def test_a_warp_takes_the_heads_whose_rows_are_one_line(value, D, M, heads, Q):
+    found = replace(problem(value, D=D, Q=Q), M=M)
+    key = plan.forward(found, 16).key
+    assert key.lanes * key.split * key.heads * key.queries <= 32
+    assert key.heads == min(heads, 32 // (key.lanes * key.split))
+    assert plan.backward(found, 16).key.heads == 1
+    apart = replace(found, value_strides=Strides(2 * M * D * 22223, 2 * M * D, 2 * D))
+    assert plan.forward(apart, 16).key.heads == 1
 
 
 def test_warps_wait_for_each_other_only_where_a_block_does_something_together():

@@ -59,9 +59,29 @@ FAULTS = {
         "packed = true;",
     ),
     "levels in another order": ("forward", "(int)extent.start == (lane ? before : 0)", "true"),
-    "neighbour outside with a weight": ("forward", "if (MSDA_SCREENED) msda_screen(sample);", ""),
-    "wrong side of a screened column": ("forward", "sample.ax = left ? 0 : 1;", "sample.ax = left ? 1 : 0;"),
-    "wrong side of a screened row": ("forward", "sample.ay = upper ? 0 : 1;", "sample.ay = upper ? 1 : 0;"),
+    "neighbour outside with a weight": ("forward", "if (!pair.has_first || !pair.has_next) {", "if (false) {"),
+    "wrong side of a screened pair": (
+        "forward",
+        "fraction = pair.has_first ? (msda_acc)0 : (msda_acc)1;",
+        "fraction = pair.has_first ? (msda_acc)1 : (msda_acc)0;",
+    ),
+    "screened column beyond the level": (
+        "forward",
+        "(unsigned)pair.first + 1 < (unsigned)size",
+        "(unsigned)pair.first < (unsigned)size",
+    ),
+    "screened sample that does not count with a weight": (
+        "forward",
+        "sample.attention = inside ? attention",
+        "sample.attention = 1 ? attention",
+    ),
+    "division that rounds up": ("forward", "((float)x + 0.5f)", "((float)x + 1.5f)"),
+    "rows of one head for the outputs of two": ("forward", "(work.m + head) * head_stride", "work.m * head_stride"),
+    "weights of one head for the outputs of two": (
+        "forward",
+        "msda_stream<1>(weights, msda_in_image(q, head * pitch + k, pitch))",
+        "msda_stream<1>(weights, msda_in_image(q, k, pitch))",
+    ),
     "row of another query": (
         "forward",
         "for (int c = 0; c < 4; ++c) row[c].word = decltype(row[c].word)();",
@@ -104,12 +124,8 @@ FAULTS = {
         "+ lane * MSDA_VEC) * sizeof(msda_value);",
         "+ lane * MSDA_VEC) * sizeof(msda_value) + sizeof(msda_value);",
     ),
-    "forgotten head": ("backward", "of.image * image_stride + of.m * head_stride", "of.image * image_stride"),
-    "forgotten head of the forward": (
-        "forward",
-        "work.image * image_stride + work.m * head_stride",
-        "work.image * image_stride",
-    ),
+    "forgotten head": ("backward", "work.image * image_stride + work.m * head_stride", "work.image * image_stride"),
+    "forgotten head of the forward": ("forward", "(work.m + head) * head_stride", "head * head_stride"),
     "gradient of the other axis": (
         "backward",
         "msda_store(x, xy.element[0]);",
@@ -402,6 +418,14 @@ def test_fault_planted_where_samples_are_merged_is_caught(name):
     run_merged(kernels.source("backward"))
     with pytest.raises(AssertionError):
         run_merged(faulty)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_block_beyond_the_last_head_that_works_is_caught(kind, monkeypatch):
+    monkeypatch.setattr(plan, "MAX_GRID_Y", 3)
+    run(kind, kernels.source(kind), CHECKED[1])
+    with pytest.raises((AssertionError, emulator.EmulatorError)):
+        run(kind, planted(kind, "if (msda_head_of_block() >= heads) return;", ""), CHECKED[1])
 
 
 def far_level(key_index_64, text=None):
