@@ -134,9 +134,12 @@ class Subject:
 
 
 def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """The largest ||a - b|| / ||b|| of pairs of tensors, but for those that are infinite or zero."""
+    """The largest ||a - b|| / ||b|| of pairs of tensors, but for those whose norm is infinite or zero.
+
+    D-FINE marks anchors outside the image by the largest number that there is.
+    """
     pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs if b.isfinite().all() and b.any())
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs if 0 < b.norm() < float("inf"))
 
 
 @torch.no_grad()
@@ -212,7 +215,8 @@ def _gradients(
     subject.images = subject.images.to(dtype)
     with subject.setting(), _float32_products():
         outputs = subject.outputs()
-        sum(t.square().mean() for t in outputs if t.requires_grad and t.isfinite().all()).backward()
+        losses = [t.square().mean() for t in outputs if t.requires_grad]
+        sum(loss for loss in losses if loss.isfinite()).backward()
     grads = {name: p.grad.double() for name, p in subject.model.named_parameters() if p.grad is not None}
     return grads, [t.detach() for t in outputs]
 
