@@ -32,7 +32,8 @@ def floors(workload: Workload, itemsize: int, bandwidth: float, device: dict[str
 
     Compulsory: every input read once and every output written once; of value, the rows that samples can be expected to
     reach when they spread evenly over their level, which leaves few queries fewer rows than there are.
-    L1: four rows a sample, each a whole number of 128-byte lines, one line a clock and multiprocessor.
+    L1: the bytes of four rows a sample, 128 a clock and multiprocessor. (Two rows of 64 bytes come in one clock if they
+    lie in different halves of their lines.)
     """
     channels = workload.M * workload.D * itemsize
     pixels = [h * w for h, w in workload.levels]
@@ -41,9 +42,9 @@ def floors(workload: Workload, itemsize: int, bandwidth: float, device: dict[str
     points = workload.samples * 3 * itemsize
     grad_value = workload.N * workload.S * channels
     clock = float(device["max_clock_mhz"]) * 1e6
-    lines = workload.samples * 4 * -(-workload.D * itemsize // L1_BYTES_PER_CLOCK)
+    clocks = workload.samples * 4 * workload.D * itemsize / L1_BYTES_PER_CLOCK
     return {
         "forward_hbm_us": (value + points + output) / bandwidth * 1e6,
-        "forward_l1_us": lines / (device["multiprocessors"] * clock) * 1e6,
+        "forward_l1_us": clocks / (device["multiprocessors"] * clock) * 1e6,
         "backward_hbm_us": (value + 2 * points + output + grad_value) / bandwidth * 1e6,
     }
