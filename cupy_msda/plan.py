@@ -29,9 +29,9 @@ MAX_HEADS = 4
 WARPS_THAT_FILL = 16
 # Rows of the patch of pixels that shares a block where queries are pixels.
 BAND = 8
-#: Most queries of an image that are taken so: the kernels find a query's band by divisions that are exact up to here.
+# Most queries of an image that are taken so: the kernels find a query's band by divisions that are exact up to here.
 MAX_IN_BANDS = 2**21
-#: Blocks along the second axis of a grid, at most, which CUDA says.
+# Blocks along the second axis of a grid, at most, which CUDA says.
 MAX_GRID_Y = 65535
 # Samples a row of value from which on those of a cell are merged before they are added to grad_value.
 MERGED = 4
