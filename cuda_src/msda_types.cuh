@@ -17,7 +17,8 @@
 //   MSDA_VEC          channels a lane moves at once
 //   MSDA_LANES        lanes of a warp that share the channels of one (n, q, m)
 //   MSDA_ALONE        the warps of a block do not wait for each other, in the forward
-//   MSDA_SCREENED     neighbours outside the level have a weight of zero, instead of zeros as their values, in the forward
+//   MSDA_SCREENED     neighbours outside the level have a weight of zero, instead of zeros as their values, in the forward;
+//                     only where warps are alone, all of a query are in a chunk, and locations are not clamped
 //   MSDA_SPLIT        groups of MSDA_LANES lanes that share the samples of one (n, q, m), in the forward; 1 elsewhere
 //   MSDA_HEADS        neighbouring heads that a warp works on at a time, in the forward; 1 elsewhere
 //   MSDA_CHUNK        samples of a query that are in shared memory at a time

@@ -317,7 +317,7 @@ def _launch(problem: Problem, kind: str, vec: int, lanes: int, warps: int, round
 
 
 def launch_of(problem: Problem, key: KernelKey) -> Launch:
-    """Launch of a kernel whose blocks take queries of one head of an image."""
+    """Launch of a kernel whose blocks take queries of `key.heads` heads of an image."""
     heads = problem.N * problem.M // key.heads
     along_y = min(heads, MAX_GRID_Y)
     grid = (-(-problem.Q // (key.warps * key.rounds * key.queries)), along_y, -(-heads // along_y))

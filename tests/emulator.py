@@ -64,8 +64,8 @@ def launch(described, arrays, S, Q, more=(), *, text=None, sanitize=False, order
     """Run `described` (a plan.Launch) on `arrays` in place; None stands for a null pointer.
 
     `more` are the sizes that only some kernels have: value's image and head stride, and heads, of the forward and the
-    backward; heads of the expansion; of
-    a summation runs, capacity, first head, heads, first row, rows, parts of a piece.
+    backward; heads of the expansion; runs, capacity, first head, heads, first row, rows, parts of a piece of a
+    summation.
     """
     target = build(described.key, text, sanitize)
     more = (*more, *(0,) * (7 - len(more)))

@@ -150,7 +150,6 @@ def test_neighbours_outside_are_screened_where_pixels_fill_the_gpu_and_loops_are
     chunked = plan.forward(problem(Q=22223, P=9), 16).key
     assert (chunked.chunk < chunked.K, chunked.screened) == (True, False)
     assert not plan.forward(problem(Q=22223, D=33), 16).key.screened
-
     border = replace(problem(Q=22223), variant=Variant(None, "bilinear", "border", False))
     assert not plan.forward(border, 16).key.screened
 
