@@ -24,13 +24,12 @@ __device__ __forceinline__ bool msda_begin_levels(
 }
 
 // The queries of a warp.
-__device__ __forceinline__ void msda_begin_queries(
-        msda_shared& shared, const msda_work& work, const long long* __restrict__ lengths, msda_index Q, bool packed) {
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < MSDA_ROUNDS * MSDA_QUERIES; i += 32) {
-        const int at = (i / MSDA_QUERIES * MSDA_WARPS + (int)threadIdx.x / 32) * MSDA_QUERIES + i % MSDA_QUERIES;
-        shared.query[at] = msda_query_at(work, at, shared.levels[threadIdx.x / 32], packed, lengths, Q);
-    }
-    __syncwarp();
+__device__ __forceinline__ msda_queries msda_begin_queries(
+        const msda_shared& shared, const msda_work& work, const long long* __restrict__ lengths, msda_index Q, bool packed) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    msda_queries queries = {-1};
+    if (lane < MSDA_QUERIES)
+        queries.of_lane = msda_query_at(work, warp * MSDA_QUERIES + lane, shared.levels[warp], packed, lengths, Q);
+    return queries;
 }
 #endif

@@ -316,8 +316,8 @@ struct msda_shared {
     msda_level levels[MSDA_WARPS][MSDA_L];   // each warp's own
 #else
     msda_level levels[MSDA_L];
-#endif
     msda_index query[MSDA_ROUNDS * MSDA_WARPS * MSDA_QUERIES];   // by msda_query_at
+#endif
 #if MSDA_MERGE
     alignas(16) unsigned of_warps[MSDA_WARPS];                      // aligned: read 16 bytes at a time, and no more
     unsigned begin[1 << MSDA_MERGE];                                // of each key in `order`; counts at first
@@ -383,11 +383,25 @@ __device__ __forceinline__ void msda_begin(
 }
 #endif
 
+#if MSDA_ALONE
+// Each lane has a query of its warp, as far as there are some; the others have -1.
+struct msda_queries {
+    msda_index of_lane;
+};
+
+// Query `local` of this warp, which has one round. By all lanes.
+__device__ __forceinline__ msda_index msda_query_of(const msda_queries& queries, int, int local) {
+    return __shfl_sync(0xffffffffu, queries.of_lane, local);
+}
+#else
+typedef msda_shared msda_queries;
+
 // Query `local` of this warp's `round`; only the lanes beyond the last group of a warp have a `local` that is too high.
 // Negative where there is none to work on.
-__device__ __forceinline__ msda_index msda_query_of(const msda_shared& shared, int round, int local) {
+__device__ __forceinline__ msda_index msda_query_of(const msda_queries& shared, int round, int local) {
     return local < MSDA_QUERIES ? shared.query[(round * MSDA_WARPS + threadIdx.x / 32) * MSDA_QUERIES + local] : -1;
 }
+#endif
 
 // The number of a query that is there, whether it counts or not; -1 past the last one.
 __device__ __forceinline__ msda_index msda_number(msda_index q) { return MSDA_PADDED && q < -1 ? -2 - q : q; }

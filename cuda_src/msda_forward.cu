@@ -58,7 +58,7 @@ __device__ __forceinline__ void msda_fill_marked(
     msda_softmax(raw);
 #endif
     // Where the lanes of a warp are whole queries, all samples of a lane are of one level.
-    msda_level level = msda_level_at(levels + min(MSDA_LEVEL_OF(k0 + (int)threadIdx.x % MSDA_SPAN), MSDA_L - 1));
+    msda_level level = msda_level_at(levels + min(MSDA_LEVEL_OF(k0 + (int)(threadIdx.x % MSDA_SPAN)), MSDA_L - 1));
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
@@ -126,9 +126,11 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
     const msda_work work = msda_work_of_block();
 #if MSDA_ALONE
     const msda_level* levels = shared.levels[threadIdx.x / 32];
-    msda_begin_queries(shared, work, lengths, Q, MSDA_BAND && msda_begin_levels(shared, metadata, S, Q));
+    const bool packed = MSDA_BAND && msda_begin_levels(shared, metadata, S, Q);
+    const msda_queries queries = msda_begin_queries(shared, work, lengths, Q, packed);
 #else
     const msda_level* levels = shared.levels;
+    const msda_queries& queries = shared;
     msda_begin(shared, work, metadata, lengths, S, Q);
 #endif
     locations += msda_first_element(work, Q_, MSDA_LOCATIONS_PITCH);
@@ -144,71 +146,64 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
         (work.image * image_stride + (work.m + head) * head_stride + lane * MSDA_VEC) * sizeof(msda_value);
 
     msda_raw raw;
-    msda_load_raw(raw, shared, 0, 0, locations, weights, references);
+    msda_load_raw(raw, queries, 0, 0, locations, weights, references);
 #if MSDA_ALONE && !MSDA_BAND
     msda_begin_levels(shared, metadata, S, Q);   // while the samples come
 #endif
+    const msda_index q = msda_query_of(queries, 0, local);
+    const bool active = q >= 0;
+    msda_sums sum;
+#pragma unroll
+    for (int turn = 0; turn < MSDA_TURNS; ++turn)
+#pragma unroll
+        for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = 0;
+    msda_values row[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) row[c].word = decltype(row[c].word)();
+
 #pragma unroll 1
-    for (int round = 0; round < MSDA_ROUNDS; ++round) {
-        const msda_index q = msda_query_of(shared, round, local);
-        const bool active = q >= 0;
-        msda_sums sum;
+    for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
+#if MSDA_ALONE
+        msda_fill_marked(samples, levels, raw, k0);
+#else
+        msda_fill(samples, shared, raw, 0, k0);
+#endif
+        __syncwarp();
+        if (k0 + MSDA_CHUNK < MSDA_K)
+            msda_load_raw(raw, queries, 0, k0 + MSDA_CHUNK, locations, weights, references);
+        if (active) {
+            const msda_sample* of_query = samples + slot * MSDA_PITCH;
+            msda_sample ahead = of_query[turn_of_group];   // read early, so that the next rows do not wait for it
+#pragma unroll msda_unroll
+            for (int step = 0; step < MSDA_CHUNK; step += MSDA_SPLIT) {
+                const int k = step + turn_of_group;
+                if (MSDA_CHUNK % MSDA_SPLIT != 0 && k >= MSDA_CHUNK) break;
+                const int level = MSDA_CHUNK >= MSDA_K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
+                const msda_address below = (msda_address)levels[level].w * (MSDA_STRIDE * sizeof(msda_value));
+                const msda_sample sample = MSDA_SCREENED ? ahead : of_query[k];
+                if (MSDA_SCREENED) ahead = of_query[min(k + MSDA_SPLIT, MSDA_CHUNK - 1)];
+                msda_accumulate(sum, row, sample, image, below, lane);
+            }
+        }
+        __syncwarp();
+    }
+
+#pragma unroll
+    for (int mask = MSDA_LANES * MSDA_HEADS; mask < MSDA_LANES * MSDA_HEADS * MSDA_SPLIT; mask *= 2)
 #pragma unroll
         for (int turn = 0; turn < MSDA_TURNS; ++turn)
 #pragma unroll
-            for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = 0;
-        msda_values row[4];
+            for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] += __shfl_xor_sync(0xffffffffu, sum[turn][v], mask);
+    if (msda_number(q) >= 0 && turn_of_group == 0) {
+        msda_value* target = output + ((work.image * Q + msda_number(q)) * MSDA_M + work.m + head) * MSDA_D;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) row[c].word = decltype(row[c].word)();
-
-#pragma unroll 1
-        for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-#if MSDA_ALONE
-            msda_fill_marked(samples, levels, raw, k0);
-#else
-            msda_fill(samples, shared, raw, round, k0);
-#endif
-            __syncwarp();
-            if (k0 + MSDA_CHUNK < MSDA_K) {
-                msda_load_raw(raw, shared, round, k0 + MSDA_CHUNK, locations, weights, references);
-            } else if (round + 1 < MSDA_ROUNDS) {
-                msda_load_raw(raw, shared, round + 1, 0, locations, weights, references);
-            }
-            if (active) {
-                const msda_sample* of_query = samples + slot * MSDA_PITCH;
-                msda_sample ahead = of_query[turn_of_group];   // read early, so that the next rows do not wait for it
-#pragma unroll msda_unroll
-                for (int step = 0; step < MSDA_CHUNK; step += MSDA_SPLIT) {
-                    const int k = step + turn_of_group;
-                    if (MSDA_CHUNK % MSDA_SPLIT != 0 && k >= MSDA_CHUNK) break;
-                    const int level = MSDA_CHUNK >= MSDA_K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
-                    const msda_address below =
-                        (msda_address)levels[level].w * (MSDA_STRIDE * sizeof(msda_value));
-                    const msda_sample sample = MSDA_SCREENED ? ahead : of_query[k];
-                    if (MSDA_SCREENED) ahead = of_query[min(k + MSDA_SPLIT, MSDA_CHUNK - 1)];
-                    msda_accumulate(sum, row, sample, image, below, lane);
-                }
-            }
-            __syncwarp();
-        }
-
+        for (int turn = 0; turn < MSDA_TURNS; ++turn) {
+            const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
+            if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
+            msda_values out;
 #pragma unroll
-        for (int mask = MSDA_LANES * MSDA_HEADS; mask < MSDA_LANES * MSDA_HEADS * MSDA_SPLIT; mask *= 2)
-#pragma unroll
-            for (int turn = 0; turn < MSDA_TURNS; ++turn)
-#pragma unroll
-                for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] += __shfl_xor_sync(0xffffffffu, sum[turn][v], mask);
-        if (msda_number(q) >= 0 && turn_of_group == 0) {
-            msda_value* target = output + ((work.image * Q + msda_number(q)) * MSDA_M + work.m + head) * MSDA_D;
-#pragma unroll
-            for (int turn = 0; turn < MSDA_TURNS; ++turn) {
-                const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
-                if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
-                msda_values out;
-#pragma unroll
-                for (int v = 0; v < MSDA_VEC; ++v) msda_store(sum[turn][v], out.element[v]);
-                __stcs(reinterpret_cast<decltype(out.word)*>(target + channel), out.word);
-            }
+            for (int v = 0; v < MSDA_VEC; ++v) msda_store(sum[turn][v], out.element[v]);
+            __stcs(reinterpret_cast<decltype(out.word)*>(target + channel), out.word);
         }
     }
 }

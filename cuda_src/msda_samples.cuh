@@ -95,13 +95,13 @@ __device__ __forceinline__ unsigned msda_ones(unsigned) { return ~0u; }
 
 // `locations` and `weights` begin at the first sample, `references` at the image.
 __device__ __forceinline__ void msda_load_raw(
-        msda_raw& raw, const msda_shared& shared, int round, int k0, const msda_location* __restrict__ locations,
+        msda_raw& raw, const msda_queries& queries, int round, int k0, const msda_location* __restrict__ locations,
         const msda_location* __restrict__ weights, [[maybe_unused]] const msda_reference* __restrict__ references) {
 #pragma unroll
     for (int fill = 0; fill < MSDA_FILLS; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
         const int slot = i / MSDA_SPAN, k = k0 + i % MSDA_SPAN;
-        const msda_index q = msda_query_of(shared, round, slot / MSDA_HEADS);
+        const msda_index q = msda_query_of(queries, round, slot / MSDA_HEADS);
 #if MSDA_ALONE
         raw.xy[fill].word = msda_ones(raw.xy[fill].word);   // NaN: where there is no sample, none that counts
 #endif

@@ -387,7 +387,7 @@ def shared_bytes(key: KernelKey) -> int:
     held = key.warps * (key.rounds if key.merge else 1) * key.queries * key.heads
     samples = held * (key.chunk | 1) * sample_bytes(key.index_64, accumulator_of(key.value_dtype))
     index = 8 if key.index_64 else 4
-    queries = key.rounds * key.warps * key.queries * index
+    queries = 0 if key.alone else key.rounds * key.warps * key.queries * index
     copies = key.warps if key.alone else 1
     size = -(-(samples + copies * key.L * LEVEL_BYTES + queries) // 16) * 16
     merging = (4 << key.merge) + 4 * key.warps + 2 * held * key.chunk if key.merge else 0
