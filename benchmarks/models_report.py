@@ -10,16 +10,19 @@ from typing import Any
 Record = dict[str, Any]
 
 
+def _row(record: Record) -> tuple[str, str, str]:
+    return record["model"], record["dtype"], record["mode"]
+
+
 def newest(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
-    """The newest result of each model, among files that each hold the records of one or more."""
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    results = [(path, json.loads(path.read_text())) for path in paths]
-    for path, result in sorted(results, key=lambda pair: pair[1]["provenance"]["date"]):
-        found |= {record["model"]: (path, result) for record in result["records"]}
-    return {
-        path: result | {"records": [r for r in result["records"] if found[r["model"]][0] == path]}
-        for path, result in sorted(found.values(), key=lambda pair: (pair[1]["provenance"]["date"], pair[0].name))
-    }
+    """The newest records of each model, dtype and mode, in the results that they are from, oldest first."""
+    results = sorted(
+        ((path, json.loads(path.read_text())) for path in paths),
+        key=lambda pair: (pair[1]["provenance"]["date"], pair[0].name),
+    )
+    found = {_row(record): path for path, result in results for record in result["records"]}
+    kept = {path: [r for r in result["records"] if found[_row(r)] == path] for path, result in results}
+    return {path: result | {"records": kept[path]} for path, result in results if kept[path]}
 
 
 def by_row(results: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], dict[bool, Record]]:
@@ -27,19 +30,21 @@ def by_row(results: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], dict
     rows: dict[tuple[str, str, str], dict[bool, Record]] = {}
     for record in (record for result in results for record in result["records"]):
         if "images_per_second" in record:
-            rows.setdefault((record["model"], record["dtype"], record["mode"]), {})[record["served"]] = record
+            rows.setdefault(_row(record), {})[record["served"]] = record
     return {key: pair for key, pair in rows.items() if len(pair) == 2}
 
 
 def table(results: Collection[dict[str, Any]], recorded: str) -> str:
-    """Markdown: images a second, memory and the operator's share, as the model is and served."""
-    heads = ["images", "images / s", "served", "peak MiB", "served", "operator's share of the GPU's time", "served"]
+    """Markdown: images a second, the GPU's time, memory and the operator's share, as the model is and served."""
+    heads = ["images", "images / s", "served", "GPU, ms a call", "served", "peak MiB", "served"]
+    heads += ["operator's share of the GPU's time", "served"]
     lines = [f"| model | {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 1)}"]
     rows = by_row(results)
     for (model, dtype, mode), pair in rows.items():
         H, W = pair[False]["size"]
         cells = [f"{pair[False]['N']} of {H}x{W}"]
         cells += [f"{pair[served]['images_per_second']:.1f}" for served in (False, True)]
+        cells += [f"{t / 1e3:.1f}" if (t := pair[served].get("gpu_us")) else "" for served in (False, True)]
         cells += [f"{pair[served]['peak_bytes'] / 2**20:.0f}" for served in (False, True)]
         shares = (pair[served].get("share_of_operator") for served in (False, True))
         cells += ["" if share is None else f"{100 * share:.1f} %" for share in shares]
@@ -57,24 +62,27 @@ def table(results: Collection[dict[str, Any]], recorded: str) -> str:
         "",
         "Models of transformers with random weights, as they are and inside `cupy_msda.torch.transformers.patch()`; "
         "float32 is TF32 in matrix products. In eager float32 no output differs by more than "
-        f"{max(apart):.0e} of its norm. {with_grads}Eager models of this size are bound by the host. {recorded}",
+        f"{max(apart):.0e} of its norm. {with_grads}Eager models of this size are bound by the host, and so are "
+        "compiled ones where the GPU needs much less than a call takes: their images a second vary from run to run. "
+        f"{recorded}",
     ]
     return "\n".join(lines)
 
 
 def plot(results: Iterable[dict[str, Any]], path: Path) -> None:
-    """Images a second, peak memory and the operator's share, as the models are and served."""
+    """Images a second, the GPU's time, peak memory and the operator's share, as the models are and served."""
     from matplotlib.figure import Figure
 
     rows = by_row(results)
     labels = [f"{model}\n{dtype}, {mode}" for model, dtype, mode in rows]
-    figure = Figure(figsize=(13, 0.5 * len(rows) + 1), layout="constrained")
+    figure = Figure(figsize=(16, 0.5 * len(rows) + 1), layout="constrained")
     panels = (
         ("images a second", lambda r: r["images_per_second"]),
+        ("GPU, ms a call", lambda r: r.get("gpu_us", float("nan")) / 1e3),
         ("peak memory, GiB", lambda r: r["peak_bytes"] / 2**30),
         ("operator's share of the GPU's time, %", lambda r: 100 * r.get("share_of_operator", float("nan"))),
     )
-    for ax, (title, number) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
+    for ax, (title, number) in zip(figure.subplots(1, 4, sharey=True), panels, strict=True):
         for served, label in ((False, "as it is"), (True, "served")):
             places = [y + 0.4 * served for y in range(len(rows))]
             bars = ax.barh(places, [number(pair[served]) for pair in rows.values()], 0.4, label=label)

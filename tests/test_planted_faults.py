@@ -17,13 +17,12 @@ CHECKED = [
     Case("tail_and_chunks", levels=((4, 5), (3, 3), (2, 2)), N=2, M=2, D=32, P=24, queries=5),
 ]
 FILL = (
-    "msda_fill_marked(samples, levels, raw, k0);\n#else\n            msda_fill(samples, shared, raw, round, k0);\n"
-    "#endif\n            __syncwarp();"
+    "msda_fill_marked(samples, levels, raw, k0);\n#else\n        msda_fill(samples, shared, raw, 0, k0);\n"
+    "#endif\n        __syncwarp();"
 )
 BACKWARD_FILL = "msda_fill(samples, shared, raw, round, k0);\n            __syncwarp();"
 SUM = "sum[turn][v] = fma(weight[c], x[v], sum[turn][v]);"
 HALF_SUM = "{ msda_f16 half; msda_store(fma(weight[c], x[v], sum[turn][v]), half); sum[turn][v] = msda_load(half); }"
-QUERIES = "shared.levels[threadIdx.x / 32], packed, lengths, Q);\n    }\n    __syncwarp();"
 
 # name: (kernel, text of the source, what it becomes)
 FAULTS = {
@@ -38,15 +37,15 @@ FAULTS = {
     ),
     "missing barrier before the next chunk": (
         "forward",
-        "            __syncwarp();\n        }\n\n#pragma unroll\n        for (int mask",
-        "        }\n\n#pragma unroll\n        for (int mask",
+        "        __syncwarp();\n    }\n\n#pragma unroll\n    for (int mask",
+        "    }\n\n#pragma unroll\n    for (int mask",
     ),
     "missing barrier before the gradients": (
         "backward",
         "            __syncwarp();\n#if MSDA_GRAD_SAMPLES\n            msda_w",
         "#if MSDA_GRAD_SAMPLES\n            msda_w",
     ),
-    "missing barrier after the queries": ("forward", QUERIES, QUERIES.replace("\n    __syncwarp();", "")),
+    "queries of another warp": ("forward", "msda_query_at(work, warp * MSDA_QUERIES + lane,", "msda_query_at(work, lane,"),
     "vote of the block that is the warp's own": (
         "backward",
         "__syncthreads_or(packed);",
