@@ -147,10 +147,10 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
 
     msda_raw raw;
     msda_load_raw(raw, queries, 0, 0, locations, weights, references);
+    const msda_index q = msda_query_of(queries, 0, local);
 #if MSDA_ALONE && !MSDA_BAND
     msda_begin_levels(shared, metadata, S, Q);   // while the samples come
 #endif
-    const msda_index q = msda_query_of(queries, 0, local);
     const bool active = q >= 0;
     msda_sums sum;
 #pragma unroll

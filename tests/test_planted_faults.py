@@ -45,7 +45,7 @@ FAULTS = {
         "            __syncwarp();\n#if MSDA_GRAD_SAMPLES\n            msda_w",
         "#if MSDA_GRAD_SAMPLES\n            msda_w",
     ),
-    "queries of another warp": ("forward", "msda_query_at(work, warp * MSDA_QUERIES + lane,", "msda_query_at(work, lane,"),
+    "queries of another warp": ("forward", "at(work, warp * MSDA_QUERIES + lane,", "at(work, lane,"),
     "vote of the block that is the warp's own": (
         "backward",
         "__syncthreads_or(packed);",
