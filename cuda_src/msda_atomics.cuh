@@ -148,7 +148,7 @@ __device__ __forceinline__ void msda_add_merged(
         int level[msda_unroll];
 #pragma unroll
         for (int u = 0; u < msda_unroll; ++u) {
-            const int place = shared.order[min(i + u, last - 1)], query = place / MSDA_PITCH;
+            const unsigned place = shared.order[min(i + u, last - 1)], query = place / MSDA_PITCH;
             sample[u] = samples[place];
             level[u] = MSDA_LEVEL_OF(k0 + (place - query * MSDA_PITCH));
             row[u] = msda_read((msda_address)(incoming + (long long)shared.query[query] * (MSDA_M * MSDA_D)));
