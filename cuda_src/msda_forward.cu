@@ -1,6 +1,6 @@
 // Forward: output[n, q, m] = sum over samples of attention * bilinear(value[n, :, m]).
 //
-// A warp takes MSDA_QUERIES queries of MSDA_HEADS neighbouring heads at a time. Its lanes first work out the samples, one
+// A warp takes MSDA_QUERIES queries of MSDA_HEADS neighbouring heads. Its lanes first work out the samples, one
 // each, into shared memory; then MSDA_LANES lanes a query and head read the four rows of each sample and accumulate MSDA_VEC
 // channels each in registers. Where queries are not pixels, MSDA_SPLIT groups of lanes share the samples of a query, and add
 // up their sums at the end. No warp waits for another.
@@ -75,6 +75,8 @@ __device__ __forceinline__ void msda_fill_marked(
         }
     }
 }
+
+static_assert(MSDA_ROUNDS == 1, "a warp of the forward takes its queries at once");
 
 typedef msda_acc msda_sums[MSDA_TURNS][MSDA_VEC];
 

@@ -93,7 +93,7 @@ __device__ __forceinline__ uint2 msda_ones(uint2) { return {~0u, ~0u}; }
 __device__ __forceinline__ unsigned msda_ones(unsigned) { return ~0u; }
 #endif
 
-// `locations` and `weights` begin at the first sample, `references` at the image.
+// `locations` and `weights` begin at the first sample, `references` at the image. By all lanes of a warp.
 __device__ __forceinline__ void msda_load_raw(
         msda_raw& raw, const msda_queries& queries, int round, int k0, const msda_location* __restrict__ locations,
         const msda_location* __restrict__ weights, [[maybe_unused]] const msda_reference* __restrict__ references) {

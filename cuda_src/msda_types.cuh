@@ -23,7 +23,7 @@
 //   MSDA_HEADS        neighbouring heads that a warp works on at a time, in the forward; 1 elsewhere
 //   MSDA_CHUNK        samples of a query that are in shared memory at a time
 //   MSDA_WARPS        warps of a block, all on one head
-//   MSDA_ROUNDS       groups of queries that a warp takes one after the other
+//   MSDA_ROUNDS       groups of queries that a warp takes one after the other, in the backward; 1 elsewhere
 //   MSDA_MIN_BLOCKS   blocks that should fit on a multiprocessor: caps the registers
 //   MSDA_UNROLL       samples whose rows are loaded before the first is used
 //   MSDA_ROWS         rows of value in a bin, of the kernels that sum grad_value without atomics: a power of two; 0 elsewhere
