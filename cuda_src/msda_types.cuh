@@ -22,7 +22,7 @@
 //   MSDA_SPLIT        groups of MSDA_LANES lanes that share the samples of one (n, q, m), in the forward; 1 elsewhere
 //   MSDA_HEADS        neighbouring heads that a warp works on at a time, in the forward; 1 elsewhere
 //   MSDA_CHUNK        samples of a query that are in shared memory at a time
-//   MSDA_WARPS        warps of a block, all on one head
+//   MSDA_WARPS        warps of a block, all on the same heads
 //   MSDA_ROUNDS       groups of queries that a warp takes one after the other, in the backward; 1 elsewhere
 //   MSDA_MIN_BLOCKS   blocks that should fit on a multiprocessor: caps the registers
 //   MSDA_UNROLL       samples whose rows are loaded before the first is used

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import cases, implementations, report, run, variants
+from benchmarks import cases, implementations, models_report, report, run, variants
 from cupy_msda import kernels, plan, problem
 
 SMALL = {
@@ -125,6 +125,21 @@ def test_models_end_to_end(tmp_path):
         assert record["images_per_second"] > 0
     assert gradients["parameters"] > 100
     assert gradients["gradient_error_served"] < 2 * gradients["gradient_error_as_it_is"] < 1e-4
+
+
+def test_newest_record_of_each_row_of_the_models(tmp_path):
+    def row(mode, number):
+        return {"model": "D-FINE", "dtype": "float32", "mode": mode, "number": number}
+
+    dated = {"old": ("2026-01-01", [row("eager", 1), row("compiled", 2)]), "new": ("2026-01-02", [row("compiled", 3)])}
+    for name, (date, records) in dated.items():
+        result = {"provenance": {"date": date}, "records": records}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    found = models_report.newest(tmp_path.glob("*.json"))
+    assert {path.stem: [r["number"] for r in result["records"]] for path, result in found.items()} == {
+        "old": [1],
+        "new": [3],
+    }
 
 
 @pytest.mark.parametrize("part", report.PARTS)
