@@ -31,7 +31,9 @@ def by_row(results: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], dict
     for record in (record for result in results for record in result["records"]):
         if "images_per_second" in record:
             rows.setdefault(_row(record), {})[record["served"]] = record
-    return {key: pair for key, pair in rows.items() if len(pair) == 2}
+    # A model's rows may come from several files.
+    order = sorted(rows, key=lambda row: (row[0], row[1] != "float32", row[2] != "eager"))
+    return {row: rows[row] for row in order if len(rows[row]) == 2}
 
 
 def table(results: Collection[dict[str, Any]], recorded: str) -> str:
