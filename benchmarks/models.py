@@ -173,10 +173,8 @@ def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds:
                 record["peak_bytes"] = torch.cuda.max_memory_allocated() - held
             if compiled:
                 record["time"] = summary([subject.seconds() for _ in range(rounds)])
+            with contextlib.nullcontext() if compiled else marked(detector.family, subject.model):
                 times = times_of(subject.outputs, device)
-            else:
-                with marked(detector.family, subject.model):
-                    times = times_of(subject.outputs, device)
             if device == "cuda":
                 record["gpu_us"] = times["all"]
             # What is compiled has no range around the operator, but our kernels have names.
