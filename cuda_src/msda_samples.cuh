@@ -1,8 +1,8 @@
 // The samples of a warp, from global memory to prepared ones in shared memory: locations and weights, or with a front end
 // offsets from reference points and logits.
 
-// One sample a lane and turn, from global memory. The loads of the next round are issued before the current one is
-// worked on, so that their latency is hidden.
+// One sample a lane and turn, from global memory. The loads of the next chunk or round are issued before the current
+// one is worked on, so that their latency is hidden.
 
 // Samples of a query that lanes have a place for: with a softmax over them a power of two, or a multiple of a warp.
 #if MSDA_FRONT
