@@ -189,8 +189,9 @@ def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds:
             torch.compiler.reset()
     if not compiled:
         samples: list[list[float]] = [[], []]
-        for _ in range(rounds):
-            for subject, found in zip(subjects, samples, strict=True):
+        for turn in range(rounds):
+            pairs = list(zip(subjects, samples, strict=True))
+            for subject, found in pairs if turn % 2 else reversed(pairs):
                 with subject.setting():
                     found.append(subject.seconds())
         for record, found in zip(records, samples, strict=True):
