@@ -152,8 +152,9 @@ def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds:
     """Two records: of the model as it is, and served.
 
     Eager models are timed in turn, because their time is the host's and drifts; compiled ones one after the other,
-    because what is compiled depends on what is patched. Where the host is the limit such times do not compare (D-FINE
-    in bfloat16, the same code: 23 to 50 ms a call in four processes); the GPU's time does.
+    because torch's compiler keeps code by class: a served model would run what was compiled for the other. Where the
+    host is the limit such times do not compare (Mask2Former in bfloat16, the same code in one process: 27 to 43 ms a
+    call); the GPU's time does.
     """
     subjects, records, exact = [], [], []
     for served in (False, True):

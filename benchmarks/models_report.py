@@ -36,6 +36,17 @@ def by_row(results: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], dict
     return {row: rows[row] for row in order if len(rows[row]) == 2}
 
 
+def host_bound(record: Record) -> bool:
+    """Whether the GPU waits for the host for more than a third of a call."""
+    return record.get("gpu_us", float("inf")) < 2 / 3 * record["time"]["median_us"]
+
+
+def _rate(record: Record) -> str:
+    """Images a second, in italics where they say more about the host than about the GPU."""
+    rate = f"{record['images_per_second']:.1f}"
+    return f"*{rate}*" if host_bound(record) else rate
+
+
 def table(results: Collection[dict[str, Any]], recorded: str) -> str:
     """Markdown: images a second, the GPU's time, memory and the operator's share, as the model is and served."""
     heads = ["images", "images / s", "served", "GPU, ms a call", "served", "peak MiB", "served"]
@@ -45,7 +56,7 @@ def table(results: Collection[dict[str, Any]], recorded: str) -> str:
     for (model, dtype, mode), pair in rows.items():
         H, W = pair[False]["size"]
         cells = [f"{pair[False]['N']} of {H}x{W}"]
-        cells += [f"{pair[served]['images_per_second']:.1f}" for served in (False, True)]
+        cells += [_rate(pair[served]) for served in (False, True)]
         cells += [f"{t / 1e3:.1f}" if (t := pair[served].get("gpu_us")) else "" for served in (False, True)]
         cells += [f"{pair[served]['peak_bytes'] / 2**20:.0f}" for served in (False, True)]
         shares = (pair[served].get("share_of_operator") for served in (False, True))
@@ -64,8 +75,8 @@ def table(results: Collection[dict[str, Any]], recorded: str) -> str:
         "",
         "Models of transformers with random weights, as they are and inside `cupy_msda.torch.transformers.patch()`; "
         "float32 is TF32 in matrix products. In eager float32 no output differs by more than "
-        f"{max(apart):.0e} of its norm. {with_grads}Eager models of this size are bound by the host, and so are "
-        "compiled ones where the GPU needs much less than a call takes: their images a second vary from run to run. "
+        f"{max(apart):.0e} of its norm. {with_grads}In italics: the GPU waits for the host for more than a third "
+        "of a call, and the host's time for the same code varied twofold within minutes; compare the GPU's time there. "
         f"{recorded}",
     ]
     return "\n".join(lines)
@@ -88,10 +99,14 @@ def plot(results: Iterable[dict[str, Any]], path: Path) -> None:
         for served, label in ((False, "as it is"), (True, "served")):
             places = [y + 0.4 * served for y in range(len(rows))]
             bars = ax.barh(places, [number(pair[served]) for pair in rows.values()], 0.4, label=label)
+            if title == "images a second":
+                for bar, pair in zip(bars, rows.values(), strict=True):
+                    bar.set_alpha(0.4 if host_bound(pair[served]) else 1)
             ax.bar_label(bars, fmt="%.1f", padding=2, fontsize="small")
         ax.set_title(title)
         ax.set_yticks([y + 0.2 for y in range(len(rows))], labels, fontsize="small")
         ax.margins(x=0.15)
     figure.axes[0].invert_yaxis()
+    figure.axes[0].set_xlabel("pale: the GPU waits for the host")
     figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=80)

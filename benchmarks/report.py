@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +147,11 @@ def front_end_table(path: Path, result: dict[str, Any]) -> str:
 def models_table() -> str:
     """Markdown: models of transformers from end to end, each from its newest record."""
     results = models_report.newest(RESULTS.glob(PARTS["models"]))
-    runs = groupby(results, key=lambda path: results[path]["provenance"])
-    return models_report.table(results.values(), " ".join(recorded(where, *paths) for where, paths in runs))
+    alike: dict[str, list[Path]] = {}
+    for path, result in results.items():
+        alike.setdefault(recorded(result["provenance"]), []).append(path)
+    runs = (recorded(results[paths[0]]["provenance"], *paths) for paths in alike.values())
+    return models_report.table(results.values(), " ".join(runs))
 
 
 def enclosed(part: str) -> str:

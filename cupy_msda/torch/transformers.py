@@ -112,7 +112,8 @@ def patch(*families: str) -> Patch:
 
     Notes
     -----
-    A model that was compiled before goes on with what it was compiled with; patch first.
+    What was compiled before goes on with what it was compiled with, and so does a new model of the same class, because
+    ``torch.compile`` keeps code by class: patch first, or call ``torch.compiler.reset()`` after patching.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ModuleNotFoundError("transformers is not installed: pip install transformers")
