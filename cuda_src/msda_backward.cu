@@ -2,77 +2,22 @@
 // and MSDA_GRAD_WEIGHTS ask for them.
 //
 // Warps, lanes and samples are those of the forward. For each sample the lanes sum the products of grad_output with the
-// four rows of value, or, where locations need no gradient, with what is interpolated between them. Those sums replace the
-// sample in shared memory, and at the end of a chunk one lane a sample turns them into the gradients of location and weight
-// (msda_gradients.cuh). On the way weight * grad_output is added to the four rows of grad_value, or, with MSDA_MERGE, a
-// chunk of all queries of the block is added up before (msda_atomics.cuh).
-
-#define MSDA_HOLD (MSDA_TURNS <= 4)
-
-__device__ __forceinline__ void msda_read_incoming(
-        const msda_value* incoming, int turn, int lane, msda_acc (&grad)[MSDA_VEC]) {
-    const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
-    if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) return;
-    msda_unpack(msda_read((msda_address)(incoming + channel)), grad);
-}
-
-#if MSDA_GRAD_SAMPLES
-__device__ __forceinline__ msda_acc msda_shuffle(msda_acc x, int mask) {
-    return __shfl_xor_sync(0xffffffffu, x, mask);
-}
-
-// Sums `dot` over the lanes of a query, all lanes get it.
-__device__ __forceinline__ msda_acc msda_reduce(msda_acc dot) {
-#pragma unroll
-    for (int mask = 1; mask < MSDA_LANES; mask *= 2) dot += msda_shuffle(dot, mask);
-    return dot;
-}
-
-// Sums `dot` over the lanes of a query. Lane 0 to 3 end with sum number `lane` of the four (all four in lane 0 of 1,
-// two each in lanes 0 and 1 of 2): halves are exchanged, so the whole costs 4 shuffles for 8 lanes instead of 12.
-__device__ __forceinline__ void msda_reduce(msda_acc (&dot)[4], int lane) {
-#if MSDA_LANES >= 2
-    const bool odd = lane & 1;
-    dot[0] = (odd ? dot[1] : dot[0]) + msda_shuffle(odd ? dot[0] : dot[1], 1);
-    dot[2] = (odd ? dot[3] : dot[2]) + msda_shuffle(odd ? dot[2] : dot[3], 1);
-#endif
-#if MSDA_LANES >= 4
-    const bool high = lane & 2;
-    dot[0] = (high ? dot[2] : dot[0]) + msda_shuffle(high ? dot[0] : dot[2], 2);
-#pragma unroll
-    for (int mask = 4; mask < MSDA_LANES; mask *= 2) dot[0] += msda_shuffle(dot[0], mask);
-#endif
-}
-#endif
-
-// grad_output of one query at the channels of a lane: held in registers unless a head has very many channels.
-struct msda_held {
-    msda_acc grad[MSDA_HOLD ? MSDA_TURNS : 1][MSDA_VEC];
-};
-
-__device__ __forceinline__ msda_held msda_hold(const msda_value* incoming, int lane) {
-    msda_held held;
-#if MSDA_HOLD
-#pragma unroll
-    for (int turn = 0; turn < MSDA_TURNS; ++turn) msda_read_incoming(incoming, turn, lane, held.grad[turn]);
-#else
-#pragma unroll
-    for (int v = 0; v < MSDA_VEC; ++v) held.grad[0][v] = 0;
-#endif
-    return held;
-}
+// four rows of value, or, where locations need no gradient, with what is interpolated between them (msda_products.cuh).
+// Those sums replace the sample in shared memory, and at the end of a chunk one lane a sample turns them into the gradients
+// of location and weight (msda_gradients.cuh). On the way weight * grad_output is added to the four rows of grad_value, or,
+// with MSDA_MERGE, a chunk of all queries of the block is added up before (msda_atomics.cuh).
 
 #if MSDA_GRAD_SAMPLES || !MSDA_MERGE
-// The products of grad_output with the rows of the warp's samples [k0, k0 + MSDA_CHUNK), into the places of the samples,
-// and what each sample adds to grad_value unless that is merged. `value` and `grad_value` begin at row 0 of the image, at
-// the channels of this lane.
+// The products of grad_output with the rows of this lane's query's samples [k0, k0 + MSDA_CHUNK), into their places, and
+// what each sample adds to grad_value unless that is merged. `value` and `grad_value` begin at row 0 of the image, at the
+// channels of this lane. By all lanes of a warp.
 __device__ __forceinline__ void msda_multiply_chunk(
         const msda_shared& shared, msda_sample* samples, int k0, const msda_value* incoming, msda_held& held,
         msda_address value, msda_address grad_value) {
-    const int local = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
+    const int lane = threadIdx.x % 32 % MSDA_ROW_LANES;
 #pragma unroll msda_unroll
     for (int k = 0; k < MSDA_CHUNK; ++k) {
-        const msda_sample sample = samples[local * MSDA_PITCH + k];
+        const msda_sample sample = samples[k];
         const int inside = (int)sample.place;
         const int level = min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
         // Of the upper rows, and what the lower ones are further on.
@@ -86,58 +31,43 @@ __device__ __forceinline__ void msda_multiply_chunk(
         msda_weights(sample, weight);
 #endif
 #if MSDA_GRAD_SAMPLES
-        msda_acc dot[4] = {0, 0, 0, 0};
+        msda_products products = {};
 #endif
 #pragma unroll
         for (int turn = 0; turn < MSDA_TURNS; ++turn) {
             const int channel = turn * MSDA_STEP;
-            if (MSDA_D % MSDA_STEP != 0 && channel + lane * MSDA_VEC >= MSDA_D) continue;
-            msda_acc(&grad)[MSDA_VEC] = held.grad[MSDA_HOLD ? turn : 0];
+            if (MSDA_D % MSDA_STEP != 0 && channel + lane * MSDA_ROW_VEC >= MSDA_D) continue;
+#if MSDA_MATRIX
+            msda_part x[MSDA_CORNERS];
+#pragma unroll
+            for (int c = 0; c < MSDA_CORNERS; ++c) {
+                const msda_address right = ((c & 1) * MSDA_STRIDE + channel) * sizeof(msda_value);
+                x[c] = msda_read_if<MSDA_ROW_VEC>(inside >> c & 1, upper + (c >> 1) * below + right);
+            }
+            msda_add_products(products, held, turn, x);
+#else
+            msda_acc(&grad)[MSDA_ROW_VEC] = held.grad[MSDA_HOLD ? turn : 0];
             if (!MSDA_HOLD) msda_read_incoming(incoming, turn, lane, grad);
 #pragma unroll
             for (int c = 0; c < MSDA_CORNERS; ++c) {
                 const bool present = inside >> c & 1;
 #if MSDA_GRAD_SAMPLES
                 const msda_address right = (c & 1) * MSDA_STRIDE + channel;
-                msda_acc x[MSDA_VEC];
-                msda_unpack(msda_read_if(present, upper + (c >> 1) * below + right * sizeof(msda_value)), x);
-#pragma unroll
-                for (int v = 0; v < MSDA_VEC; ++v) dot[c] = fma(grad[v], x[v], dot[c]);
+                const msda_address row = upper + (c >> 1) * below + right * sizeof(msda_value);
+                msda_add_products(products, grad, c, msda_read_if<MSDA_ROW_VEC>(present, row));
 #endif
 #if MSDA_GRAD_VALUE && !MSDA_MERGE
-                msda_acc part[MSDA_VEC];
+                msda_acc part[MSDA_ROW_VEC];
 #pragma unroll
-                for (int v = 0; v < MSDA_VEC; ++v) part[v] = weight[c] * grad[v];
+                for (int v = 0; v < MSDA_ROW_VEC; ++v) part[v] = weight[c] * grad[v];
                 const msda_address right_grad = (c & 1) * MSDA_GRAD_STRIDE + channel * sizeof(msda_acc);
                 msda_add_if(present, upper_grad + (c >> 1) * below_grad + right_grad, part);
 #endif
             }
+#endif
         }
 #if MSDA_GRAD_SAMPLES
-#if MSDA_GRAD_LOCATIONS
-        msda_reduce(dot, lane);
-#else
-        msda_sample alone = sample;
-        alone.attention = 1;
-        msda_acc share[4];
-        msda_weights(alone, share);
-        msda_acc interpolated = 0;
-#pragma unroll
-        for (int c = 0; c < MSDA_CORNERS; ++c) interpolated = fma(share[c], dot[c], interpolated);
-        interpolated = msda_reduce(interpolated);
-#endif
-        __syncwarp();   // every lane has read the sample
-        msda_acc* target = reinterpret_cast<msda_acc*>(samples + local * MSDA_PITCH + k);
-#if !MSDA_GRAD_LOCATIONS
-        if (lane == 0) target[0] = interpolated;
-#elif MSDA_LANES == 1
-        for (int c = 0; c < 4; ++c) target[c] = dot[c];
-#elif MSDA_LANES == 2
-        target[lane] = dot[0];
-        target[lane + 2] = dot[2];
-#else
-        if (lane < 4) target[lane] = dot[0];
-#endif
+        msda_write_products(reinterpret_cast<msda_acc*>(samples + k), products, sample, lane);
 #endif
     }
 }
@@ -152,7 +82,7 @@ struct msda_arrays {
     msda_location* grad_weights;
     msda_acc* grad_references;
     const msda_value* grad_output;
-    msda_address value, grad_value;     // at the channels of a lane
+    msda_address value, grad_value;     // at the channels of a lane, of products and of sums
 };
 
 extern "C" __global__ void MSDA_BOUNDS msda_backward(
@@ -176,7 +106,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
     if (!MSDA_MERGE) msda_keep(work.m);
     msda_begin(shared, work, metadata, lengths, S, Q);
     [[maybe_unused]] const int local = threadIdx.x % 32 / MSDA_LANES;
-    const int lane = threadIdx.x % 32 % MSDA_LANES;
+    const int lane = threadIdx.x % 32 % MSDA_LANES, row_lane = threadIdx.x % 32 % MSDA_ROW_LANES;
     msda_arrays block;
     block.locations = locations + msda_first_element(work, Q_, MSDA_LOCATIONS_PITCH);
     block.weights = weights + msda_first_element(work, Q_, MSDA_WEIGHTS_PITCH);
@@ -187,7 +117,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
         MSDA_GRAD_REFERENCES ? grad_references + msda_first_element(work, Q_, MSDA_L * MSDA_FRONT) : nullptr;
     block.grad_output = grad_output + (work.image * Q_ * MSDA_M + work.m) * MSDA_D;
     block.value = (msda_address)value +
-                  (work.image * image_stride + work.m * head_stride + lane * MSDA_VEC) * sizeof(msda_value);
+                  (work.image * image_stride + work.m * head_stride + row_lane * MSDA_ROW_VEC) * sizeof(msda_value);
     block.grad_value = (msda_address)grad_value +
                        (work.image * S * (MSDA_M * MSDA_D) + work.m * MSDA_D + lane * MSDA_VEC) * sizeof(msda_acc);
 
@@ -205,22 +135,33 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
         __syncthreads();
 #if MSDA_GRAD_SAMPLES
 #pragma unroll 1
-        for (int round = 0; round < MSDA_ROUNDS; ++round) {
-            const msda_index q = msda_query_of(shared, round, local);
+        for (int round = 0; round < MSDA_ROUNDS; round += MSDA_JOINED) {
+            const int joined = threadIdx.x % 32 / MSDA_ROW_LANES, mine = joined % MSDA_QUERIES;
+            const int round_of_mine = round + joined / MSDA_QUERIES;
+            const msda_index q = msda_query_of(shared, round_of_mine, mine);
             const msda_value* incoming = block.grad_output + (long long)(q < 0 ? 0 : q) * (MSDA_M * MSDA_D);
-            msda_held held = msda_hold(incoming, lane);
-            msda_raw raw;
-            msda_load_raw(raw, shared, round, k0, block.locations, block.weights, block.references);
-            msda_sample* samples = shared.samples[round * MSDA_WARPS + threadIdx.x / 32];
+            msda_held held = msda_hold(incoming, row_lane);
+            msda_raw raw[MSDA_JOINED];
+            msda_sample* samples[MSDA_JOINED];
+#pragma unroll
+            for (int j = 0; j < MSDA_JOINED; ++j) {
+                msda_load_raw(raw[j], shared, round + j, k0, block.locations, block.weights, block.references);
+                samples[j] = shared.samples[(round + j) * MSDA_WARPS + threadIdx.x / 32];
 #if MSDA_FRONT
-            msda_recall_weights(raw, samples);
+                msda_recall_weights(raw[j], samples[j]);
 #endif
-            msda_multiply_chunk(shared, samples, k0, incoming, held, block.value, block.grad_value);
+            }
+            msda_sample* samples_of_mine =
+                shared.samples[round_of_mine * MSDA_WARPS + threadIdx.x / 32] + mine * MSDA_PITCH;
+            msda_multiply_chunk(shared, samples_of_mine, k0, incoming, held, block.value, block.grad_value);
             __syncwarp();
-            msda_write_samples(samples, shared, raw, round, k0, block.grad_locations, block.grad_weights);
+#pragma unroll
+            for (int j = 0; j < MSDA_JOINED; ++j) {
+                msda_write_samples(samples[j], shared, raw[j], round + j, k0, block.grad_locations, block.grad_weights);
 #if MSDA_GRAD_REFERENCES
-            msda_write_references(samples, shared, round, block.grad_references);
+                msda_write_references(samples[j], shared, round + j, block.grad_references);
 #endif
+            }
         }
         __syncthreads();
 #endif
@@ -234,13 +175,13 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
         const msda_index q = msda_query_of(shared, round, local);
         // Lanes past the last query take part in the shuffles; query 0 stands in as an address they may read.
         const msda_value* incoming = block.grad_output + (long long)(q < 0 ? 0 : q) * (MSDA_M * MSDA_D);
-        msda_held held = msda_hold(incoming, lane);
+        msda_held held = msda_hold(incoming, row_lane);
 
 #pragma unroll 1
         for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
             msda_fill(samples, shared, raw, round, k0);
             __syncwarp();
-            msda_multiply_chunk(shared, samples, k0, incoming, held, block.value, block.grad_value);
+            msda_multiply_chunk(shared, samples + local * MSDA_PITCH, k0, incoming, held, block.value, block.grad_value);
             __syncwarp();
 #if MSDA_GRAD_SAMPLES
             msda_write_samples(samples, shared, raw, round, k0, block.grad_locations, block.grad_weights);

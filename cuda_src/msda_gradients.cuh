@@ -1,8 +1,6 @@
 // Gradients of the samples: from the products of grad_output with the rows of value, which the backward leaves in shared
 // memory, to those of locations and weights, or with a front end of offsets, logits and reference points.
 
-#define MSDA_GRAD_SAMPLES (MSDA_GRAD_LOCATIONS || MSDA_GRAD_WEIGHTS)
-
 #if MSDA_GRAD_SAMPLES
 struct msda_gradients {
     msda_acc x, y;          // of the location

@@ -24,6 +24,8 @@
 //   MSDA_CHUNK        samples of a query that are in shared memory at a time
 //   MSDA_WARPS        warps of a block, all on the same heads
 //   MSDA_ROUNDS       groups of queries that a warp takes one after the other, in the backward; 1 elsewhere
+//   MSDA_JOINED       rounds of the backward whose products with the rows of value are made together, by lanes with so many
+//                     times MSDA_VEC channels; where samples are merged, 1 elsewhere
 //   MSDA_MIN_BLOCKS   blocks that should fit on a multiprocessor: caps the registers
 //   MSDA_UNROLL       samples whose rows are loaded before the first is used
 //   MSDA_ROWS         rows of value in a bin, of the kernels that sum grad_value without atomics: a power of two; 0 elsewhere
@@ -230,8 +232,9 @@ __device__ __forceinline__ void msda_keep(int& number) {
 }
 
 // Read-only data, through L1.
-__device__ __forceinline__ msda_values msda_read(msda_address address) {
-    msda_values v;
+template <int N = MSDA_VEC>
+__device__ __forceinline__ msda_vector<msda_value, N> msda_read(msda_address address) {
+    msda_vector<msda_value, N> v;
     v.word = __ldg(reinterpret_cast<const decltype(v.word)*>(address));
     return v;
 }
@@ -273,8 +276,9 @@ __device__ __forceinline__ void msda_read_over(unsigned short& word, int present
 // The same where `present`, zeros elsewhere: a predicated load, no branch. (Predicated additions instead of the zeros,
 // in inline PTX, save 8 of 39 instructions a sample but not the registers: ptxas keeps the last row alive for the case
 // that the load does not happen, and spilled 384 bytes.)
-__device__ __forceinline__ msda_values msda_read_if(bool present, msda_address address) {
-    msda_values v;
+template <int N = MSDA_VEC>
+__device__ __forceinline__ msda_vector<msda_value, N> msda_read_if(bool present, msda_address address) {
+    msda_vector<msda_value, N> v;
     v.word = decltype(v.word)();
     if (present) v.word = __ldg(reinterpret_cast<const decltype(v.word)*>(address));
     return v;

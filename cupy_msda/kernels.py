@@ -15,7 +15,7 @@ _TYPES, _COMMON = ("types.cuh",), ("types.cuh", "common.cuh", "cells.cuh", "work
 # What comes before each kernel's own file.
 _HEADERS = {
     "forward": (*_COMMON, "alone.cuh"),
-    "backward": (*_COMMON, "atomics.cuh", "gradients.cuh"),
+    "backward": (*_COMMON, "atomics.cuh", "products.cuh", "gradients.cuh"),
     "round": _TYPES,
     "sort": (*_COMMON, "bins.cuh"),
     "count": (*_COMMON, "bins.cuh"),

@@ -81,6 +81,7 @@ class KernelKey:
     align_corners: bool = False
     rows: int = 0
     merge: int = 0
+    joined: int = 1
     split: int = 1
     heads: int = 1
     screened: bool = False
@@ -213,20 +214,27 @@ def backward(problem: Problem, alignment: int, multiprocessors: int = 132, wante
     Without grad_value 10 blocks of 4 warps: encoder_800x1333 on an H100 231 us and decoder_900 68 in float32, 234 and
     73 with 12; in float16 no difference. Four samples at a time instead of two: float32 221 instead of 229 us there,
     98 instead of 106 on mask2former_1024, gradients of locations alone 13.4 instead of 16.9 on decoder_300; three take
-    longer than two. Merged, four at a time are the same in float32 and 2 % slower in float16 on encoder_800x1333.
+    longer than two. Merged, four at a time are the same in float32 and 2 % slower in float16 on encoder_800x1333. In 16
+    bits 5 blocks of 8 warps: encoder_800x1333 155 us instead of 158, decoders no difference.
+
+    Merged, in 16 bits, products are made by half the lanes of a sum, each with 16 bytes of a row: encoder_800x1333 in
+    float16 350 us instead of 381, mask2former_1024 158 and 168, encoder_uniform 873 and 906.
     """
-    vec, lanes, turns = lanes_of_gradient(problem, alignment)
+    vec, lanes, turns = lanes_of_gradient(problem, alignment, wanted.value)
     grads = {f"grad_{name}": asked for name, asked in wanted._asdict().items()}
     choices = {"warps": 4, "min_blocks": 8, "unroll": 2}
     if turns > 4:
         choices |= _MANY_TURNS
     elif not wanted.value:
         choices |= {"min_blocks": 10, "unroll": 4 if turns == 1 and problem.value_dtype != "float64" else 2}
+        if problem.value_dtype in SIXTEEN_BIT:
+            choices |= {"warps": 8, "min_blocks": 5}
     elif merges(problem):
         min_blocks = 5 if problem.value_dtype in SIXTEEN_BIT else 4
         merged = {"warps": 8, "min_blocks": min_blocks, "unroll": 2, "merge": MERGED_KEYS}
         rounds = max(1, MERGED_QUERIES * lanes // (8 * 32))
-        launch = _launch(problem, "backward", vec, lanes, rounds=rounds, **merged, **grads)
+        joined = 2 if _joins(problem, alignment, vec, lanes) and (wanted.locations or wanted.weights) else 1
+        launch = _launch(problem, "backward", vec, lanes, rounds=rounds, joined=joined, **merged, **grads)
         if launch.shared <= SHARED_WITHOUT_OPT_IN:
             return launch
     elif _warps_needed(problem, lanes) < WARPS_THAT_FILL * multiprocessors:
@@ -238,14 +246,24 @@ def _warps_needed(problem: Problem, lanes: int) -> int:
     return problem.N * problem.M * -(-problem.Q // (32 // lanes))
 
 
-def lanes_of_gradient(problem: Problem, alignment: int) -> tuple[int, int, int]:
-    """Channels of a vector, lanes and turns where grad_value is summed.
-
-    A lane owns 16 bytes of the float32 or float64 gradient: with 32 bytes a lane, in two vector reductions, the
-    reductions ran at half the rate (H100, float16). They are the limit where samples are not merged.
+def _joins(problem: Problem, alignment: int, vec: int, lanes: int) -> bool:
+    """Whether two rounds of queries fit side by side where products with 16-bit rows are made: half the lanes of each,
+    with twice the channels, which the tensor cores take in fours.
     """
     itemsize = item_size(problem.value_dtype)
-    widest = VECTOR_BYTES // item_size(problem.accumulator_dtype) * itemsize
+    wide = 2 * vec * itemsize == VECTOR_BYTES <= min(alignment, problem.stride_alignment)
+    return itemsize == 2 and wide and lanes >= 8 and problem.D % (lanes * vec) == 0
+
+
+def lanes_of_gradient(problem: Problem, alignment: int, sums: bool = True) -> tuple[int, int, int]:
+    """Channels of a vector, lanes and turns in the backward.
+
+    Where it `sums` grad_value, a lane owns 16 bytes of the float32 or float64 gradient: with 32 bytes a lane, in two
+    vector reductions, the reductions ran at half the rate (H100, float16; merged, encoder_800x1333 took 546 us instead
+    of 380). They are the limit where samples are not merged.
+    """
+    itemsize = item_size(problem.value_dtype)
+    widest = VECTOR_BYTES // item_size(problem.accumulator_dtype) * itemsize if sums else VECTOR_BYTES
     vec = _vector(problem.D, itemsize, min(alignment, problem.stride_alignment, widest))
     lanes, turns = _lanes(problem.D // vec)
     return vec, 1 << (lanes - 1).bit_length(), turns  # the shuffles need a power of two

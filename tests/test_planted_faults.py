@@ -98,8 +98,8 @@ FAULTS = {
     ),
     "swapped corners of the backward": (
         "backward",
-        "upper + (c >> 1) * below + right * sizeof(msda_value)",
-        "upper + (c & 1) * below + right * sizeof(msda_value)",
+        "row = upper + (c >> 1) * below",
+        "row = upper + (c & 1) * below",
     ),
     "dropped tail guard": ("forward", "work.first + at < Q ? msda_query", "true ? msda_query"),
     "dropped channel guard": (
@@ -133,8 +133,8 @@ FAULTS = {
     "lost factor of the level's width": ("backward", "attention * slope_x * across", "attention * across"),
     "sum that loses a lane": (
         "backward",
-        "for (int mask = 4; mask < MSDA_LANES; mask *= 2)",
-        "for (int mask = 4; mask < MSDA_LANES / 2; mask *= 2)",
+        "for (int mask = 4; mask < MSDA_ROW_LANES; mask *= 2)",
+        "for (int mask = 4; mask < MSDA_ROW_LANES / 2; mask *= 2)",
     ),
 }
 # In a variant: (kernel, variant, text of the source, what it becomes).
@@ -246,6 +246,19 @@ MERGE_FAULTS = {
         "(unsigned short)place;\n        }",
     ),
 }
+# Where products are made of matrices: (D, merged or not, text of the source, what it becomes).
+MATRIX_FAULTS = {
+    "lower row for the upper": (32, False, "upper + (c >> 1) * below + right);", "upper + (c & 1) * below + right);"),
+    "product with another query": (32, False, "own = t == g >> 1", "own = t == (g >> 1 ^ 1)"),
+    "corners of the other group": (64, False, "target[2 * odd + c]", "target[2 * !odd + c]"),
+    "half of a row": (64, False, "(odd ? dot[0] : dot[2], 4)", "(odd ? dot[0] : dot[2], 0)"),
+    "two groups of four": (128, False, "(high ? dot[0] : dot[1], 9)", "(high ? dot[0] : dot[1], 8)"),
+    "four groups of eight": (256, False, "msda_shuffle(dot[0], 18)", "msda_shuffle(dot[0], 16)"),
+    "queries of the first round twice": (32, True, "round + joined / MSDA_QUERIES", "round"),
+    "samples of the first round twice": (
+        32, True, "shared.samples[round_of_mine * MSDA_WARPS", "shared.samples[round * MSDA_WARPS",
+    ),
+}  # fmt: skip
 ODD = Case("odd", levels=((4, 5),), N=1, M=2, D=1058, queries=24)
 
 
@@ -496,3 +509,27 @@ def _assert_all_close(got, want):
     for one, other in zip(got, want, strict=True):
         if other is not None:
             assert_close(one, other, "float32")
+
+
+def run_matrices(D, merged, text):
+    queries = 70 if merged else 9
+    inputs = Case("matrices", levels=((5, 6), (2, 2)), N=1, M=2, D=D, P=4, queries=queries).inputs("float16", seed=33)
+    wanted = Wanted(value=merged)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "MERGED", 1)
+        got = emulator.backward(inputs, text=text, wanted=wanted, sanitize=True)
+    for grad, want in zip(got[1:], cases.expected(inputs)[1][1:], strict=True):
+        assert_close(grad, want, "float16")
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
+def test_products_of_matrices_at_every_number_of_lanes(D, merged):
+    run_matrices(D, merged, kernels.source("backward"))
+
+
+@pytest.mark.parametrize("name", MATRIX_FAULTS)
+def test_fault_planted_into_products_of_matrices_is_caught(name):
+    D, merged, *fault = MATRIX_FAULTS[name]
+    with pytest.raises(AssertionError):
+        run_matrices(D, merged, planted("backward", *fault))
