@@ -61,7 +61,7 @@ __device__ __forceinline__ void msda_multiply_chunk(
 #pragma unroll
                 for (int v = 0; v < MSDA_ROW_VEC; ++v) part[v] = weight[c] * grad[v];
                 const msda_address right_grad = (c & 1) * MSDA_GRAD_STRIDE + channel * sizeof(msda_acc);
-                msda_add_if(present, upper_grad + (c >> 1) * below_grad + right_grad, part);
+                if (present) msda_add(upper_grad + (c >> 1) * below_grad + right_grad, part);
 #endif
             }
 #endif
@@ -129,7 +129,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_backward(
         for (int turn = 0; turn < MSDA_TURNS; ++turn) {
             const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
             if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
-            msda_add_merged(shared, count, k0, block.grad_output + channel,
+            msda_add_merged(shared, count, k0, (msda_address)(block.grad_output + channel),
                             block.grad_value + turn * MSDA_STEP * sizeof(msda_acc));
         }
         __syncthreads();
