@@ -98,8 +98,8 @@ FAULTS = {
     ),
     "swapped corners of the backward": (
         "backward",
-        "row = upper + (c >> 1) * below",
-        "row = upper + (c & 1) * below",
+        "at = from[c >> 1] + right",
+        "at = from[c & 1] + right",
     ),
     "dropped tail guard": ("forward", "work.first + at < Q ? msda_query", "true ? msda_query"),
     "dropped channel guard": (
@@ -248,7 +248,7 @@ MERGE_FAULTS = {
 }
 # Where products are made of matrices: (D, merged or not, text of the source, what it becomes).
 MATRIX_FAULTS = {
-    "lower row for the upper": (32, False, "upper + (c >> 1) * below + right);", "upper + (c & 1) * below + right);"),
+    "lower row for the upper": (32, False, "1, from[c >> 1] + right);", "1, from[c & 1] + right);"),
     "product with another query": (32, False, "own = t == g >> 1", "own = t == (g >> 1 ^ 1)"),
     "corners of the other group": (64, False, "target[2 * odd + c]", "target[2 * !odd + c]"),
     "half of a row": (64, False, "(odd ? dot[0] : dot[2], 4)", "(odd ? dot[0] : dot[2], 0)"),
