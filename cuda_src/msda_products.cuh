@@ -12,9 +12,9 @@ typedef msda_vector<msda_value, MSDA_ROW_VEC> msda_part;
 // 16-bit products by the tensor cores: exact, and summed in float32. A group is 4 lanes here; a group's part of a row is a
 // row of the one matrix and its part of grad_output a column of the other, both as the lanes have loaded them. What they
 // compute of one group's row and another's column is dropped.
-#define MSDA_MATRIX                                                                                             \
-    (MSDA_GRAD_SAMPLES && (MSDA_VALUE_F16 || MSDA_VALUE_BF16) && (MSDA_ROW_VEC == 4 || MSDA_ROW_VEC == 8) &&            \
-     MSDA_ROW_LANES % 4 == 0 && MSDA_D % MSDA_STEP == 0 && MSDA_HOLD && (MSDA_MERGE || !MSDA_GRAD_VALUE) &&         \
+#define MSDA_MATRIX                                                                                          \
+    (MSDA_GRAD_SAMPLES && (MSDA_VALUE_F16 || MSDA_VALUE_BF16) && (MSDA_ROW_VEC == 4 || MSDA_ROW_VEC == 8) && \
+     MSDA_ROW_LANES % 4 == 0 && MSDA_D % MSDA_STEP == 0 && MSDA_HOLD && (MSDA_MERGE || !MSDA_GRAD_VALUE) &&  \
      (!MSDA_PTX || __CUDA_ARCH__ >= 800))
 
 // grad_output of one query at the channels of a lane: held in registers unless a head has very many channels.
