@@ -41,6 +41,14 @@ def test_dtypes(main_backend, case, pair):
     check(main_backend, case.inputs(*pair, seed=1), *pair)
 
 
+# On a GPU samples are merged there, and products of 16-bit rows made by tensor cores.
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
+@pytest.mark.parametrize("D", [16, 32, 64, 128])
+def test_many_queries_a_row(main_backend, D, pair):
+    case = Case("many", levels=((5, 6), (3, 3)), N=2, M=2, D=D, P=3, queries=70)
+    check(main_backend, case.inputs(*pair, seed=4), *pair)
+
+
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_variants(main_backend, case, pair):

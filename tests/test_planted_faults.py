@@ -511,21 +511,23 @@ def _assert_all_close(got, want):
             assert_close(one, other, "float32")
 
 
-def run_matrices(D, merged, text):
+def run_matrices(D, merged, text, location_dtype="float16"):
     queries = 70 if merged else 9
-    inputs = Case("matrices", levels=((5, 6), (2, 2)), N=1, M=2, D=D, P=4, queries=queries).inputs("float16", seed=33)
+    case = Case("matrices", levels=((5, 6), (2, 2)), N=1, M=2, D=D, P=4, queries=queries)
+    inputs = case.inputs("float16", location_dtype, seed=33)
     wanted = Wanted(value=merged)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "MERGED", 1)
         got = emulator.backward(inputs, text=text, wanted=wanted, sanitize=True)
     for grad, want in zip(got[1:], cases.expected(inputs)[1][1:], strict=True):
-        assert_close(grad, want, "float16")
+        assert_close(grad, want, location_dtype)
 
 
+@pytest.mark.parametrize("location_dtype", ["float16", "float32"])
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("D", [32, 64, 128, 256])
-def test_products_of_matrices_at_every_number_of_lanes(D, merged):
-    run_matrices(D, merged, kernels.source("backward"))
+def test_products_of_matrices_at_every_number_of_lanes(D, merged, location_dtype):
+    run_matrices(D, merged, kernels.source("backward"), location_dtype)
 
 
 @pytest.mark.parametrize("name", MATRIX_FAULTS)
