@@ -22,7 +22,7 @@ __device__ __forceinline__ void msda_multiply_chunk(
         const int level = MSDA_K % MSDA_CHUNK ? min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1) : MSDA_LEVEL_OF(k0 + k);
         // The upper row and the lower one, added in the index's own bits, and their addresses in registers: else 18 of 82
         // instructions more with matrices, and encoder_800x1333 in float32 takes 373 us instead of 368.
-        const msda_index row = sample.place >> 4, rows[2] = {row, row + shared.levels[level].w};
+        const msda_index row = msda_row(sample), rows[2] = {row, row + shared.levels[level].w};
 #if MSDA_GRAD_SAMPLES
         msda_address from[2];
 #pragma unroll
@@ -72,7 +72,7 @@ __device__ __forceinline__ void msda_multiply_chunk(
 #endif
         }
 #if MSDA_GRAD_SAMPLES
-        msda_write_products(reinterpret_cast<msda_acc*>(samples + k), products, sample, lane);
+        msda_write_products(reinterpret_cast<msda_acc*>(samples + k), products, sample);
 #endif
     }
 }

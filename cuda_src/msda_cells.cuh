@@ -113,5 +113,5 @@ __device__ __forceinline__ void msda_weights(const msda_sample& sample, msda_acc
 #endif
 }
 
-// Row of value of the neighbour (y0, x0), in 64 bits: what it is multiplied with becomes an address.
-__device__ __forceinline__ long long msda_row(const msda_sample& sample) { return sample.place >> 4; }
+// Row of value of the neighbour (y0, x0).
+__device__ __forceinline__ msda_index msda_row(const msda_sample& sample) { return sample.place >> 4; }

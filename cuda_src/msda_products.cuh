@@ -56,13 +56,6 @@ __device__ __forceinline__ msda_acc msda_shuffle(msda_acc x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
-// Sums `dot` over the lanes of a query, all lanes get it.
-__device__ __forceinline__ msda_acc msda_reduce(msda_acc dot) {
-#pragma unroll
-    for (int mask = 1; mask < MSDA_ROW_LANES; mask *= 2) dot += msda_shuffle(dot, mask);
-    return dot;
-}
-
 // The product of each corner's row, interpolated between them.
 __device__ __forceinline__ msda_acc msda_interpolate(const msda_sample& sample, const msda_acc (&dot)[4]) {
     msda_sample alone = sample;
@@ -127,7 +120,7 @@ __device__ __forceinline__ void msda_add_products(
 // Sums the products over the lanes of a query and writes them to `target`: one a corner, or with frozen locations what is
 // interpolated between them. By all lanes.
 __device__ __forceinline__ void msda_write_products(
-        msda_acc* target, const msda_products& products, const msda_sample& sample, int) {
+        msda_acc* target, const msda_products& products, const msda_sample& sample) {
     // A group's own row and column meet in one of its lanes. In a query's other groups that is the lane whose number
     // differs by as many bits as the group's, so that halves are exchanged in turn: two sums left, then one.
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -177,6 +170,13 @@ __device__ __forceinline__ void msda_add_products(
     for (int v = 0; v < MSDA_ROW_VEC; ++v) products.sum[corner] = fma(grad[v], x[v], products.sum[corner]);
 }
 
+// Sums `dot` over the lanes of a query, all lanes get it.
+__device__ __forceinline__ msda_acc msda_reduce(msda_acc dot) {
+#pragma unroll
+    for (int mask = 1; mask < MSDA_ROW_LANES; mask *= 2) dot += msda_shuffle(dot, mask);
+    return dot;
+}
+
 // Sums `dot` over the lanes of a query. Lane 0 to 3 end with sum number `lane` of the four (all four in lane 0 of 1,
 // two each in lanes 0 and 1 of 2): halves are exchanged, so the whole costs 4 shuffles for 8 lanes instead of 12.
 __device__ __forceinline__ void msda_reduce(msda_acc (&dot)[4], int lane) {
@@ -195,7 +195,8 @@ __device__ __forceinline__ void msda_reduce(msda_acc (&dot)[4], int lane) {
 
 // As above.
 __device__ __forceinline__ void msda_write_products(
-        msda_acc* target, msda_products& products, const msda_sample& sample, int lane) {
+        msda_acc* target, msda_products& products, const msda_sample& sample) {
+    const int lane = threadIdx.x % 32 % MSDA_ROW_LANES;
     msda_acc(&dot)[4] = products.sum;
 #if !MSDA_GRAD_LOCATIONS
     const msda_acc interpolated = msda_reduce(msda_interpolate(sample, dot));
