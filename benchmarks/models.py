@@ -190,8 +190,8 @@ def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds:
             torch.compiler.reset()
     if not compiled:
         samples: list[list[float]] = [[], []]
+        pairs = list(zip(subjects, samples, strict=True))
         for turn in range(rounds):
-            pairs = list(zip(subjects, samples, strict=True))
             for subject, found in pairs if turn % 2 else reversed(pairs):
                 with subject.setting():
                     found.append(subject.seconds())

@@ -99,14 +99,14 @@ def plot(results: Iterable[dict[str, Any]], path: Path) -> None:
         for served, label in ((False, "as it is"), (True, "served")):
             places = [y + 0.4 * served for y in range(len(rows))]
             bars = ax.barh(places, [number(pair[served]) for pair in rows.values()], 0.4, label=label)
-            if title == "images a second":
-                for bar, pair in zip(bars, rows.values(), strict=True):
-                    bar.set_alpha(0.4 if host_bound(pair[served]) else 1)
             ax.bar_label(bars, fmt="%.1f", padding=2, fontsize="small")
         ax.set_title(title)
         ax.set_yticks([y + 0.2 for y in range(len(rows))], labels, fontsize="small")
         ax.margins(x=0.15)
     figure.axes[0].invert_yaxis()
+    for served, bars in enumerate(figure.axes[0].containers):
+        for bar, pair in zip(bars, rows.values(), strict=True):
+            bar.set_alpha(0.4 if host_bound(pair[served]) else 1)
     figure.axes[0].set_xlabel("pale: the GPU waits for the host")
     figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=80)
