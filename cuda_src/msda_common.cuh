@@ -160,15 +160,21 @@ __device__ __forceinline__ unsigned msda_divide(unsigned x, unsigned y) {
     return (unsigned)(((float)x + 0.5f) * msda_reciprocal((float)y));
 }
 
-// Query at `position` of the order in which warps take them. Where queries are the pixels of all levels, neighbouring
-// warps then hold a patch of MSDA_BAND rows instead of a line, and their samples share more of L1.
-__device__ __forceinline__ msda_index msda_query(msda_index position, const msda_level* levels, bool packed) {
-#if MSDA_BAND
-    if (!packed) return position;
+// The level that pixel `position` is in, where levels follow each other.
+__device__ __forceinline__ msda_level msda_level_of_pixel(msda_index position, const msda_level* levels) {
     int l = 0;
 #pragma unroll
     for (int next = 1; next < MSDA_L; ++next) l += position >= levels[next].start;
-    const msda_level level = msda_level_at(levels + l);
+    return msda_level_at(levels + l);
+}
+
+// Query at `position` of the order in which warps take them. Where queries are the pixels of all levels, neighbouring
+// warps then hold a patch of MSDA_BAND rows instead of a line, and their samples share more of L1.
+template <typename Levels>
+__device__ __forceinline__ msda_index msda_query(msda_index position, [[maybe_unused]] const Levels& levels, bool packed) {
+#if MSDA_BAND
+    if (!packed) return position;
+    const msda_level level = msda_level_of_pixel(position, levels);
     const unsigned inside = (unsigned)(position - level.start), w = level.w;
     const unsigned first_row = msda_divide(inside, MSDA_BAND * w) * MSDA_BAND;
     const unsigned in_band = inside - first_row * w;

@@ -8,75 +8,7 @@
 // A slot is a query and head of a warp. Lanes that are neighbours belong to different heads, whose rows lie in different
 // parts of their cache lines and come in one clock.
 
-#if MSDA_SCREENED
-// Where a sample lies on one axis of a level: between pixels `first` and the next, each of which may be outside.
-struct msda_pair {
-    int first;
-    msda_acc fraction;      // weight of the next
-    bool has_first, has_next;
-};
-
-__device__ __forceinline__ msda_pair msda_pair_of(msda_acc x, int size) {
-    const msda_acc unit = msda_unit(size), p = msda_pixel(x, unit);
-    msda_pair pair;
-    pair.first = __float2int_rd(p > -1 ? p : (msda_acc)-2);     // NaN, like -1, has no neighbour inside
-    pair.fraction = fma(x, unit, -msda_shift() - (msda_acc)pair.first);     // rounded once, as in msda_locate
-    pair.has_first = (unsigned)pair.first < (unsigned)size;
-    pair.has_next = (unsigned)pair.first + 1 < (unsigned)size;
-    return pair;
-}
-
-// All weight to the neighbour that is inside, if only one is.
-__device__ __forceinline__ void msda_screen(const msda_pair& pair, msda_acc& fraction, msda_acc& attention) {
-    fraction = pair.fraction;
-    if (!pair.has_first || !pair.has_next) {
-        attention *= pair.has_first ? 1 - fraction : fraction;
-        fraction = pair.has_first ? (msda_acc)0 : (msda_acc)1;
-    }
-}
-
-// As msda_prepare, with weights of zero for the neighbours that lie outside, in two thirds of the instructions.
-__device__ __forceinline__ msda_sample msda_prepare_screened(
-        msda_acc x, msda_acc y, msda_acc attention, const msda_level& level) {
-    const msda_pair column = msda_pair_of(x, level.w), row = msda_pair_of(y, level.h);
-    const int columns = (column.has_first ? 5 : 0) | (column.has_next ? 10 : 0);
-    const int rows = (row.has_first ? 3 : 0) | (row.has_next ? 12 : 0), inside = columns & rows;
-    msda_sample sample;
-    // Unsigned, because nobody uses the place of a sample that does not count, wherever it is.
-    sample.place = (msda_index)(((msda_address)level.start + (msda_address)row.first * level.w + column.first) * 16 | inside);
-    msda_screen(column, sample.ax, attention);
-    msda_screen(row, sample.ay, attention);
-    sample.attention = inside ? attention : level.w ? (msda_acc)0 : msda_nan();
-    return sample;
-}
-#endif
-
-// Raw samples to prepared ones in shared memory. Where there is none, its mark makes one that does not count.
-__device__ __forceinline__ void msda_fill_marked(
-        msda_sample* samples, const msda_level* levels, msda_raw& raw, int k0) {
-#if MSDA_FRONT
-    msda_softmax(raw);
-#endif
-    // Where the lanes of a warp are whole queries, all samples of a lane are of one level.
-    msda_level level = msda_level_at(levels + min(MSDA_LEVEL_OF(k0 + (int)(threadIdx.x % MSDA_SPAN)), MSDA_L - 1));
-#pragma unroll
-    for (int fill = 0; fill < MSDA_FILLS; ++fill) {
-        const int i = fill * 32 + threadIdx.x % 32;
-        const int slot = i / MSDA_SPAN, place = i % MSDA_SPAN;
-        if (slot < MSDA_SLOTS && place < MSDA_CHUNK) {
-            const int l = min(MSDA_LEVEL_OF(k0 + place), MSDA_L - 1);
-            if (32 % MSDA_SPAN) level = msda_level_at(levels + l);
-            const msda_point point = msda_point_of(raw, fill, l, level);
-#if MSDA_SCREENED
-            samples[slot * MSDA_PITCH + place] = msda_prepare_screened(point.x, point.y, point.attention, level);
-#else
-            samples[slot * MSDA_PITCH + place] = msda_prepare(point.x, point.y, point.attention, level);
-#endif
-        }
-    }
-}
-
-static_assert(MSDA_ROUNDS == 1, "a warp of the forward takes its queries at once");
+static_assert(MSDA_ROUNDS == 1 || (MSDA_ALONE && MSDA_BAND), "several rounds only of queries that are pixels");
 
 typedef msda_acc msda_sums[MSDA_TURNS][MSDA_VEC];
 
@@ -124,15 +56,17 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
     msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
     const msda_index Q = (msda_index)Q_;
 
-    if (msda_head_of_block() >= heads) return;
-    const msda_work work = msda_work_of_block();
+    if (MSDA_ROUNDS == 1 && msda_head_of_block() >= heads) return;
+    msda_levels levels;
 #if MSDA_ALONE
-    const msda_level* levels = shared.levels[threadIdx.x / 32];
-    const bool packed = MSDA_BAND && msda_begin_levels(shared, metadata, S, Q);
-    const msda_queries queries = msda_begin_queries(shared, work, lengths, Q, packed);
+    int rounds;
+    const msda_work work = msda_work_alone(heads, rounds);
+    const bool packed = MSDA_BAND && msda_begin_levels(levels, shared, metadata, S, Q);
 #else
-    const msda_level* levels = shared.levels;
+    const int rounds = 1;
+    const msda_work work = msda_work_of_block();
     const msda_queries& queries = shared;
+    levels = shared.levels;
     msda_begin(shared, work, metadata, lengths, S, Q);
 #endif
     locations += msda_first_element(work, Q_, MSDA_LOCATIONS_PITCH);
@@ -147,65 +81,84 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
         (msda_address)value +
         (work.image * image_stride + (work.m + head) * head_stride + lane * MSDA_VEC) * sizeof(msda_value);
 
-    msda_raw raw;
-    msda_load_raw(raw, queries, 0, 0, locations, weights, references);
-    const msda_index q = msda_query_of(queries, 0, local);
-#if MSDA_ALONE && !MSDA_BAND
-    msda_begin_levels(shared, metadata, S, Q);   // while the samples come
+#if MSDA_OWN
+    msda_index next = msda_own_query(levels, work, 0, local, lengths, Q, packed);
 #endif
-    const bool active = q >= 0;
-    msda_sums sum;
-#pragma unroll
-    for (int turn = 0; turn < MSDA_TURNS; ++turn)
-#pragma unroll
-        for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = 0;
-    msda_values row[4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) row[c].word = decltype(row[c].word)();
-
 #pragma unroll 1
-    for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-#if MSDA_ALONE
-        msda_fill_marked(samples, levels, raw, k0);
+    for (int round = 0; round < rounds; ++round) {
+#if MSDA_OWN
+        const msda_index q = next;
+        msda_own raw;
+        msda_load_own(raw, q, head, lane, locations, weights);
 #else
-        msda_fill(samples, shared, raw, 0, k0);
+#if MSDA_ALONE
+        const msda_queries queries = msda_begin_queries(levels, work, round, lengths, Q, packed);
 #endif
-        __syncwarp();
-        if (k0 + MSDA_CHUNK < MSDA_K)
-            msda_load_raw(raw, queries, 0, k0 + MSDA_CHUNK, locations, weights, references);
-        if (active) {
-            const msda_sample* of_query = samples + slot * MSDA_PITCH;
-            msda_sample ahead = of_query[turn_of_group];   // read early, so that the next rows do not wait for it
-#pragma unroll msda_unroll
-            for (int step = 0; step < MSDA_CHUNK; step += MSDA_SPLIT) {
-                const int k = step + turn_of_group;
-                if (MSDA_CHUNK % MSDA_SPLIT != 0 && k >= MSDA_CHUNK) break;
-                const int level = MSDA_CHUNK >= MSDA_K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
-                const msda_address below = (msda_address)levels[level].w * (MSDA_STRIDE * sizeof(msda_value));
-                const msda_sample sample = MSDA_SCREENED ? ahead : of_query[k];
-                if (MSDA_SCREENED) ahead = of_query[min(k + MSDA_SPLIT, MSDA_CHUNK - 1)];
-                msda_accumulate(sum, row, sample, image, below, lane);
-            }
-        }
-        __syncwarp();
-    }
-
-#pragma unroll
-    for (int mask = MSDA_LANES * MSDA_HEADS; mask < MSDA_LANES * MSDA_HEADS * MSDA_SPLIT; mask *= 2)
+        msda_raw raw;
+        msda_load_raw(raw, queries, 0, 0, locations, weights, references);
+        const msda_index q = msda_query_of(queries, 0, local);
+#endif
+#if MSDA_ALONE && !MSDA_BAND
+        msda_begin_levels(levels, shared, metadata, S, Q);   // while the samples come
+#endif
+        const bool active = q >= 0;
+        msda_sums sum;
 #pragma unroll
         for (int turn = 0; turn < MSDA_TURNS; ++turn)
 #pragma unroll
-            for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] += __shfl_xor_sync(0xffffffffu, sum[turn][v], mask);
-    if (msda_number(q) >= 0 && turn_of_group == 0) {
-        msda_value* target = output + ((work.image * Q + msda_number(q)) * MSDA_M + work.m + head) * MSDA_D;
+            for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = 0;
+        msda_values row[4];
 #pragma unroll
-        for (int turn = 0; turn < MSDA_TURNS; ++turn) {
-            const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
-            if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
-            msda_values out;
+        for (int c = 0; c < 4; ++c) row[c].word = decltype(row[c].word)();
+
+#pragma unroll 1
+        for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
+#if MSDA_OWN
+            msda_fill_own(samples, slot, levels, raw, lane);
+            __syncwarp();
+            next = round + 1 < rounds ? msda_own_query(levels, work, round + 1, local, lengths, Q, packed) : -1;
+#else
+            msda_fill_marked(samples, levels, queries, raw, k0);
+            __syncwarp();
+            if (k0 + MSDA_CHUNK < MSDA_K)
+                msda_load_raw(raw, queries, 0, k0 + MSDA_CHUNK, locations, weights, references);
+#endif
+            if (active) {
+                const msda_sample* of_query = samples + slot * MSDA_PITCH;
+                msda_sample ahead = of_query[msda_place(turn_of_group)];   // read early, so that the next rows do not wait for it
+#pragma unroll msda_unroll
+                for (int step = 0; step < MSDA_CHUNK; step += MSDA_SPLIT) {
+                    const int k = step + turn_of_group;
+                    if (MSDA_CHUNK % MSDA_SPLIT != 0 && k >= MSDA_CHUNK) break;
+                    const int level =
+                        MSDA_CHUNK >= MSDA_K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
+                    const msda_address below =
+                        (msda_address)msda_width_in(levels, level) * (MSDA_STRIDE * sizeof(msda_value));
+                    const msda_sample sample = MSDA_SCREENED ? ahead : of_query[msda_place(k)];
+                    if (MSDA_SCREENED) ahead = of_query[msda_place(min(k + MSDA_SPLIT, MSDA_CHUNK - 1))];
+                    msda_accumulate(sum, row, sample, image, below, lane);
+                }
+            }
+            __syncwarp();
+        }
+
 #pragma unroll
-            for (int v = 0; v < MSDA_VEC; ++v) msda_store(sum[turn][v], out.element[v]);
-            __stcs(reinterpret_cast<decltype(out.word)*>(target + channel), out.word);
+        for (int mask = MSDA_LANES * MSDA_HEADS; mask < MSDA_LANES * MSDA_HEADS * MSDA_SPLIT; mask *= 2)
+#pragma unroll
+            for (int turn = 0; turn < MSDA_TURNS; ++turn)
+#pragma unroll
+                for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] += __shfl_xor_sync(0xffffffffu, sum[turn][v], mask);
+        if (msda_number(q) >= 0 && turn_of_group == 0) {
+            msda_value* target = output + ((work.image * Q + msda_number(q)) * MSDA_M + work.m + head) * MSDA_D;
+#pragma unroll
+            for (int turn = 0; turn < MSDA_TURNS; ++turn) {
+                const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
+                if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
+                msda_values out;
+#pragma unroll
+                for (int v = 0; v < MSDA_VEC; ++v) msda_store(sum[turn][v], out.element[v]);
+                __stcs(reinterpret_cast<decltype(out.word)*>(target + channel), out.word);
+            }
         }
     }
 }

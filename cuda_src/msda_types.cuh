@@ -17,13 +17,15 @@
 //   MSDA_VEC          channels a lane moves at once
 //   MSDA_LANES        lanes of a warp that share the channels of one (n, q, m)
 //   MSDA_ALONE        the warps of a block do not wait for each other, in the forward
+//   MSDA_LEVELS_IN_REGISTERS  each lane of the forward holds all levels, instead of a copy a warp in shared memory
+//   MSDA_TOGETHER     samples of a query that a lane reads at a time, in the forward, where its own lanes do (MSDA_OWN)
 //   MSDA_SCREENED     neighbours outside the level have a weight of zero, instead of zeros as their values, in the forward;
 //                     only where warps are alone, all of a query are in a chunk, and locations are not clamped
 //   MSDA_SPLIT        groups of MSDA_LANES lanes that share the samples of one (n, q, m), in the forward; 1 elsewhere
 //   MSDA_HEADS        neighbouring heads that a warp works on at a time, in the forward; 1 elsewhere
 //   MSDA_CHUNK        samples of a query that are in shared memory at a time
 //   MSDA_WARPS        warps of a block, all on the same heads
-//   MSDA_ROUNDS       groups of queries that a warp takes one after the other, in the backward; 1 elsewhere
+//   MSDA_ROUNDS       groups of queries that a warp takes one after the other
 //   MSDA_JOINED       rounds of the backward whose products with the rows of value are made together, by lanes with so many
 //                     times MSDA_VEC channels; where samples are merged, 1 elsewhere
 //   MSDA_MIN_BLOCKS   blocks that should fit on a multiprocessor: caps the registers

@@ -32,7 +32,7 @@ def forward(problem: Problem, operands: Operands) -> Any:
         if problem.empty:
             session.zero(output)
         else:
-            launch = prepare_forward(problem, _alignment(session.value, output), session.stream)
+            launch = prepare_forward(problem, session.alignment(output.data), session.stream)
             launch.run(
                 session.stream,
                 session.value.data,
@@ -65,7 +65,7 @@ def backward(problem: Problem, operands: Operands, wanted: Wanted = ALL) -> Grad
                 if result is not None:
                     session.zero(result)
         elif any(wanted):
-            alignment = _alignment(session.value, session.grad_output)
+            alignment = _alignment(session.value.data, session.grad_output.data)
             steps = prepare_backward(problem, alignment, session.stream, wanted)
             at_weights = weights.data if weights else 0
             if locations and front and front.packed:
@@ -148,6 +148,11 @@ class _Session:
         convert = self.framework.int64_on_cuda
         self.kept = [(0, None) if part is None else convert(part, self.problem.device) for part in parts]
         return tuple(address for address, _ in self.kept)
+
+    def alignment(self, output: int) -> int:
+        """Bytes that all addresses are multiples of which the forward reads several numbers at."""
+        samples = () if self.problem.front else (self.locations.data, self.weights)
+        return _alignment(self.value.data, output, *samples)
 
     def logits_in(self, packed: View | _Result) -> int:
         """Address of the first logits in an array that has offsets and logits."""
@@ -251,6 +256,6 @@ def _contiguous(view: View) -> View:
     return view.framework.contiguous(view)
 
 
-def _alignment(*arrays: Any) -> int:
-    """Largest power of two, up to 16, that divides every address."""
-    return min((array.data & -array.data) or 16 for array in arrays) if all(a.data for a in arrays) else 16
+def _alignment(*addresses: int) -> int:
+    """Largest power of two that divides every address; 16 if one is null."""
+    return min(address & -address for address in addresses) if all(addresses) else 16

@@ -14,7 +14,7 @@ _MACRO_OF_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "floa
 _TYPES, _COMMON = ("types.cuh",), ("types.cuh", "common.cuh", "cells.cuh", "work.cuh", "samples.cuh")
 # What comes before each kernel's own file.
 _HEADERS = {
-    "forward": (*_COMMON, "alone.cuh"),
+    "forward": (*_COMMON, "alone.cuh", "prepare.cuh", "own.cuh"),
     "backward": (*_COMMON, "atomics.cuh", "products.cuh", "gradients.cuh"),
     "round": _TYPES,
     "sort": (*_COMMON, "bins.cuh"),

@@ -56,9 +56,14 @@ def test_dtypes(case, pair):
     check(case, pair, seed=1)
 
 
-def test_grid_with_room_for_more_heads_than_there_are(monkeypatch):
+# Not merged, merged with products lane by lane and by tensor cores, pixels that would else be taken in rounds.
+@pytest.mark.parametrize(
+    ("pair", "queries"), [(DTYPE_PAIRS[0], 7), (DTYPE_PAIRS[1], 30), (DTYPE_PAIRS[2], 30), (DTYPE_PAIRS[1], None)]
+)
+def test_grid_with_room_for_more_heads_than_there_are(monkeypatch, pair, queries):
     monkeypatch.setattr(plan, "MAX_GRID_Y", 5)
-    check(Case("twelve_heads", levels=((4, 5), (3, 3)), N=3, M=4, D=64, queries=7), DTYPE_PAIRS[0], sanitize=True)
+    case = Case("twelve_heads", levels=((4, 5), (3, 3)), N=3, M=4, D=64, queries=queries)
+    check(case, pair, multiprocessors=1, sanitize=True)
 
 
 @pytest.mark.parametrize("pair", [("float16", "float16"), ("bfloat16", "float32")], ids="-".join)
@@ -112,6 +117,56 @@ def test_what_is_not_finite_reaches_its_samples_only(multiprocessors, pair, bad)
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 def test_pixels_as_queries_on_a_full_gpu(pair):
     check(PATHS[0], pair, seed=7, multiprocessors=1, sanitize=True)
+
+
+# More heads than are left for the end: samples in pairs, lanes beyond the last query, an odd number of samples in two
+# passes, two heads a warp, more levels than registers hold.
+ROUNDS = [
+    Case("pairs", levels=((9, 11), (4, 5), (2, 2)), N=2, M=4, D=32, queries=None),
+    Case("lanes_left", levels=((9, 11), (4, 5)), N=2, M=4, D=36, P=3, queries=None),
+    Case("odd_samples", levels=((9, 11), (4, 5), (2, 3)), N=2, M=4, D=32, P=3, queries=None),
+    Case("two_heads", levels=((9, 11), (4, 5), (2, 3), (1, 2)), N=2, M=16, D=16, queries=None),
+    Case("five_levels", levels=((9, 11), (4, 5), (2, 3), (1, 2), (1, 1)), N=2, M=8, D=32, P=4, queries=None),
+    Case("six_levels", levels=((9, 11), (4, 5), (2, 3), (1, 2), (1, 1), (1, 1)), N=2, M=8, D=32, queries=None),
+]
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS[1:], ids="-".join)
+@pytest.mark.parametrize("case", ROUNDS, ids=str)
+def test_pixels_taken_in_rounds(case, pair):
+    inputs = case.inputs(*pair, seed=8)
+    launch = plan.forward(emulator.prepare(inputs, True, None), 16, 1)
+    assert launch.key.rounds == 2
+    assert 0 < launch.grid[1] - case.N * case.M // launch.key.heads < case.N * case.M // launch.key.heads
+    got = emulator.forward(inputs, multiprocessors=1, levels_on_device=True, sanitize=True)
+    assert_close(got, cases.expected(inputs)[0], pair[0])
+    if pair[0] == "float32":
+        np.testing.assert_array_equal(emulator.forward(inputs, multiprocessors=1, sanitize=True), got)
+
+
+@pytest.mark.parametrize("lengths", [(123, 0), (64, 1)])
+def test_padded_pixels_taken_in_rounds(lengths):
+    inputs = ROUNDS[0].inputs(seed=9)
+    want = cases.expected_of_first(inputs, lengths)[0]
+    got = emulator.forward(inputs, multiprocessors=1, lengths=np.array(lengths), sanitize=True)
+    assert_close(got, want, "float32")
+
+
+@pytest.mark.parametrize("index_64", [False, True])
+@pytest.mark.parametrize("starts", [(0, 99, 119), (24, 4, 0), (0, 0, 0)], ids=str)
+def test_pixels_in_rounds_wherever_their_levels_begin(starts, index_64, monkeypatch):
+    emulator.force_index_64(monkeypatch, index_64)
+    inputs = ROUNDS[0].inputs(seed=10)._replace(starts=np.array(starts))
+    got = emulator.forward(inputs, multiprocessors=1, levels_on_device=True, sanitize=True)
+    assert_close(got, cases.expected(inputs)[0], "float32")
+
+
+@pytest.mark.parametrize("start", [-1, 25, 2**62], ids=str)
+def test_a_level_that_does_not_fit_gives_nan_to_pixels_in_rounds(start):
+    inputs = ROUNDS[0].inputs(seed=11)
+    bad = {"shapes": inputs.shapes, "starts": [start, 99, 119]}
+    got = emulator.forward(inputs, multiprocessors=1, levels_on_device=True, sanitize=True, **bad)
+    assert np.isnan(got).all()
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 132], ids=["throughput", "latency"])

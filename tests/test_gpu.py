@@ -47,6 +47,54 @@ def test_what_is_not_finite_reaches_its_samples_only(cuda_backend, queries, bad)
     assert_close(output[finite], want[finite], "float32")
 
 
+THREE = ((40, 50), (20, 25), (10, 13))
+# Taken in rounds, the heads at the end in blocks of one: samples in pairs, an odd number of samples in two passes,
+# lanes beyond the last query, two heads a warp, many levels in registers and more than they hold, one query a warp.
+FULL = {
+    "pairs": Case("pairs", levels=THREE, N=4, M=8, D=32, P=4, queries=None),
+    "odd": Case("odd", levels=THREE, N=4, M=8, D=32, P=3, queries=None),
+    "lanes left": Case("lanes_left", levels=THREE[:2], N=4, M=8, D=36, P=3, queries=None),
+    "two heads": Case("two_heads", levels=THREE, N=8, M=8, D=16, P=4, queries=None),
+    "five levels": Case("five_levels", levels=(*THREE, (5, 7), (3, 4)), N=4, M=8, D=32, P=4, queries=None),
+    "six levels": Case("six_levels", levels=(*THREE, (5, 7), (3, 4), (2, 2)), N=4, M=8, D=32, P=2, queries=None),
+    "large batch": Case("large_batch", levels=THREE, N=8, M=8, D=32, P=4, queries=None),
+    "one query": Case("one_query", levels=THREE, N=1, M=8, D=128, P=4, queries=None),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "offset"),
+    [*((name, "float16" if name == "large batch" else "float32", 0) for name in FULL), ("pairs", "float32", 2)],
+)
+def test_pixels_that_fill_the_gpu(name, dtype, offset):
+    import cupy
+
+    inputs = FULL[name].inputs(dtype, seed=6)
+    put = [cupy.asarray(inputs.value), inputs.shapes, None]
+    for array in (inputs.locations, inputs.weights):
+        buffer = cupy.empty(array.size + offset, array.dtype)
+        buffer[offset:] = cupy.asarray(array).ravel()
+        put.append(buffer[offset:].reshape(array.shape))
+    output = cupy_msda.ms_deform_attn(*put)
+    assert_close(output.get(), cupy_msda.ms_deform_attn(*inputs[:5]), dtype)  # on the CPU
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padded_pixels_that_fill_the_gpu(dtype):
+    import torch
+
+    inputs = Case("padded", levels=THREE, N=8, M=8, D=32, P=4, queries=None).inputs(seed=7)
+    lengths = np.array([2630, 0, 1, 64, 65, 128, 129, 2000])
+    put = [torch.from_numpy(array).cuda() for array in (inputs.value, inputs.locations, inputs.weights)]
+    value, locations, weights = (tensor.to(getattr(torch, dtype)) for tensor in put)
+    locations = locations.float()
+    arguments = (value, inputs.shapes, None, locations, weights.float())
+    output = cupy_msda.ms_deform_attn(*arguments, query_lengths=lengths)
+    on_the_cpu = (argument.cpu() if isinstance(argument, torch.Tensor) else argument for argument in arguments)
+    want = cupy_msda.ms_deform_attn(*on_the_cpu, query_lengths=lengths)
+    assert_close(output.float().cpu().numpy(), want.float().numpy(), dtype)
+
+
 @pytest.mark.parametrize("deterministic", [True])
 def test_forward_is_bitwise_reproducible(cuda_backend, deterministic):
     put = [cuda_backend.put(array) for array in CASE.inputs()]

@@ -55,15 +55,65 @@ def test_every_query_has_a_warp(Q):
     for launch in both(problem(Q=Q)):
         key = launch.key
         in_block = key.warps * key.rounds * key.queries
-        blocks, *heads = launch.grid
-        assert heads == [2 * 8, 1]
+        blocks, *rows = launch.grid
+        more = rows_of_heads_at_the_end(launch, heads=2 * 8)
+        assert rows == [2 * 8 + more, 1]
         assert (blocks - 1) * in_block < Q <= blocks * in_block
+
+
+def rows_of_heads_at_the_end(launch, heads):
+    return launch.grid[1] - heads if launch.key.kind == "forward" and launch.key.rounds > 1 else 0
+
+
+@pytest.mark.parametrize(
+    ("Q", "N", "multiprocessors", "ending"),
+    [(22223, 2, 132, 2), (22223, 2, 1320, 16), (22223, 1, 1, 1), (2000, 9, 132, 25), (500_000, 1, 132, 1)],
+)
+def test_heads_at_the_end_are_about_a_wave_of_blocks_of_one_round(Q, N, multiprocessors, ending):
+    launch = plan.forward(problem(Q=Q, S=Q, N=N), 16, multiprocessors)
+    assert launch.key.rounds == 2
+    assert rows_of_heads_at_the_end(launch, heads=N * 8) == ending
+
+
+@pytest.mark.parametrize("value", ["float32", "float16"])
+def test_pixels_that_fill_the_gpu_are_taken_in_rounds_and_hold_few_levels_in_registers(value):
+    def of(**sizes):
+        key = plan.forward(problem(value, **sizes), 16).key
+        assert key.rounds == (2 if key.screened else 1)
+        assert key.rounds == 1 or key.unroll == key.chunk == key.K
+        return key.rounds, key.levels_in_registers
+
+    assert of(Q=22223) == (2, True)
+    assert of(Q=22223, levels=((1, 1, 0),) * 5) == of(Q=22223, P=8) == (2, True)
+    assert of(Q=22223, levels=((1, 1, 0),) * 6) == (2, False)
+    assert of(Q=22222) == of(Q=22223, P=9) == of(Q=22223, D=33) == of(Q=22223, D=4) == (1, False)
 
 
 @pytest.mark.parametrize(("N", "heads"), [(8191, [65528, 1]), (8192, [65535, 2]), (100_000, [65535, 13])])
 def test_a_grid_has_room_for_the_heads_of_any_batch(N, heads):
     for launch in both(problem(N=N)):
         assert [*launch.grid[1:]] == heads
+
+
+@pytest.mark.parametrize(("N", "rounds", "rows"), [(8191, 2, [65530, 1]), (8192, 1, [65535, 2])])
+def test_pixels_are_taken_in_rounds_while_the_second_axis_holds_all_rows(N, rounds, rows):
+    launch = plan.forward(problem(Q=22223, N=N), 16)
+    assert (launch.key.rounds, [*launch.grid[1:]]) == (rounds, rows)
+
+
+@pytest.mark.parametrize(
+    ("pair", "P", "alignment", "together"),
+    [
+        (("float32", "float32"), 4, 16, 2),
+        (("float32", "float32"), 4, 8, 1),
+        (("float16", "float16"), 3, 16, 4),
+        (("bfloat16", "float32"), 3, 16, 2),
+        (("float16", "float16"), 4, 8, 1),
+    ],
+)
+def test_samples_are_read_together_where_their_number_and_alignment_allow(pair, P, alignment, together):
+    assert plan.forward(problem(*pair, Q=22223, P=P), alignment).key.together == together
+    assert plan.forward(problem(*pair, Q=22223, P=3, levels=LEVELS[:1]), 16).key.together == 1
 
 
 @pytest.mark.parametrize(("pixels", "banded"), [(2**21, True), (2**21 + 1, False)])

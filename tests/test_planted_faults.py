@@ -16,10 +16,14 @@ CHECKED = [
     Case("encoder_order", levels=((9, 11), (4, 5), (2, 2)), N=1, M=2, D=8, queries=None),
     Case("tail_and_chunks", levels=((4, 5), (3, 3), (2, 2)), N=2, M=2, D=32, P=24, queries=5),
 ]
-FILL = (
-    "msda_fill_marked(samples, levels, raw, k0);\n#else\n        msda_fill(samples, shared, raw, 0, k0);\n"
-    "#endif\n        __syncwarp();"
-)
+# Pixels taken in rounds: samples in pairs of two levels, lanes beyond the last query, levels in shared memory.
+ROUNDS = [
+    Case("pairs", levels=((13, 15), (4, 5)), N=2, M=4, D=32, P=3, queries=None),
+    Case("lanes_left", levels=((9, 11), (4, 5)), N=2, M=4, D=36, P=2, queries=None),
+    Case("six_levels", levels=((9, 11), (4, 5), (2, 2), (1, 1), (1, 1), (1, 1)), N=2, M=4, D=32, P=1, queries=None),
+]
+FILL = "msda_fill_marked(samples, levels, queries, raw, k0);\n            __syncwarp();"
+OWN_FILL = "msda_fill_own(samples, slot, levels, raw, lane);\n            __syncwarp();"
 BACKWARD_FILL = "msda_fill(samples, shared, raw, round, k0);\n            __syncwarp();"
 SUM = "sum[turn][v] = fma(weight[c], x[v], sum[turn][v]);"
 HALF_SUM = "{ msda_f16 half; msda_store(fma(weight[c], x[v], sum[turn][v]), half); sum[turn][v] = msda_load(half); }"
@@ -37,15 +41,49 @@ FAULTS = {
     ),
     "missing barrier before the next chunk": (
         "forward",
-        "        __syncwarp();\n    }\n\n#pragma unroll\n    for (int mask",
-        "    }\n\n#pragma unroll\n    for (int mask",
+        "            __syncwarp();\n        }\n\n#pragma unroll\n        for (int mask",
+        "        }\n\n#pragma unroll\n        for (int mask",
     ),
     "missing barrier before the gradients": (
         "backward",
         "            __syncwarp();\n#if MSDA_GRAD_SAMPLES\n            msda_w",
         "#if MSDA_GRAD_SAMPLES\n            msda_w",
     ),
-    "queries of another warp": ("forward", "at(work, warp * MSDA_QUERIES + lane,", "at(work, lane,"),
+    "queries of another warp": ("forward", "at(work, group * MSDA_QUERIES + lane,", "at(work, lane,"),
+    "own queries of another warp": ("forward", "MSDA_WARPS + threadIdx.x / 32) * MSDA_QUERIES + local;", "0) + local;"),
+    "own queries of the round before": ("forward", "round + 1, local, lengths", "round, local, lengths"),
+    "missing barrier after a lane's own samples": ("forward", OWN_FILL, OWN_FILL.replace("__syncwarp();", "")),
+    "missing barrier before the next round": (
+        "forward",
+        "            __syncwarp();\n        }\n\n#pragma unroll\n        for (int mask",
+        "            if (MSDA_ROUNDS == 1) __syncwarp();\n        }\n\n#pragma unroll\n        for (int mask",
+    ),
+    "lanes beyond the last query that write": ("forward", "slot >= MSDA_SLOTS) return;", "slot >= 99) return;"),
+    "own samples in another order": ("forward", "return k / MSDA_TOGETHER + k %", "return k % MSDA_TOGETHER + k %"),
+    "level of the other sample of a pair": ("forward", "MSDA_LEVEL_OF(first + i))", "MSDA_LEVEL_OF(first))"),
+    "own weights of another head": (
+        "forward",
+        "own.attention[pass] = msda_stream<MSDA_TOGETHER>(weights, at);",
+        "own.attention[pass] = msda_stream<MSDA_TOGETHER>(weights, at - head * parts);",
+    ),
+    "own samples of queries that do not count": ("forward", "if (q >= 0 && part < parts)", "if (part < parts)"),
+    "first query of a row of a head at the end": (
+        "forward",
+        "row % MSDA_ROUNDS * gridDim.x + blockIdx.x",
+        "row % MSDA_ROUNDS + blockIdx.x",
+    ),
+    "head at the end that is another": ("forward", "whole + row / MSDA_ROUNDS", "whole + row % MSDA_ROUNDS"),
+    "level in registers that is another": (
+        "forward",
+        "level.w = l == i ? levels.of[i].w",
+        "level.w = 0 ? levels.of[i].w",
+    ),
+    "level of a pixel that is the one before": (
+        "forward",
+        "const bool reached = position >= levels.of[i].start;",
+        "const bool reached = position > levels.of[i].start;",
+    ),
+    "levels in registers in another order": ("forward", "packed = packed && level.start == end;", ""),
     "vote of the block that is the warp's own": (
         "backward",
         "__syncthreads_or(packed);",
@@ -289,10 +327,10 @@ def run_bad_level(text):
 
 
 def run_swapped_levels(text):
-    inputs = CHECKED[0].inputs(seed=23)
-    options = {"text": text, "multiprocessors": 1, "sanitize": True}
-    swapped = inputs._replace(starts=np.array((20, 0, 119)))
-    assert_close(emulator.forward(swapped, **options), cases.expected(swapped)[0], "float32")
+    for case, starts in ((CHECKED[0], (20, 0, 119)), (ROUNDS[-1], (20, 0, 119, 123, 124, 125))):
+        options = {"text": text, "multiprocessors": 1, "sanitize": True}
+        swapped = case.inputs(seed=23)._replace(starts=np.array(starts))
+        assert_close(emulator.forward(swapped, **options), cases.expected(swapped)[0], "float32")
 
 
 def run_infinite(text):
@@ -311,6 +349,8 @@ def caught(kind, text):
                 run(kind, text, case, order=order, multiprocessors=1)  # the shapes with many warps a block
         run(kind, text, ODD)
         if kind == "forward":
+            for case in ROUNDS:
+                run(kind, text, case, multiprocessors=1)
             run_bad_level(text)
             run_swapped_levels(text)
             run_infinite(text)
@@ -437,7 +477,7 @@ def test_block_beyond_the_last_head_that_works_is_caught(kind, monkeypatch):
     monkeypatch.setattr(plan, "MAX_GRID_Y", 3)
     run(kind, kernels.source(kind), CHECKED[1])
     with pytest.raises((AssertionError, emulator.EmulatorError)):
-        run(kind, planted(kind, "if (msda_head_of_block() >= heads) return;", ""), CHECKED[1])
+        run(kind, planted(kind, "msda_head_of_block() >= heads) return;", "false) return;"), CHECKED[1])
 
 
 def far_level(key_index_64, text=None):
