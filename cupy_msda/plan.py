@@ -169,7 +169,8 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     far as they fit, levels in registers: in float32 encoder_800x1333 139.4 us instead of 148, mask2former_1024 58
     instead of 64, encoder_uniform 226 either way; in bfloat16 101.2 instead of 102, 42.2 instead of 45, 146 instead of
     150. Three rounds 138, 59.7 and 232 in float32. With a fifth level, 20 samples, encoder_800x1333 takes 128 us in
-    float16 instead of 148 in two chunks; with 8 points a level 205 instead of 211.
+    float16 instead of 148 in two chunks; with 8 points a level 205 instead of 211. Not in 16 bits where a row is a
+    cache line or more: float16 with D = 64 194 us instead of 187, D = 128 192 instead of 178, in records of two days.
 
     Where queries are not pixels, small blocks finish independently, and the samples of a query are shared by
     LANES_A_QUERY lanes, or of 16 bits by half of them where there are many queries. Against a row's lanes alone:
@@ -198,7 +199,7 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
         choices = {"warps": 2, "min_blocks": 6, "unroll": unroll, "split": split}
     choices["heads"] = _heads_of_a_line(problem, lanes * choices.get("split", 1))
     launch = _launch(problem, "forward", vec, lanes, rounds=1, **choices)
-    if launch.key.screened and launch.key.chunk <= MAX_UNROLLED:
+    if launch.key.screened and launch.key.chunk <= MAX_UNROLLED and (itemsize == 4 or lanes < 8):
         longer = launch_of(problem, replace(launch.key, rounds=2, unroll=launch.key.chunk), multiprocessors)
         launch = longer if longer.grid[2] == 1 else launch
     return _fitting(launch)

@@ -16,11 +16,12 @@ CHECKED = [
     Case("encoder_order", levels=((9, 11), (4, 5), (2, 2)), N=1, M=2, D=8, queries=None),
     Case("tail_and_chunks", levels=((4, 5), (3, 3), (2, 2)), N=2, M=2, D=32, P=24, queries=5),
 ]
-# Pixels taken in rounds: samples in pairs of two levels, lanes beyond the last query, levels in shared memory.
+# Pixels taken in rounds: samples in pairs of two levels, lanes beyond the last query of a warp, levels in shared memory
+# and two heads a warp.
 ROUNDS = [
     Case("pairs", levels=((13, 15), (4, 5)), N=2, M=4, D=32, P=3, queries=None),
     Case("lanes_left", levels=((9, 11), (4, 5)), N=2, M=4, D=36, P=2, queries=None),
-    Case("six_levels", levels=((9, 11), (4, 5), (2, 2), (1, 1), (1, 1), (1, 1)), N=2, M=4, D=32, P=1, queries=None),
+    Case("six_levels", levels=((9, 11), (4, 5), (2, 2), (1, 1), (1, 1), (1, 1)), N=2, M=8, D=16, P=1, queries=None),
 ]
 FILL = "msda_fill_marked(samples, levels, queries, raw, k0);\n            __syncwarp();"
 OWN_FILL = "msda_fill_own(samples, slot, levels, raw, lane);\n            __syncwarp();"
