@@ -1,6 +1,6 @@
 // Forward: output[n, q, m] = sum over samples of attention * bilinear(value[n, :, m]).
 //
-// A warp takes MSDA_QUERIES queries of MSDA_HEADS neighbouring heads. Its lanes first work out the samples, one
+// A warp takes MSDA_QUERIES queries of MSDA_HEADS neighbouring heads a round. Its lanes first work out the samples, some
 // each, into shared memory; then MSDA_LANES lanes a query and head read the four rows of each sample and accumulate MSDA_VEC
 // channels each in registers. Where queries are not pixels, MSDA_SPLIT groups of lanes share the samples of a query, and add
 // up their sums at the end. No warp waits for another.
@@ -44,6 +44,16 @@ __device__ __forceinline__ void msda_accumulate(
             for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = fma(weight[c], x[v], sum[turn][v]);
         }
     }
+}
+
+// Adds up the sums of the groups of lanes that share the samples of a query.
+__device__ __forceinline__ void msda_sum_groups(msda_sums& sum) {
+#pragma unroll
+    for (int mask = MSDA_LANES * MSDA_HEADS; mask < MSDA_LANES * MSDA_HEADS * MSDA_SPLIT; mask *= 2)
+#pragma unroll
+        for (int turn = 0; turn < MSDA_TURNS; ++turn)
+#pragma unroll
+            for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] += __shfl_xor_sync(0xffffffffu, sum[turn][v], mask);
 }
 
 extern "C" __global__ void MSDA_BOUNDS msda_forward(
@@ -125,7 +135,8 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
 #endif
             if (active) {
                 const msda_sample* of_query = samples + slot * MSDA_PITCH;
-                msda_sample ahead = of_query[msda_place(turn_of_group)];   // read early, so that the next rows do not wait for it
+                // Read early, so that the next rows do not wait for it.
+                msda_sample ahead = of_query[msda_place(turn_of_group)];
 #pragma unroll msda_unroll
                 for (int step = 0; step < MSDA_CHUNK; step += MSDA_SPLIT) {
                     const int k = step + turn_of_group;
@@ -142,12 +153,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
             __syncwarp();
         }
 
-#pragma unroll
-        for (int mask = MSDA_LANES * MSDA_HEADS; mask < MSDA_LANES * MSDA_HEADS * MSDA_SPLIT; mask *= 2)
-#pragma unroll
-            for (int turn = 0; turn < MSDA_TURNS; ++turn)
-#pragma unroll
-                for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] += __shfl_xor_sync(0xffffffffu, sum[turn][v], mask);
+        msda_sum_groups(sum);
         if (msda_number(q) >= 0 && turn_of_group == 0) {
             msda_value* target = output + ((work.image * Q + msda_number(q)) * MSDA_M + work.m + head) * MSDA_D;
 #pragma unroll

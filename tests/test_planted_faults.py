@@ -42,8 +42,8 @@ FAULTS = {
     ),
     "missing barrier before the next chunk": (
         "forward",
-        "            __syncwarp();\n        }\n\n#pragma unroll\n        for (int mask",
-        "        }\n\n#pragma unroll\n        for (int mask",
+        "            __syncwarp();\n        }\n\n        msda_sum_groups(sum);",
+        "        }\n\n        msda_sum_groups(sum);",
     ),
     "missing barrier before the gradients": (
         "backward",
@@ -56,8 +56,8 @@ FAULTS = {
     "missing barrier after a lane's own samples": ("forward", OWN_FILL, OWN_FILL.replace("__syncwarp();", "")),
     "missing barrier before the next round": (
         "forward",
-        "            __syncwarp();\n        }\n\n#pragma unroll\n        for (int mask",
-        "            if (MSDA_ROUNDS == 1) __syncwarp();\n        }\n\n#pragma unroll\n        for (int mask",
+        "            __syncwarp();\n        }\n\n        msda_sum_groups(sum);",
+        "            if (MSDA_ROUNDS == 1) __syncwarp();\n        }\n\n        msda_sum_groups(sum);",
     ),
     "lanes beyond the last query that write": ("forward", "slot >= MSDA_SLOTS) return;", "slot >= 99) return;"),
     "own samples in another order": ("forward", "return k / MSDA_TOGETHER + k %", "return k % MSDA_TOGETHER + k %"),
