@@ -123,7 +123,7 @@ def test_pixels_as_queries_on_a_full_gpu(pair):
 # passes, two heads a warp, more levels than registers hold.
 ROUNDS = [
     Case("pairs", levels=((9, 11), (4, 5), (2, 2)), N=2, M=4, D=32, queries=None),
-    Case("lanes_left", levels=((9, 11), (4, 5)), N=2, M=4, D=36, P=3, queries=None),
+    Case("lanes_left", levels=((9, 11), (4, 5)), N=2, M=8, D=40, P=3, queries=None),
     Case("odd_samples", levels=((9, 11), (4, 5), (2, 3)), N=2, M=4, D=32, P=3, queries=None),
     Case("two_heads", levels=((9, 11), (4, 5), (2, 3), (1, 2)), N=2, M=16, D=16, queries=None),
     Case("five_levels", levels=((9, 11), (4, 5), (2, 3), (1, 2), (1, 1)), N=2, M=8, D=32, P=4, queries=None),
