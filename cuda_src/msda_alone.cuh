@@ -25,14 +25,17 @@ struct msda_levels {
     msda_level of[MSDA_L];
 };
 
+// Number by number, by selections: as a whole it would be a branch or go through memory.
+__device__ __forceinline__ void msda_take_if(bool condition, const msda_level& other, msda_level& level) {
+    level.start = condition ? other.start : level.start;
+    level.h = condition ? other.h : level.h;
+    level.w = condition ? other.w : level.w;
+}
+
 __device__ __forceinline__ msda_level msda_level_in(const msda_levels& levels, int l) {
     msda_level level = levels.of[0];
 #pragma unroll
-    for (int i = 1; i < MSDA_L; ++i) {
-        level.start = l == i ? levels.of[i].start : level.start;
-        level.h = l == i ? levels.of[i].h : level.h;
-        level.w = l == i ? levels.of[i].w : level.w;
-    }
+    for (int i = 1; i < MSDA_L; ++i) msda_take_if(l == i, levels.of[i], level);
     return level;
 }
 
@@ -41,12 +44,7 @@ __device__ __forceinline__ int msda_width_in(const msda_levels& levels, int l) {
 __device__ __forceinline__ msda_level msda_level_of_pixel(msda_index position, const msda_levels& levels) {
     msda_level level = levels.of[0];
 #pragma unroll
-    for (int i = 1; i < MSDA_L; ++i) {
-        const bool reached = position >= levels.of[i].start;
-        level.start = reached ? levels.of[i].start : level.start;
-        level.h = reached ? levels.of[i].h : level.h;
-        level.w = reached ? levels.of[i].w : level.w;
-    }
+    for (int i = 1; i < MSDA_L; ++i) msda_take_if(position >= levels.of[i].start, levels.of[i], level);
     return level;
 }
 

@@ -47,35 +47,41 @@ def test_what_is_not_finite_reaches_its_samples_only(cuda_backend, queries, bad)
     assert_close(output[finite], want[finite], "float32")
 
 
+def behind_the_beginning(array, offset):
+    """`array` on the GPU, so many elements behind the beginning of an allocation."""
+    import cupy
+
+    buffer = cupy.empty(array.size + offset, array.dtype)
+    buffer[offset:] = cupy.asarray(array).ravel()
+    return buffer[offset:].reshape(array.shape)
+
+
 THREE = ((40, 50), (20, 25), (10, 13))
+LARGE_BATCH = Case("large_batch", levels=THREE, N=8, M=8, D=32, P=4, queries=None)
 # Taken in rounds, the heads at the end in blocks of one: samples in pairs, an odd number of samples in two passes,
 # lanes beyond the last query, two heads a warp, many levels in registers and more than they hold, one query a warp.
-FULL = {
-    "pairs": Case("pairs", levels=THREE, N=4, M=8, D=32, P=4, queries=None),
-    "odd": Case("odd", levels=THREE, N=4, M=8, D=32, P=3, queries=None),
-    "lanes left": Case("lanes_left", levels=THREE[:2], N=4, M=8, D=36, P=3, queries=None),
-    "two heads": Case("two_heads", levels=THREE, N=8, M=8, D=16, P=4, queries=None),
-    "five levels": Case("five_levels", levels=(*THREE, (5, 7), (3, 4)), N=4, M=8, D=32, P=4, queries=None),
-    "six levels": Case("six_levels", levels=(*THREE, (5, 7), (3, 4), (2, 2)), N=4, M=8, D=32, P=2, queries=None),
-    "large batch": Case("large_batch", levels=THREE, N=8, M=8, D=32, P=4, queries=None),
-    "one query": Case("one_query", levels=THREE, N=1, M=8, D=128, P=4, queries=None),
-}
+FULL = [
+    Case("pairs", levels=THREE, N=4, M=8, D=32, P=4, queries=None),
+    Case("odd", levels=THREE, N=4, M=8, D=32, P=3, queries=None),
+    Case("lanes_left", levels=THREE[:2], N=4, M=8, D=36, P=3, queries=None),
+    Case("two_heads", levels=THREE, N=8, M=8, D=16, P=4, queries=None),
+    Case("five_levels", levels=(*THREE, (5, 7), (3, 4)), N=4, M=8, D=32, P=4, queries=None),
+    Case("six_levels", levels=(*THREE, (5, 7), (3, 4), (2, 2)), N=4, M=8, D=32, P=2, queries=None),
+    Case("one_query", levels=THREE, N=1, M=8, D=128, P=4, queries=None),
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "offset"),
-    [*((name, "float16" if name == "large batch" else "float32", 0) for name in FULL), ("pairs", "float32", 2)],
+    ("case", "dtype", "offset"),
+    [*((case, "float32", 0) for case in FULL), (FULL[0], "float32", 2), (LARGE_BATCH, "float16", 0)],
+    ids=str,
 )
-def test_pixels_that_fill_the_gpu(name, dtype, offset):
+def test_pixels_that_fill_the_gpu(case, dtype, offset):
     import cupy
 
-    inputs = FULL[name].inputs(dtype, seed=6)
-    put = [cupy.asarray(inputs.value), inputs.shapes, None]
-    for array in (inputs.locations, inputs.weights):
-        buffer = cupy.empty(array.size + offset, array.dtype)
-        buffer[offset:] = cupy.asarray(array).ravel()
-        put.append(buffer[offset:].reshape(array.shape))
-    output = cupy_msda.ms_deform_attn(*put)
+    inputs = case.inputs(dtype, seed=6)
+    samples = (behind_the_beginning(array, offset) for array in (inputs.locations, inputs.weights))
+    output = cupy_msda.ms_deform_attn(cupy.asarray(inputs.value), inputs.shapes, None, *samples)
     assert_close(output.get(), cupy_msda.ms_deform_attn(*inputs[:5]), dtype)  # on the CPU
 
 
@@ -83,15 +89,13 @@ def test_pixels_that_fill_the_gpu(name, dtype, offset):
 def test_padded_pixels_that_fill_the_gpu(dtype):
     import torch
 
-    inputs = Case("padded", levels=THREE, N=8, M=8, D=32, P=4, queries=None).inputs(seed=7)
+    inputs = LARGE_BATCH.inputs(seed=7)
     lengths = np.array([2630, 0, 1, 64, 65, 128, 129, 2000])
-    put = [torch.from_numpy(array).cuda() for array in (inputs.value, inputs.locations, inputs.weights)]
-    value, locations, weights = (tensor.to(getattr(torch, dtype)) for tensor in put)
-    locations = locations.float()
-    arguments = (value, inputs.shapes, None, locations, weights.float())
-    output = cupy_msda.ms_deform_attn(*arguments, query_lengths=lengths)
-    on_the_cpu = (argument.cpu() if isinstance(argument, torch.Tensor) else argument for argument in arguments)
-    want = cupy_msda.ms_deform_attn(*on_the_cpu, query_lengths=lengths)
+    value, *samples = (torch.from_numpy(array) for array in (inputs.value, inputs.locations, inputs.weights))
+    value = value.to(getattr(torch, dtype))
+    want = cupy_msda.ms_deform_attn(value, inputs.shapes, None, *samples, query_lengths=lengths)  # on the CPU
+    on_the_gpu = (tensor.cuda() for tensor in samples)
+    output = cupy_msda.ms_deform_attn(value.cuda(), inputs.shapes, None, *on_the_gpu, query_lengths=lengths)
     assert_close(output.float().cpu().numpy(), want.float().numpy(), dtype)
 
 
@@ -160,17 +164,9 @@ def test_seventy_levels_on_the_device(cuda_backend):
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_unaligned_arrays(offset):
-    import cupy
-
     inputs = Case("wide", D=32).inputs()
-    put = []
-    for array in inputs:
-        if array is None or array.dtype.kind == "i":
-            put.append(array)
-            continue
-        buffer = cupy.empty(array.size + offset, array.dtype)
-        buffer[offset:] = cupy.asarray(array).ravel()
-        put.append(buffer[offset:].reshape(array.shape))
+    on_the_host = [array is None or array.dtype.kind == "i" for array in inputs]
+    put = [a if host else behind_the_beginning(a, offset) for a, host in zip(inputs, on_the_host, strict=True)]
     want_output, want_grads = cases.expected(inputs)
     assert_close(cupy_msda.ms_deform_attn(*put[:5]).get(), want_output, "float32")
     for grad, want in zip(cupy_msda.ms_deform_attn_backward(*put, 64), want_grads, strict=True):

@@ -74,16 +74,9 @@ FAULTS = {
         "row % MSDA_ROUNDS + blockIdx.x",
     ),
     "head at the end that is another": ("forward", "whole + row / MSDA_ROUNDS", "whole + row % MSDA_ROUNDS"),
-    "level in registers that is another": (
-        "forward",
-        "level.w = l == i ? levels.of[i].w",
-        "level.w = 0 ? levels.of[i].w",
-    ),
-    "level of a pixel that is the one before": (
-        "forward",
-        "const bool reached = position >= levels.of[i].start;",
-        "const bool reached = position > levels.of[i].start;",
-    ),
+    "level in registers that is another": ("forward", "level.w = condition ? other.w", "level.w = 0 ? other.w"),
+    "level in registers that is the one before": ("forward", "msda_take_if(l == i,", "msda_take_if(l > i,"),
+    "level of a pixel that is the one before": ("forward", "msda_take_if(position >=", "msda_take_if(position >"),
     "levels in registers in another order": ("forward", "packed = packed && level.start == end;", ""),
     "vote of the block that is the warp's own": (
         "backward",
