@@ -169,9 +169,9 @@ def forward(problem: Problem, alignment: int, multiprocessors: int = 132) -> Lau
     far as they fit, levels in registers: in float32 encoder_800x1333 139.4 us instead of 148, mask2former_1024 58
     instead of 64, encoder_uniform 226 either way; in bfloat16 101.2 instead of 102, 42.2 instead of 45, 146 instead of
     150. Three rounds 138, 59.7 and 232 in float32. With a fifth level, 20 samples, encoder_800x1333 takes 128 us in
-    float16 instead of 148 in two chunks; with 8 points a level 205 instead of 211. Not in 16 bits where a row is a
-    cache line or more: with D = 64 195 us instead of 183 in float16, 191 instead of 182 in bfloat16, with D = 128 194
-    instead of 178 and 189 instead of 168.
+    float16 instead of 148 in two chunks; with 8 points a level 205 instead of 211. Not in 16 bits with 8 lanes a
+    query and more: D = 64 195 us instead of 183 in float16, 191 instead of 182 in bfloat16, D = 128 194 and 178, 189
+    and 168, D = 44 254 and 235, 262 and 232; D = 36 171 and 175, but 176 and 174.
 
     Where queries are not pixels, small blocks finish independently, and the samples of a query are shared by
     LANES_A_QUERY lanes, or of 16 bits by half of them where there are many queries. Against a row's lanes alone:
