@@ -5,19 +5,6 @@
 // ---- levels -------------------------------------------------------------------------------------------------
 
 #if MSDA_LEVELS_IN_REGISTERS
-// What lane `lane` has, to all lanes: in a uniform register, where there are some. Not by a shuffle, which the L1 cache's data
-// pipe makes, and that is what limits the forward.
-__device__ __forceinline__ int msda_of_lane(int x, int lane) {
-#if MSDA_PTX && __CUDA_ARCH__ >= 800
-    return (int)__reduce_or_sync(0xffffffffu, (int)(threadIdx.x % 32) == lane ? (unsigned)x : 0);
-#else
-    return __shfl_sync(0xffffffffu, x, lane);
-#endif
-}
-__device__ __forceinline__ long long msda_of_lane(long long x, int lane) {
-    return (long long)msda_of_lane((int)(x >> 32), lane) << 32 | (unsigned)msda_of_lane((int)x, lane);
-}
-
 // All levels, the same in all lanes. Against levels in shared memory encoder_800x1333 takes 144 us instead of 147 in float32,
 // mask2former_1024 61.5 instead of 63.2, 43.2 instead of 44.0 in bfloat16; decoders, which then have fewer warps, 0 to 4 %
 // more.

@@ -1,6 +1,19 @@
-// Levels, their points, the order of queries, and sums over threads: what most kernels share.
+// Levels, their points, and sums over threads: what most kernels share.
 
-// ---- sums over threads ------------------------------------------------------------------------------------
+// ---- lanes and threads ------------------------------------------------------------------------------------
+
+// What lane `lane` has, to all lanes: in a uniform register, where there are some. Not by a shuffle, which the L1 cache's data
+// pipe makes, and that is what limits the forward.
+__device__ __forceinline__ int msda_of_lane(int x, int lane) {
+#if MSDA_PTX && __CUDA_ARCH__ >= 800
+    return (int)__reduce_or_sync(0xffffffffu, (int)(threadIdx.x % 32) == lane ? (unsigned)x : 0);
+#else
+    return __shfl_sync(0xffffffffu, x, lane);
+#endif
+}
+__device__ __forceinline__ long long msda_of_lane(long long x, int lane) {
+    return (long long)msda_of_lane((int)(x >> 32), lane) << 32 | (unsigned)msda_of_lane((int)x, lane);
+}
 
 // Inclusive sum over the lanes of a warp.
 __device__ __forceinline__ unsigned msda_sum_below(unsigned x) {
@@ -116,7 +129,8 @@ __device__ __forceinline__ bool msda_read_levels(
             if (threadIdx.x >= step) end += before;
         }
         if (threadIdx.x < MSDA_L) packed = packed && levels[threadIdx.x].start == end - size;
-        packed = packed && __shfl_sync(0xffffffffu, end, 31) == total;
+        const long long all = __shfl_sync(0xffffffffu, end, 31);   // by every lane, so not behind &&
+        packed = packed && all == total;
         return __all_sync(0xffffffffu, packed);
     }
 #endif
@@ -152,36 +166,3 @@ __device__ __forceinline__ int msda_first_of(int level) { return msda_first_poin
 __device__ __forceinline__ int msda_first_of(int level) { return level * MSDA_P; }
 #define MSDA_LEVEL_OF(k) ((k) / MSDA_P)
 #endif
-
-// ---- order of queries --------------------------------------------------------------------------------------
-
-// x / y, for 0 <= x < 2**21: (x + 0.5) / y is further from a whole number than its error.
-__device__ __forceinline__ unsigned msda_divide(unsigned x, unsigned y) {
-    return (unsigned)(((float)x + 0.5f) * msda_reciprocal((float)y));
-}
-
-// The level that pixel `position` is in, where levels follow each other.
-__device__ __forceinline__ msda_level msda_level_of_pixel(msda_index position, const msda_level* levels) {
-    int l = 0;
-#pragma unroll
-    for (int next = 1; next < MSDA_L; ++next) l += position >= levels[next].start;
-    return msda_level_at(levels + l);
-}
-
-// Query at `position` of the order in which warps take them. Where queries are the pixels of all levels, neighbouring
-// warps then hold a patch of MSDA_BAND rows instead of a line, and their samples share more of L1.
-template <typename Levels>
-__device__ __forceinline__ msda_index msda_query(msda_index position, [[maybe_unused]] const Levels& levels, bool packed) {
-#if MSDA_BAND
-    if (!packed) return position;
-    const msda_level level = msda_level_of_pixel(position, levels);
-    const unsigned inside = (unsigned)(position - level.start), w = level.w;
-    const unsigned first_row = msda_divide(inside, MSDA_BAND * w) * MSDA_BAND;
-    const unsigned in_band = inside - first_row * w;
-    const unsigned rows = min((unsigned)MSDA_BAND, level.h - first_row);
-    const unsigned column = msda_divide(in_band, rows);
-    return level.start + (msda_index)((first_row + (in_band - column * rows)) * w + column);
-#else
-    return position;
-#endif
-}

@@ -11,7 +11,7 @@ from typing import Any
 from .plan import KernelKey, shared_bytes
 
 _MACRO_OF_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-_TYPES, _COMMON = ("types.cuh",), ("types.cuh", "common.cuh", "cells.cuh", "work.cuh", "samples.cuh")
+_TYPES, _COMMON = ("types.cuh",), ("types.cuh", "common.cuh", "order.cuh", "cells.cuh", "work.cuh", "samples.cuh")
 # What comes before each kernel's own file.
 _HEADERS = {
     "forward": (*_COMMON, "alone.cuh", "prepare.cuh", "own.cuh"),

@@ -224,3 +224,19 @@ def expected_of_first(inputs, lengths, **variant):
     for grad in grads[1:]:
         grad[padding] = 0
     return output, grads
+
+
+# Pixels of which merged blocks take slices: halves rounded up and down, the coarse level first, levels with less than
+# one and less than two rows a band, one level, a whole number of bands. Not of levels that overlap, nor where the
+# tallest is too thin.
+SLICED = [
+    Case("rounded_up", levels=((17, 20), (9, 10), (5, 5)), N=2, M=1, D=32, queries=None),
+    Case("rounded_down", levels=((19, 21), (9, 10), (4, 5)), N=1, M=1, D=32, queries=None),
+    Case("coarse_first", levels=((5, 5), (9, 10), (17, 20)), N=1, M=1, D=32, queries=None),
+    Case("less_than_a_row", levels=((23, 9), (12, 5), (6, 3), (1, 2)), N=1, M=1, D=32, queries=None),
+    Case("a_row_less", levels=((41, 4), (9, 3)), N=1, M=1, D=32, queries=None),
+    Case("one_level", levels=((21, 13),), N=1, M=1, D=32, P=4, queries=None),
+    Case("whole_bands", levels=((16, 12), (8, 6)), N=1, M=2, D=32, queries=None),
+    Case("overlapping", levels=((9, 11), (4, 5)), starts=(0, 10), S=119, N=1, M=1, D=32, queries=None),
+    Case("thin_tallest", levels=((24, 1), *((8, 12),) * 5), N=1, M=1, D=32, P=1, queries=None),
+]

@@ -7,7 +7,7 @@ import emulator
 import numpy as np
 import pytest
 import reference
-from cases import CASES, DTYPE_PAIRS, VARIANTS, Case
+from cases import CASES, DTYPE_PAIRS, SLICED, VARIANTS, Case
 from tolerance import assert_close
 
 from cupy_msda import plan, plan_backward
@@ -142,6 +142,17 @@ def test_pixels_taken_in_rounds(case, pair):
     assert_close(got, cases.expected(inputs)[0], pair[0])
     if pair[0] == "float32":
         np.testing.assert_array_equal(emulator.forward(inputs, multiprocessors=1, sanitize=True), got)
+
+
+@pytest.mark.parametrize("pair", [DTYPE_PAIRS[0], DTYPE_PAIRS[1]], ids="-".join)
+@pytest.mark.parametrize("case", SLICED, ids=str)
+def test_pixels_taken_in_slices(case, pair):
+    inputs = case.inputs(*pair, seed=9)
+    assert plan.backward(emulator.prepare(inputs, True, None), 16).key.merge
+    want = cases.expected(inputs)[1]
+    got = emulator.backward(inputs, levels_on_device=True, sanitize=True)
+    for grad, expected, dtype in zip(got, want, (pair[0], pair[1], pair[1]), strict=True):
+        assert_close(grad, expected, dtype)
 
 
 @pytest.mark.parametrize("lengths", [(123, 0), (64, 1)])

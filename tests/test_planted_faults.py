@@ -4,7 +4,7 @@ import cases
 import emulator
 import numpy as np
 import pytest
-from cases import Case
+from cases import SLICED, Case
 from tolerance import assert_close
 
 from cupy_msda import kernels, plan, plan_backward
@@ -278,6 +278,21 @@ MERGE_FAULTS = {
         "(unsigned short)place;\n        }",
     ),
 }
+# Where merged blocks take slices of the image: (case of SLICED, text of the source, what it becomes).
+SLICE_FAULTS = {
+    "levels of a slice side by side": ("rounded_up", "slice.before[i] = places;", "slice.before[i] = 0;"),
+    "tallest level that makes up for nothing": (
+        "rounded_up",
+        "if (is_tallest) before = at",
+        "if (0) before = at",
+    ),
+    "last slice without what is left": ("rounded_up", "if (at >= (unsigned)Q) before = h * w;", ""),
+    "bands of a level beyond its rows": ("a_row_less", "if (rows * slice.bands > h) --rows;", ""),
+    "bands of a level that has none": ("less_than_a_row", "rows ? slice.bands : 0u", "slice.bands"),
+    "rows of a band in the last": ("rounded_up", "band < bands ? rows : level.h - bands * rows", "rows"),
+    "slices of too few pixels of the tallest level": ("thin_tallest", "!is_tallest || enough", "true"),
+    "slices of levels that are not packed": ("overlapping", "if (!packed) return slice;", ""),
+}
 # Where products are made of matrices: (D, merged or not, text of the source, what it becomes).
 MATRIX_FAULTS = {
     "lower row for the upper": (32, False, "1, from[c >> 1] + right);", "1, from[c & 1] + right);"),
@@ -464,6 +479,14 @@ def test_fault_planted_where_samples_are_merged_is_caught(name):
     run_merged(kernels.source("backward"))
     with pytest.raises(AssertionError):
         run_merged(faulty)
+
+
+@pytest.mark.parametrize("name", SLICE_FAULTS)
+def test_fault_planted_into_slices_is_caught(name):
+    which, *fault = SLICE_FAULTS[name]
+    (case,) = [case for case in SLICED if case.name == which]
+    with pytest.raises((AssertionError, emulator.EmulatorError)):
+        run("backward", planted("backward", *fault), case)
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
