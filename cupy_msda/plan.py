@@ -236,9 +236,9 @@ def backward(problem: Problem, alignment: int, multiprocessors: int = 132, wante
     """Launch of the backward kernel, for the gradients that are wanted.
 
     Merged (many samples a row of value): 64 queries a block, where they are pixels a slice of the image
-    (``msda_order.cuh``), and 1024 keys. encoder_800x1333 on an H200: 381 us in
-    float32 with 4 blocks a multiprocessor, 390 with 5; 371 in float16 with 5, 380 with 4; 32 queries 398, 128 queries
-    390 to 404; 512 or 2048 keys 392, 406; not merged 777.
+    (``msda_order.cuh``), and 1024 keys. encoder_800x1333 on an H200, before there were slices: 381 us in float32 with 4
+    blocks a multiprocessor, 390 with 5; 371 in float16 with 5, 380 with 4; 32 queries 398, 128 queries 390 to 404; 512
+    or 2048 keys 392, 406; not merged 777.
 
     Without grad_value 10 blocks of 4 warps: encoder_800x1333 on an H100 231 us and decoder_900 68 in float32, 234 and
     73 with 12; in float16 no difference. Four samples at a time instead of two: float32 221 instead of 229 us there,

@@ -281,11 +281,7 @@ MERGE_FAULTS = {
 # Where merged blocks take slices of the image: (case of SLICED, text of the source, what it becomes).
 SLICE_FAULTS = {
     "levels of a slice side by side": ("rounded_up", "slice.before[i] = places;", "slice.before[i] = 0;"),
-    "tallest level that makes up for nothing": (
-        "rounded_up",
-        "if (is_tallest) before = at",
-        "if (0) before = at",
-    ),
+    "tallest level that makes up for nothing": ("rounded_up", "if (is_tallest) before = at", "if (0) before = at"),
     "last slice without what is left": ("rounded_up", "if (at >= (unsigned)Q) before = h * w;", ""),
     "bands of a level beyond its rows": ("a_row_less", "if (rows * slice.bands > h) --rows;", ""),
     "bands of a level that has none": ("less_than_a_row", "rows ? slice.bands : 0u", "slice.bands"),
