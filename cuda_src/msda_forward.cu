@@ -92,7 +92,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
         (work.image * image_stride + (work.m + head) * head_stride + lane * MSDA_VEC) * sizeof(msda_value);
 
 #if MSDA_OWN
-    msda_index next = msda_own_query(levels, work, 0, local, lengths, Q, packed);
+    msda_index next = msda_query_of_round(levels, work, 0, local, lengths, Q, packed);
 #endif
 #pragma unroll 1
     for (int round = 0; round < rounds; ++round) {
@@ -102,7 +102,8 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
         msda_load_own(raw, q, head, lane, locations, weights);
 #else
 #if MSDA_ALONE
-        const msda_queries queries = msda_begin_queries(levels, work, round, lengths, Q, packed);
+        const msda_queries queries = {
+            msda_query_of_round(levels, work, round, (int)(threadIdx.x % 32), lengths, Q, packed)};   // a lane each
 #endif
         msda_raw raw;
         msda_load_raw(raw, queries, 0, 0, locations, weights, references);
@@ -126,7 +127,7 @@ extern "C" __global__ void MSDA_BOUNDS msda_forward(
 #if MSDA_OWN
             msda_fill_own(samples, slot, levels, raw, lane);
             __syncwarp();
-            next = round + 1 < rounds ? msda_own_query(levels, work, round + 1, local, lengths, Q, packed) : -1;
+            next = round + 1 < rounds ? msda_query_of_round(levels, work, round + 1, local, lengths, Q, packed) : -1;
 #else
             msda_fill_marked(samples, levels, queries, raw, k0);
             __syncwarp();

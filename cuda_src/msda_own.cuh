@@ -22,14 +22,6 @@ struct msda_own {
     msda_vector<msda_location, MSDA_TOGETHER> attention[MSDA_PASSES];
 };
 
-// Query `local` of a warp's `round`; -1 for lanes beyond the last group.
-__device__ __forceinline__ msda_index msda_own_query(
-        const msda_levels& levels, const msda_work& work, int round, int local, const long long* __restrict__ lengths,
-        msda_index Q, bool packed) {
-    const int at = (round * MSDA_WARPS + threadIdx.x / 32) * MSDA_QUERIES + local;
-    return local < MSDA_QUERIES ? msda_query_at(work, at, levels, packed, lengths, Q) : -1;
-}
-
 // Samples that are not there are NaN, which does not count.
 __device__ __forceinline__ void msda_load_own(
         msda_own& own, msda_index q, int head, int lane, const msda_location* __restrict__ locations,
