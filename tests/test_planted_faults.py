@@ -50,7 +50,7 @@ FAULTS = {
         "            __syncwarp();\n#if MSDA_GRAD_SAMPLES\n            msda_w",
         "#if MSDA_GRAD_SAMPLES\n            msda_w",
     ),
-    "queries of another warp": ("forward", "MSDA_WARPS + threadIdx.x / 32) * MSDA_QUERIES + place;", "0) + place;"),
+    "queries of another warp": ("forward", "group * MSDA_QUERIES + place,", "place,"),
     "one query for all lanes": ("forward", "round, (int)(threadIdx.x % 32), lengths", "round, 0, lengths"),
     "own queries of the round before": ("forward", "round + 1, local, lengths", "round, local, lengths"),
     "missing barrier after a lane's own samples": ("forward", OWN_FILL, OWN_FILL.replace("__syncwarp();", "")),
