@@ -54,8 +54,8 @@ def build(key, text=None, sanitize=False):
         temporary = target.with_suffix(f".{os.getpid()}")
         command = [COMPILER, *flags, "-x", "c++", "-", "-o", str(temporary)]
         result = subprocess.run(command, input=program, capture_output=True, text=True)
-        if result.returncode:
-            raise EmulatorError(result.stderr[:4000])
+        if result.returncode:  # not an EmulatorError: a planted fault that does not compile has not been caught
+            raise RuntimeError(result.stderr[:4000])
         temporary.rename(target)
     return target
 

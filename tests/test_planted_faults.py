@@ -24,6 +24,8 @@ ROUNDS = [
     Case("six_levels", levels=((9, 11), (4, 5), (2, 2), (1, 1), (1, 1), (1, 1)), N=2, M=8, D=16, P=1, queries=None),
 ]
 FILL = "msda_fill_marked(samples, levels, queries, raw, k0);\n            __syncwarp();"
+# Whether queries are found by their own lanes (MSDA_OWN, which comes later in the source).
+OWN_QUERIES = "(MSDA_LEVELS_IN_REGISTERS && !MSDA_FRONT)"
 OWN_FILL = "msda_fill_own(samples, slot, levels, raw, lane);\n            __syncwarp();"
 BACKWARD_FILL = "msda_fill(samples, shared, raw, round, k0);\n            __syncwarp();"
 SUM = "sum[turn][v] = fma(weight[c], x[v], sum[turn][v]);"
@@ -50,7 +52,8 @@ FAULTS = {
         "            __syncwarp();\n#if MSDA_GRAD_SAMPLES\n            msda_w",
         "#if MSDA_GRAD_SAMPLES\n            msda_w",
     ),
-    "queries of another warp": ("forward", "group * MSDA_QUERIES + place,", "place,"),
+    "queries of another warp": ("forward", "group * MSDA_Q", f"({OWN_QUERIES} ? group : 0) * MSDA_Q"),
+    "own queries of another warp": ("forward", "group * MSDA_Q", f"({OWN_QUERIES} ? 0 : group) * MSDA_Q"),
     "one query for all lanes": ("forward", "round, (int)(threadIdx.x % 32), lengths", "round, 0, lengths"),
     "own queries of the round before": ("forward", "round + 1, local, lengths", "round, local, lengths"),
     "missing barrier after a lane's own samples": ("forward", OWN_FILL, OWN_FILL.replace("__syncwarp();", "")),
@@ -214,7 +217,7 @@ FRONT_FAULTS = {
         "mask < msda_lanes_of_query; mask *= 2) x +=",
         "mask < msda_lanes_of_query / 2; mask *= 2) x +=",
     ),
-    "softmax without its sum": ("forward", False, "raw.weight[fill + t] *= scale;", ""),
+    "softmax without its sum": ("forward", False, "raw.weight[fill + t] *= scale;", ";"),
     "weights of lanes without a sample": ("forward", False, "k < MSDA_K ? logit : lowest", "logit"),
     "reference point of the first level": ("forward", False, "(MSDA_REFERENCES > 1 ? MSDA_LEVEL_OF(k) : 0)", "0"),
     "height for the width": ("forward", False, "msda_load(box.element[0])", "msda_load(box.element[1])"),
@@ -259,7 +262,7 @@ SUM_FAULTS = {
         "sum", "if (key >= 0) msda_leave(shared, key + group, lane, here, after);\n}", "}",
     ),
     "row of another bin": ("sum", "row >= bin.rows || idle", "idle"),
-    "run that is not found": ("add", "if (__shfl_sync(0xffffffffu, end, of + step - 1) <= i) of += step;", ""),
+    "run that is not found": ("add", "if (__shfl_sync(0xffffffffu, end, of + step - 1) <= i) of += step;", ";"),
     "row of another group": ("add", "at + 1 >= low && at + 1 < high", "at + 1 >= low"),
     "part added by every group": ("add", "if (group == 0) {", "{"),
     "piece that begins at the bin's first part": ("sum", "if (!whole && shared.from > before)", "if (false)"),
