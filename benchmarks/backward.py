@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from cupy_msda import api, problem
-from cupy_msda.problem import ALL, Wanted
+from cupy_msda import api, validate
+from cupy_msda.call import ALL, Arguments, Wanted
 
 from . import cases, implementations
 from .cases import Inputs
@@ -39,8 +39,10 @@ RUNS = 50
 
 def ours(inputs: Inputs, *, deterministic: bool, wanted: Wanted = ALL) -> Callable[[], tuple]:
     """The backward alone, for the gradients that are wanted."""
-    found, operands = problem.read(*inputs[:5], 64, inputs.grad_output, deterministic=deterministic)
-    return lambda: api.backward(found, operands, wanted)[:3]
+    value, shapes, starts, *samples = inputs[:5]
+    arguments = Arguments(value, shapes, starts, None, *samples, deterministic=deterministic)
+    call = validate.read(arguments, inputs.grad_output, wanted)
+    return lambda: api.backward(call)[:3]
 
 
 def skewed(inputs: Inputs, kind: str) -> Inputs:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cupy_msda.torch
-from cupy_msda import api, problem
-from cupy_msda.problem import ALL, FUSED_NAMES
+from cupy_msda import api, validate
+from cupy_msda.call import ALL, FUSED_NAMES, Arguments
 
 from . import cases
 from .cases import FrontInputs
@@ -50,7 +50,7 @@ class Unfused:
 
     def forward(self) -> Tensor:
         locations, weights = self.samples()
-        return api.forward(*problem.read(*self.inputs[:3], locations, weights))
+        return api.forward(validate.read(Arguments(*self.inputs[:3], None, locations, weights)))
 
     def backward(self) -> Callable[[], tuple[Tensor, ...]]:
         """The gradients of value, offsets and logits, from locations and weights that the forward has left."""
@@ -60,8 +60,8 @@ class Unfused:
         boxes = references[:, :, None, :, None, 2:].to(self.dtype)
 
         def gradients() -> tuple[Tensor, ...]:
-            found, operands = problem.read(value, shapes, starts, locations, weights, 64, grad_output)
-            of_value, of_locations, of_weights, _ = api.backward(found, operands)
+            call = validate.read(Arguments(value, shapes, starts, None, locations, weights), grad_output)
+            of_value, of_locations, of_weights, _ = api.backward(call)
             of_logits = torch._softmax_backward_data(of_weights.flatten(3), flat, -1, self.dtype)
             if boxes.shape[-1]:
                 of_offsets = of_locations * 0.5 * boxes / offsets.shape[4]
@@ -79,14 +79,14 @@ class Fused:
         value, shapes, starts, references, offsets, logits, grad_output = inputs
         if packed:
             offsets, logits = torch.cat((offsets.flatten(3), logits.flatten(3)), -1), None
-        arguments = (value, shapes, starts, offsets, logits, 64, grad_output)
-        self.read = problem.read(*arguments, names=FUSED_NAMES, reference_points=references)
+        arguments = Arguments(value, shapes, starts, references, offsets, logits, names=FUSED_NAMES)
+        self.call = validate.read(arguments, grad_output, ALL)
 
     def forward(self) -> Tensor:
-        return api.forward(*self.read)
+        return api.forward(self.call)
 
     def backward(self) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: api.backward(*self.read, ALL)
+        return lambda: api.backward(self.call)
 
 
 def ways_of(workload: cases.Workload, dtype: str) -> dict[str, list[Any]]:

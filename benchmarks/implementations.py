@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import cupy_msda
-from cupy_msda.torch.compositions import grid_sample_composition
+from cupy_msda.torch.reference import grid_sample_composition
 
 from .cases import Inputs
 

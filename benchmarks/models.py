@@ -22,7 +22,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from cupy_msda.torch import transformers as serve
-from cupy_msda.torch.patches import Patch
+from cupy_msda.torch.integrations.patch import Patch
 
 from .provenance import provenance
 from .timing import summary

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cupy_msda.golden import TOLERANCE
+from cupy_msda.cli.check import TOLERANCE
 
 from . import cases, implementations
 from .cases import Inputs, Workload

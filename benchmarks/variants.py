@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cupy_msda import cuda, kernels, plan
-from cupy_msda.torch.patches import Patch
+from cupy_msda.cuda import kernels, plan
+from cupy_msda.cuda import run as cuda
+from cupy_msda.torch.integrations.patch import Patch
 
 from . import cases, implementations
 from .run import DTYPES, relative_error

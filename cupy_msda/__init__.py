@@ -4,7 +4,6 @@
 ``cupy_msda.torch``.
 """
 
-from .ahead import Sizes, warmup
 from .api import (
     ms_deform_attn,
     ms_deform_attn_backward,
@@ -12,6 +11,7 @@ from .api import (
     ms_deform_attn_fused,
     ms_deform_attn_fused_backward,
 )
+from .cuda.warmup import Sizes, warmup
 
 __all__ = [
     "Sizes",

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import demo, environment, golden
+from .cli import check, demo, info
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     if options.command == "info":
-        for name, text in environment.describe():
+        for name, text in info.describe():
             print(f"{name:20}{text}")
         return 0
     return _check() if options.command == "check" else _demo(options)
@@ -45,9 +45,9 @@ def _demo(options: argparse.Namespace) -> int:
 def _check() -> int:
     missed = 0
     print(f"{'case':22}{'backend':9}{'dtype':9}{'error':>9}  tolerance  worst in")
-    for row in golden.run_all():
+    for row in check.run_all():
         verdict = "" if row.passed else "  MISSED"
-        limit = golden.TOLERANCE[row.dtype]
+        limit = check.TOLERANCE[row.dtype]
         print(f"{row.case:22}{row.backend:9}{row.dtype:9}{row.error:9.1e}  {limit:9.0e}  {row.what}{verdict}")
         missed += not row.passed
     return 1 if missed else 0

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import cpu, cpu_front, cuda, interop, problem
-from .problem import ALL, FUSED_NAMES, SHORT_NAMES, Operands, Problem, Variant, Wanted
+from . import arrays
+from . import validate as _validate
+from .call import ALL, EXTENSION_NAMES, FUSED_NAMES, Arguments, Call, Variant
+from .cpu import run as cpu
+from .cuda import run as cuda
 
 
 def ms_deform_attn(
@@ -89,20 +92,11 @@ def ms_deform_attn(
     _refuse_gradients(
         "ms_deform_attn", value=value, sampling_locations=sampling_locations, attention_weights=attention_weights
     )
-    return forward(
-        *problem.read(
-            value,
-            spatial_shapes,
-            level_start_index,
-            sampling_locations,
-            attention_weights,
-            im2col_step,
-            deterministic=deterministic,
-            validate=validate,
-            variant=Variant(num_points, interpolation, padding_mode, align_corners),
-            query_lengths=query_lengths,
-        )
-    )
+    arguments = Arguments(
+        value, spatial_shapes, level_start_index, None, sampling_locations, attention_weights, im2col_step,
+        Variant(num_points, interpolation, padding_mode, align_corners), query_lengths, deterministic, validate,
+    )  # fmt: skip
+    return forward(_validate.read(arguments))
 
 
 def ms_deform_attn_forward(
@@ -117,17 +111,11 @@ def ms_deform_attn_forward(
 
     Records no gradient, like the function it stands in for.
     """
-    return forward(
-        *problem.read(
-            value,
-            spatial_shapes,
-            level_start_index,
-            sampling_loc,
-            attn_weight,
-            im2col_step,
-            names=SHORT_NAMES,
-        )
+    samples = (None, sampling_loc, attn_weight)
+    arguments = Arguments(
+        value, spatial_shapes, level_start_index, *samples, im2col_step=im2col_step, names=EXTENSION_NAMES
     )
+    return forward(_validate.read(arguments))
 
 
 def ms_deform_attn_backward(
@@ -167,20 +155,12 @@ def ms_deform_attn_backward(
     sums have a fixed order, or value is large and samples are few, instead 32 bytes a sample (64 in float64) and a
     fifth more for lists and large bins, for as many heads at a time as 256 MiB hold, but at least one.
     """
-    found, operands = problem.read(
-        value,
-        spatial_shapes,
-        level_start_index,
-        sampling_loc,
-        attn_weight,
-        im2col_step,
-        grad_output,
-        names=SHORT_NAMES,
-        deterministic=deterministic,
-        variant=Variant(num_points, interpolation, padding_mode, align_corners),
-        query_lengths=query_lengths,
-    )
-    return backward(found, operands)[:3]
+    arguments = Arguments(
+        value, spatial_shapes, level_start_index, None, sampling_loc, attn_weight, im2col_step,
+        Variant(num_points, interpolation, padding_mode, align_corners), query_lengths, deterministic,
+        names=EXTENSION_NAMES,
+    )  # fmt: skip
+    return backward(_validate.read(arguments, grad_output))[:3]
 
 
 def ms_deform_attn_fused(
@@ -252,22 +232,12 @@ def ms_deform_attn_fused(
         sampling_offsets=sampling_offsets,
         attention_logits=attention_logits,
     )
-    return forward(
-        *problem.read(
-            value,
-            spatial_shapes,
-            level_start_index,
-            sampling_offsets,
-            attention_logits,
-            im2col_step,
-            names=FUSED_NAMES,
-            reference_points=reference_points,
-            deterministic=deterministic,
-            validate=validate,
-            variant=Variant(num_points, interpolation, padding_mode, align_corners),
-            query_lengths=query_lengths,
-        )
-    )
+    arguments = Arguments(
+        value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits, im2col_step,
+        Variant(num_points, interpolation, padding_mode, align_corners), query_lengths, deterministic, validate,
+        names=FUSED_NAMES,
+    )  # fmt: skip
+    return forward(_validate.read(arguments))
 
 
 def ms_deform_attn_fused_backward(
@@ -303,69 +273,33 @@ def ms_deform_attn_fused_backward(
     reference points (8 or 16 bytes a query, head and level), and where grad_value is summed in lists, 12 bytes a sample
     (24 in float64).
     """
-    found, operands = problem.read(
-        value,
-        spatial_shapes,
-        level_start_index,
-        sampling_offsets,
-        attention_logits,
-        im2col_step,
-        grad_output,
+    arguments = Arguments(
+        value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits, im2col_step,
+        Variant(num_points, interpolation, padding_mode, align_corners), query_lengths, deterministic,
         names=FUSED_NAMES,
-        reference_points=reference_points,
-        deterministic=deterministic,
-        variant=Variant(num_points, interpolation, padding_mode, align_corners),
-        query_lengths=query_lengths,
-    )
-    grad_value, grad_offsets, grad_logits, grad_references = backward(found, operands, ALL._replace(references=True))
+    )  # fmt: skip
+    call = _validate.read(arguments, grad_output, ALL._replace(references=True))
+    grad_value, grad_offsets, grad_logits, grad_references = backward(call)
     return grad_value, grad_references, grad_offsets, grad_logits
 
 
-def _refuse_gradients(function: str, **arrays: Any) -> None:
-    for name, array in arrays.items():
-        if interop.tracks_gradient(array):
+def _refuse_gradients(function: str, **given: Any) -> None:
+    for name, array in given.items():
+        if arrays.tracks_gradient(array):
             raise TypeError(
                 f"{name}: expected a tensor that requires no gradient, because this function records none; "
                 f"use cupy_msda.torch.{function}, or detach() it"
             )
 
 
-def forward(found: Problem, operands: Operands) -> Any:
-    """The output of a problem that has been read."""
-    if found.device[0] == "cuda":
-        return cuda.forward(found, operands)
-    forward_of = cpu_front.forward if found.front else cpu.forward
-    return _from_numpy(forward_of(found, *_arrays(found, operands), lengths=_lengths(operands)), operands.value)
+def forward(call: Call) -> Any:
+    """The output of a validated call."""
+    return (cuda if call.problem.device[0] == "cuda" else cpu).forward(call)
 
 
-def backward(found: Problem, operands: Operands, wanted: Wanted = ALL) -> Any:
-    """Gradients of a problem that has been read, of value, locations, weights and references; None if not wanted.
+def backward(call: Call) -> tuple[Any, Any, Any, Any]:
+    """Gradients of value, locations, weights and references of a validated call; None for what is not wanted.
 
-    Of offsets and logits in one array: in the place of the locations'.
+    In a packed call, the gradient of offsets and logits is one array, in the place of the locations'.
     """
-    if found.device[0] == "cuda":
-        return tuple(cuda.backward(found, operands, wanted))
-    arrays = (*_arrays(found, operands), interop.to_numpy(operands.grad_output))
-    if found.front:
-        grads = cpu_front.backward(found, *arrays, lengths=_lengths(operands), wanted=wanted)
-    else:
-        grads = (*cpu.backward(found, *arrays, lengths=_lengths(operands), wanted=wanted), None)
-    views = (operands.value, operands.locations, operands.weights, operands.references)
-    return tuple(None if g is None else _from_numpy(g, view) for g, view in zip(grads, views, strict=True))
-
-
-def _arrays(found: Problem, operands: Operands) -> tuple[Any, ...]:
-    """The inputs of the NumPy path."""
-    value, locations = (interop.to_numpy(view) for view in (operands.value, operands.locations))
-    weights = None if found.front and found.front.packed else interop.to_numpy(operands.weights)
-    if found.front is None:
-        return value, locations, weights
-    return value, interop.to_numpy(operands.references), locations, weights
-
-
-def _lengths(operands: Operands) -> list[int] | None:
-    return None if operands.lengths is None else interop.to_numpy(operands.lengths).tolist()
-
-
-def _from_numpy(array: Any, like: interop.View) -> Any:
-    return like.framework.from_numpy(array, like.dtype, like.array)
+    return (cuda if call.problem.device[0] == "cuda" else cpu).backward(call)

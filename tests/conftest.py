@@ -5,8 +5,9 @@ import os
 # JAX would take most of the GPU's memory for itself.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import backends
 import pytest
+
+from tests.helpers import backends
 
 if backends.GPU and os.environ.get("CUPY_MSDA_TEST_EXACT_ALLOCATIONS"):
     import cupy

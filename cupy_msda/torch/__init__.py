@@ -1,7 +1,7 @@
 """Multi-scale deformable attention as an operator of torch, on the CPU and on CUDA."""
 
-from .front_end import ms_deform_attn_fused
 from .functional import MSDeformAttnFunction, decomposed, ms_deform_attn
+from .fused import ms_deform_attn_fused
 from .modules import MSDeformAttn, MultiScaleDeformableAttention
 
 __all__ = [

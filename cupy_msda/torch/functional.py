@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..problem import PLAIN, Variant, Wanted, read_variant
-from . import front_operators, quick
-from .compositions import grid_sample_composition, without_padding
+from ..call import PLAIN, Variant, Wanted
+from ..validate import read_variant
+from . import fast_path, fused_operators
 from .operators import (
     agreed_dtypes,
     backward_operator,
@@ -21,6 +21,7 @@ from .operators import (
     transformed_forward,
     under_transform,
 )
+from .reference import grid_sample_composition, without_padding
 
 _decomposed = 0
 
@@ -75,7 +76,7 @@ def ms_deform_attn(
         if interpolation == "nearest" and torch.is_grad_enabled():
             refuse_gradient("sampling_locations", sampling_locations)
     elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or observed()):
-        for matches, recipe, step, fixed_order, differentiable in quick.recent:
+        for matches, recipe, step, fixed_order, differentiable in fast_path.recent:
             if (
                 step is im2col_step
                 and fixed_order is deterministic
@@ -147,12 +148,12 @@ def straight(
 ) -> Tensor:
     """The output of a call that :func:`is_plain`, past the dispatcher; tensors as for :class:`_Function`."""
     inputs, settings = (value, locations, weights), (shapes, starts, im2col_step, deterministic)
-    key = quick.key_of(*inputs, *settings, variant, references)
-    recipe = None if validate else quick.recall(key, *inputs, *settings, variant, references)
+    key = fast_path.key_of(*inputs, *settings, variant, references)
+    recipe = None if validate else fast_path.recall(key, *inputs, *settings, variant, references)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, references)):
         return apply(*inputs, references, (recipe, key, *settings, validate, variant))
     settings = (im2col_step, deterministic, validate, variant, references)
-    return quick.follow(recipe, key, value, shapes, starts, locations, weights, *settings)
+    return fast_path.follow(recipe, key, value, shapes, starts, locations, weights, *settings)
 
 
 def dispatched(
@@ -212,7 +213,7 @@ class _Function(torch.autograd.Function):
             output = recipe.forward(value, shapes, starts, locations, weights, references)
             if output is not None:
                 return output
-        return quick.first_forward(key, value, shapes, starts, locations, weights, *others, references)
+        return fast_path.first_forward(key, value, shapes, starts, locations, weights, *others, references)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -227,7 +228,7 @@ class _Function(torch.autograd.Function):
                 repeat = recipe.backward(wanted)
                 grads = repeat(grad_output, value, shapes, starts, locations, weights, references)
             if grads is None:
-                grads = quick.backward(
+                grads = fast_path.backward(
                     grad_output, value, shapes, starts, locations, weights, im2col_step, deterministic, variant, None,
                     wanted, references,
                 )  # fmt: skip
@@ -242,7 +243,7 @@ class _Function(torch.autograd.Function):
 
 def _dispatch_backward(
     grad_output: Tensor, saved: tuple[Tensor | None, ...], call: tuple[Any, ...], wanted: Wanted
-) -> quick.Gradients:
+) -> fast_path.Gradients:
     """The gradients by the registered operator, which is differentiable in its turn."""
     value, locations, weights, references = saved
     _, _, shapes, starts, im2col_step, deterministic, _, variant = call
@@ -252,7 +253,7 @@ def _dispatch_backward(
         return *backward_operator(grad_output, value, *metadata, *samples, *settings, mask, *variant), None
     samples = (references, locations, weights)
     mask = [wanted.value, wanted.references, wanted.locations, wanted.weights]
-    of_value, of_references, of_locations, of_weights = front_operators.backward_operator(
+    of_value, of_references, of_locations, of_weights = fused_operators.backward_operator(
         grad_output, value, *metadata, *samples, im2col_step, deterministic, *variant, None, None, mask
     )
     return of_value, of_locations, of_weights, of_references

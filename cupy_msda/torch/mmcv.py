@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from .functional import ms_deform_attn
+from .integrations.patch import Patch
 from .operators import agreed_dtypes
-from .patches import Patch
 
 
 class MultiScaleDeformableAttnFunction:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .front_end import ms_deform_attn_fused
-from .front_operators import agreed_dtypes
 from .functional import ms_deform_attn
+from .fused import ms_deform_attn_fused
+from .fused_operators import agreed_dtypes
 
 
 class MSDeformAttn(nn.Module):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import PLAIN, Variant, Wanted, read_variant
-from . import quick
-from .compositions import gather_composition, without_padding
+from ..call import PLAIN, Variant, Wanted
+from ..validate import read_variant
+from . import fast_path
+from .reference import gather_composition, without_padding
 
 FORWARD, BACKWARD = "cupy_msda::ms_deform_attn", "cupy_msda::ms_deform_attn_backward"
 _INPUTS = (
@@ -39,9 +40,9 @@ backward_operator = torch.ops.cupy_msda.ms_deform_attn_backward.default
 
 @torch.library.impl(FORWARD, ("cpu", "cuda"))
 def _forward(value: Tensor, shapes: Tensor | None, *others: Any) -> Tensor:
-    """`others` are those of ``quick.forward`` and then the form's, without defaults at the end."""
+    """`others` are those of ``fast_path.forward`` and then the form's, without defaults at the end."""
     shapes, variant, lengths = read_form(shapes, others[5:])
-    return quick.forward(value, shapes, *others[:5], variant=variant, lengths=lengths)
+    return fast_path.forward(value, shapes, *others[:5], variant=variant, lengths=lengths)
 
 
 def read_form(shapes: Tensor | None, form: Sequence[Any]) -> tuple[Any, Variant, Tensor | None]:
@@ -67,7 +68,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes, *variant_and_lengths = read_form(shapes, form)
     inputs, wanted = (starts, locations, weights), Wanted(*output_mask)
-    grads = quick.backward(
+    grads = fast_path.backward(
         grad_output, value, shapes, *inputs, im2col_step, deterministic, *variant_and_lengths, wanted
     )
     return tuple(grad if wanted else value.new_empty(0) for grad, wanted in zip(grads[:3], output_mask, strict=True))

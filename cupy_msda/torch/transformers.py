@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .functional import ms_deform_attn
+from .integrations.patch import Patch
 from .modules import MultiScaleDeformableAttention
 from .operators import agreed_dtypes
-from .patches import Patch
 
 FAMILIES = (
     "d_fine",

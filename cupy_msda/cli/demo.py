@@ -1,0 +1,262 @@
+"""``python -m cupy_msda demo``: deformable attention on a photograph, forward and backward, and a picture of it.
+
+Every pixel of the finest level asks a question. Its heads look along and across the edge that it lies on, P points
+on each level of a pyramid, and weigh what they see by how close its colour is to their own: the attended output is
+the photograph smoothed along its edges. The loss compares that output with the photograph, and its gradient comes
+back to the pixels of every level.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import arrays
+from ..api import ms_deform_attn_backward, ms_deform_attn_forward
+from .check import relative_error
+
+PHOTOGRAPH = Path(__file__).parent.parent / "data" / "chelsea.jpg"
+LONGEST_SIDE = 256
+LEVELS, POINTS, HEADS, CHANNELS = 4, 4, 4, 8
+STEP = 1.3  # pixels of a level from one point to the next; no multiple of it is a whole pixel
+COLOUR_SCALE = 0.15
+REPEATS = 5
+
+
+class DemoError(Exception):
+    """What the user can mend, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The operator's arguments, made from a photograph."""
+
+    photograph: np.ndarray  # [H, W, 3], 0 to 1, the finest level
+    shapes: list[tuple[int, int]]
+    value: np.ndarray
+    locations: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out, and how long it took."""
+
+    backend: str
+    output: np.ndarray
+    grad_value: np.ndarray
+    forward_seconds: float
+    backward_seconds: float
+    errors: dict[str, float]
+
+
+def load_photograph(path: Path) -> np.ndarray:
+    """RGB of any image that Pillow reads, scaled so that its longer side has at most LONGEST_SIDE pixels."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise DemoError("the demo needs Pillow and matplotlib: pip install 'cupy-msda[demo]'") from error
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise DemoError(f"cannot read {path}: {error.strerror}") from error
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise DemoError(f"{path} is not an image that Pillow can read") from error
+    rgb.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(rgb, np.float32) / 255
+
+
+def make_scene(photograph: np.ndarray) -> Scene:
+    """Pyramid, offsets along the edges and attention by colour."""
+    pyramid = [photograph]
+    while len(pyramid) < LEVELS:
+        pyramid.append(_halve(pyramid[-1]))
+    shapes = [level.shape[:2] for level in pyramid]
+    H, W = shapes[0]
+    features = np.concatenate([_features(level).reshape(-1, CHANNELS) for level in pyramid])
+    value = np.repeat(features[None, :, None], HEADS, axis=2).astype(np.float32)
+
+    luminance = photograph.mean(-1)
+    gy, gx = (np.gradient(luminance, axis=axis) if luminance.shape[axis] > 1 else 0 * luminance for axis in (0, 1))
+    angle = np.arctan2(gy, gx).ravel()[:, None] + np.arange(HEADS) * (2 * np.pi / HEADS)
+    direction = np.stack((np.cos(angle), np.sin(angle)), -1)  # [Q, M, 2]
+    offsets = direction[:, :, None, None] * (STEP * np.arange(1, POINTS + 1))[:, None]
+    y, x = np.mgrid[:H, :W]
+    reference = np.stack(((x + 0.5) / W, (y + 0.5) / H), -1).reshape(-1, 1, 1, 1, 2)
+    size = np.array([(w, h) for h, w in shapes])[:, None]
+    # Zeros from outside the photograph would darken its border. Not exactly onto the outermost pixel centres, where
+    # the gradient of a location jumps.
+    locations = np.clip(reference + offsets / size, 0.51 / size, 1 - 0.51 / size)[None].astype(np.float32)
+
+    seen = _nearest(pyramid, locations[0])
+    distance = ((seen - photograph.reshape(-1, 1, 1, 1, 3)) ** 2).sum(-1)
+    logits = -distance / COLOUR_SCALE**2 - 0.5 * np.arange(LEVELS)[:, None]
+    logits = logits.reshape(H * W, HEADS, LEVELS * POINTS)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights = (weights / weights.sum(-1, keepdims=True)).reshape(1, H * W, HEADS, LEVELS, POINTS)
+    return Scene(photograph, shapes, value, locations, weights.astype(np.float32))
+
+
+def choose_backend(name: str) -> str:
+    """``auto``, ``cpu`` or ``cuda`` to ``cpu`` or ``cuda``."""
+    if name == "cpu":
+        return "cpu"
+    reason = arrays.cuda_unavailable()
+    if name == "cuda" and reason is not None:
+        raise DemoError(f"the backend cuda cannot be used here: {reason}")
+    return "cpu" if reason is not None else "cuda"
+
+
+def run(scene: Scene, backend: str) -> Outcome:
+    """Forward and backward, timed after one warm-up call, and their errors against the NumPy path in float64."""
+    put, get, wait = _moves(backend)
+    value, locations, weights = (put(a) for a in (scene.value, scene.locations, scene.weights))
+    arguments = (value, scene.shapes, None, locations, weights)
+
+    def forward() -> Any:
+        return ms_deform_attn_forward(*arguments, 64)
+
+    output = get(forward())
+    grad_output = _grad_output(scene, output)
+    grad_on_device = put(grad_output)
+
+    def backward() -> Any:
+        return ms_deform_attn_backward(*arguments, grad_on_device, 64)
+
+    grads = [get(grad) for grad in backward()]
+    in_float64 = [a.astype(np.float64) for a in (scene.value, scene.locations, scene.weights)]
+    exact = (in_float64[0], scene.shapes, None, *in_float64[1:])
+    want_grads = ms_deform_attn_backward(*exact, grad_output.astype(np.float64), 64)
+    errors = {"output": relative_error(output, ms_deform_attn_forward(*exact, 64))}
+    for name, grad, want in zip(("grad_value", "grad_locations", "grad_weights"), grads, want_grads, strict=True):
+        errors[name] = relative_error(grad, want)
+    return Outcome(backend, output, grads[0], _seconds(forward, wait), _seconds(backward, wait), errors)
+
+
+def table(scene: Scene, outcome: Outcome) -> str:
+    """What was computed, on what, how fast and how exactly."""
+    levels = ", ".join(f"{h}x{w}" for h, w in scene.shapes)
+    N, S, M, D = scene.value.shape
+    rows = [
+        ("backend", outcome.backend),
+        ("levels (H x W)", levels),
+        ("sizes", f"N={N} S={S} M={M} D={D} L={LEVELS} P={POINTS} Q={scene.locations.shape[1]}"),
+        ("dtype", str(scene.value.dtype)),
+        ("forward", f"{outcome.forward_seconds * 1e3:.3f} ms"),
+        ("backward", f"{outcome.backward_seconds * 1e3:.3f} ms"),
+        *((f"error of {name}", f"{error:.1e}") for name, error in outcome.errors.items()),
+    ]
+    return "\n".join(f"{name:24}{text}" for name, text in rows)
+
+
+def draw(scene: Scene, outcome: Outcome, path: Path) -> None:
+    """The photograph with queries and samples, what they saw, and the gradient that came back."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DemoError("the demo needs Pillow and matplotlib: pip install 'cupy-msda[demo]'") from error
+    H, W = scene.shapes[0]
+    figure = Figure(figsize=(14, 4.2 + 8.0 * H / W), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    _draw_samples(axes[0, 0], scene)
+    attended = outcome.output.reshape(H, W, HEADS, CHANNELS).mean(2)[..., :3]
+    axes[0, 1].imshow(np.clip(attended, 0, 1))
+    axes[0, 1].set_title("Attended output: each pixel's weighted mean along and across its edge")
+    axes[1, 0].imshow(np.abs(attended - scene.photograph).mean(-1), cmap="gray_r", vmin=0)
+    axes[1, 0].set_title("What the loss sees: |output - photograph|")
+    shown = axes[1, 1].imshow(_gradient_image(scene, outcome.grad_value), cmap="magma", vmin=0)
+    axes[1, 1].set_title("Gradient that came back to the pixels, all levels")
+    figure.colorbar(shown, ax=axes[1, 1], shrink=0.8, label="|gradient| per pixel of the finest level")
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise DemoError(f"cannot write the picture to {path}: {error}") from error
+
+
+def _draw_samples(ax: Any, scene: Scene) -> None:
+    H, W = scene.shapes[0]
+    ax.imshow(scene.photograph)
+    ax.set_title("Five queries (white) and their samples: colour is the level, size the attention")
+    colours = ("#ffd92f", "#4daf4a", "#377eb8", "#e41a1c")
+    for fy, fx in ((0.3, 0.3), (0.3, 0.72), (0.52, 0.5), (0.8, 0.25), (0.75, 0.8)):
+        query = int(fy * H) * W + int(fx * W)
+        ax.plot(int(fx * W), int(fy * H), "o", color="white", markeredgecolor="black", markersize=7, zorder=4)
+        for level in range(LEVELS):
+            points = scene.locations[0, query, :, level].reshape(-1, 2) * (W, H) - 0.5
+            attention = scene.weights[0, query, :, level].ravel()
+            ax.scatter(*points.T, s=6 + 260 * attention, color=colours[level], edgecolors="black", linewidths=0.4)
+    for level, (h, w) in enumerate(scene.shapes):
+        ax.scatter([], [], color=colours[level], label=f"level {level}: {h} x {w}")
+    ax.set_xlim(-0.5, W - 0.5)
+    ax.set_ylim(H - 0.5, -0.5)
+    ax.legend(loc="upper right", fontsize=8)
+
+
+def _gradient_image(scene: Scene, grad_value: np.ndarray) -> np.ndarray:
+    H, W = scene.shapes[0]
+    total = np.zeros((H, W))
+    start = 0
+    for h, w in scene.shapes:
+        pixels = np.abs(grad_value[0, start : start + h * w].sum(1)[:, :3]).sum(-1).reshape(h, w)
+        rows, columns = np.arange(H) * h // H, np.arange(W) * w // W
+        total += pixels[rows][:, columns] * (h * w) / (H * W)
+        start += h * w
+    return total
+
+
+def _grad_output(scene: Scene, output: np.ndarray) -> np.ndarray:
+    """Gradient of half the squared distance between the heads' mean colour and the photograph."""
+    Q = output.shape[1]
+    heads = output.reshape(Q, HEADS, CHANNELS)
+    grad = np.zeros_like(heads)
+    grad[..., :3] = ((heads.mean(1)[:, :3] - scene.photograph.reshape(Q, 3)) / HEADS)[:, None]
+    return grad.reshape(output.shape)
+
+
+def _features(level: np.ndarray) -> np.ndarray:
+    """Eight channels of a pixel: its colour, its luminance, its gradients, and a constant."""
+    luminance = level.mean(-1)
+    slopes = [np.gradient(luminance, axis=a) if luminance.shape[a] > 1 else 0 * luminance for a in (0, 1)]
+    rest = (luminance, *slopes, np.hypot(*slopes), np.ones_like(luminance))
+    return np.concatenate((level, np.stack(rest, -1)), -1)
+
+
+def _halve(level: np.ndarray) -> np.ndarray:
+    H, W = level.shape[:2]
+    padded = np.pad(level, ((0, H % 2), (0, W % 2), (0, 0)), mode="edge")
+    return padded.reshape(-(-H // 2), 2, -(-W // 2), 2, 3).mean((1, 3))
+
+
+def _nearest(pyramid: list[np.ndarray], locations: np.ndarray) -> np.ndarray:
+    """Colours [Q, M, L, P, 3] of the pixels closest to `locations`."""
+    seen = []
+    for level, image in enumerate(pyramid):
+        size = np.array(image.shape[1::-1])
+        x, y = np.moveaxis(np.clip((locations[:, :, level] * size).astype(int), 0, size - 1), -1, 0)
+        seen.append(image[y, x])
+    return np.stack(seen, 2)
+
+
+def _moves(backend: str) -> tuple[Any, Any, Any]:
+    if backend == "cpu":
+        return np.asarray, np.asarray, lambda: None
+    cupy = arrays.require_cupy("the backend cuda")
+    return cupy.asarray, cupy.asnumpy, cupy.cuda.Device().synchronize
+
+
+def _seconds(call: Any, wait: Any) -> float:
+    times = []
+    for _ in range(REPEATS):
+        wait()
+        begin = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[REPEATS // 2]

@@ -1,0 +1,1 @@
+"""The NumPy path: the operator on the CPU, without a compiler."""

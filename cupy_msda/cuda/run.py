@@ -1,0 +1,263 @@
+"""The CUDA path: allocate, plan, launch. Works on addresses, on the caller's device and current stream."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import arrays
+from ..arrays import View
+from ..call import Call, Problem, Wanted
+from . import kernels, plan
+from .launch import PreparedLaunch
+from .steps import PreparedBackward
+
+
+class Gradients(NamedTuple):
+    """In the caller's framework; None where not asked for. Of offsets and logits in one array: in `locations`."""
+
+    value: Any
+    locations: Any
+    weights: Any
+    references: Any
+
+
+def forward(call: Call) -> Any:
+    """Output [N, Q, M*D] in the framework of value."""
+    problem, operands = call.problem, call.operands
+    with _Session(call) as session:
+        output = _Result(problem.output_shape, problem.value_dtype, operands.value)
+        if problem.empty:
+            session.zero(output)
+        else:
+            launch = prepare_forward(problem, session.alignment(output.data), session.stream)
+            launch.run(
+                session.stream,
+                session.value.data,
+                *session.metadata(),
+                session.locations.data,
+                session.weights,
+                session.references.data if session.references else 0,
+                session.lengths(),
+                output.data,
+                *plan.size_words(problem),
+            )
+    return output.finish()
+
+
+def backward(call: Call) -> Gradients:
+    """The gradients that are wanted."""
+    problem, operands = call.problem, call.operands
+    like, wanted = operands.value, problem.computed(call.wanted)
+    with _Session(call) as session:
+        value = _Result(problem.value_shape, problem.value_dtype, like) if wanted.value else None
+        locations = _Result(operands.locations.shape, problem.location_dtype, like) if wanted.locations else None
+        weights = references = None
+        if wanted.weights and not problem.packed:
+            weights = _Result(operands.weights.shape, problem.location_dtype, like)
+        if wanted.references:
+            references = _Result(operands.references.shape, operands.references.dtype, like)
+        results = (value, locations, weights, references)
+        if problem.empty:
+            for result in results:
+                if result is not None:
+                    session.zero(result)
+        elif any(wanted):
+            alignment = _alignment(session.value.data, session.grad_output.data)
+            steps = prepare_backward(problem, alignment, session.stream, wanted)
+            at_weights = weights.data if weights else 0
+            if locations and problem.packed:
+                at_weights = session.logits_in(locations)
+            workspace = _Result((steps.workspace // 4,), "float32", like) if steps.workspace else None
+            steps.run(
+                session.stream,
+                session.metadata(),
+                session.value.data,
+                session.locations.data,
+                session.weights,
+                session.references.data if session.references else 0,
+                session.lengths(),
+                session.grad_output.data,
+                value.data if value else 0,
+                locations.data if locations else 0,
+                at_weights,
+                references.data if references else 0,
+                workspace.data if workspace else 0,
+            )
+    return Gradients(*(result.finish() if result else None for result in results))
+
+
+class _Result:
+    """Uninitialised device memory that becomes an array of the caller."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, like: View) -> None:
+        self.shape, self.dtype, self.like = shape, dtype, like
+        self.size = int(np.prod(shape, dtype=np.int64))
+        self.data, self.array = like.framework.empty_cuda(shape, dtype, like.device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * arrays.item_size(self.dtype)
+
+    def finish(self) -> Any:
+        return self.like.framework.finish(self.array, self.dtype, self.like.array)
+
+
+class _Session:
+    """The device and stream of one call, and its inputs as contiguous device arrays."""
+
+    def __init__(self, call: Call) -> None:
+        self.cupy = arrays.require_cupy("an array on a CUDA device")
+        self.problem, self.operands = call.problem, call.operands
+        self.device = call.problem.device[1]
+        self.framework = call.operands.value.framework
+
+    def __enter__(self) -> _Session:
+        operands = self.operands
+        with contextlib.ExitStack() as stack:  # leaves the device again should a copy fail
+            stack.enter_context(on_device(self.device))
+            self.stream = self.framework.stream(self.problem.device)
+            # Copied only where its rows of channels are not contiguous.
+            self.value = operands.value if self.problem.value_strides else _contiguous(operands.value)
+            self.locations = _contiguous(operands.locations)
+            self.references = _contiguous(operands.references) if operands.references else None
+            if self.problem.packed:
+                self.weights = self.logits_in(self.locations)
+            else:
+                self._weights = _contiguous(operands.weights)  # keeps a copy alive
+                self.weights = self._weights.data
+            self.grad_output = _contiguous(operands.grad_output) if operands.grad_output else None
+            self._entered = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._entered.close()
+
+    def metadata(self) -> tuple[int, ...]:
+        """The words of the kernels' `msda_metadata`: numbers by value, or two addresses of int64 device arrays."""
+        levels = self.problem.levels
+        if plan.levels_by_value(self.problem):
+            return levels_by_value(levels)
+        if levels is not None:
+            table = np.array(levels, np.int64)
+            parts = [np.ascontiguousarray(table[:, :2]), np.ascontiguousarray(table[:, 2])]
+        else:
+            parts = [self.operands.shapes, self.operands.starts]
+        convert = self.framework.int64_on_cuda
+        self.kept = [(0, None) if part is None else convert(part, self.problem.device) for part in parts]
+        return tuple(address for address, _ in self.kept)
+
+    def alignment(self, output: int) -> int:
+        """Bytes that all addresses are multiples of which the forward reads several numbers at."""
+        samples = () if self.problem.fused else (self.locations.data, self.weights)
+        return _alignment(self.value.data, output, *samples)
+
+    def logits_in(self, packed: View | _Result) -> int:
+        """Address of the first logits in an array that has offsets and logits."""
+        return packed.data + 2 * self.problem.K * arrays.item_size(self.problem.location_dtype)
+
+    def lengths(self) -> int:
+        """Address of the queries that count, int64 on the device; 0 where all do."""
+        lengths: Any = self.operands.lengths
+        if lengths is None:
+            return 0
+        if lengths.device[0] == "cpu":  # as NumPy's, for a copy by value's framework on the stream of this call
+            lengths = np.ascontiguousarray(arrays.to_numpy(lengths), np.int64)
+        address, self.kept_lengths = self.framework.int64_on_cuda(lengths, self.problem.device)
+        return address
+
+    def zero(self, result: _Result) -> None:
+        if result.size:
+            self.cupy.cuda.runtime.memsetAsync(result.data, 0, result.nbytes, self.stream)
+
+
+# A model comes back to few problems; one that never does must not fill the memory.
+_MOST_PREPARED = 4096
+_prepared: dict[tuple[Any, ...], Any] = {}
+
+
+def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLaunch:
+    """The forward's launch. Its words: value, metadata, locations, weights, references, lengths, output, sizes."""
+    device = problem.device[1]
+
+    def make() -> PreparedLaunch:
+        return _prepare(plan.forward(problem, alignment, multiprocessors(device)), device, stream)
+
+    return _remembered((problem, alignment), make)
+
+
+def prepare_backward(problem: Problem, alignment: int, stream: int, wanted: Wanted) -> PreparedBackward:
+    """The backward's launches, in their order."""
+    device = problem.device[1]
+
+    def make() -> PreparedBackward:
+        return PreparedBackward(
+            problem, alignment, multiprocessors(device), wanted, lambda launch: _prepare(launch, device, stream)
+        )
+
+    return _remembered((problem, alignment, wanted), make)
+
+
+def _remembered(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    found = _prepared.get(key)
+    if found is None:
+        found = make()
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        _prepared[key] = found
+    return found
+
+
+def _prepare(launch: plan.Launch, device: int, stream: int) -> PreparedLaunch:
+    if not kernels.is_compiled(launch.key, device):
+        _refuse_capture(stream)
+    return PreparedLaunch(launch, device)
+
+
+def _refuse_capture(stream: int) -> None:
+    runtime = arrays.require_cupy("an array on a CUDA device").cuda.runtime
+    if stream > arrays.LAST_DEFAULT_STREAM and runtime.streamIsCapturing(stream):
+        raise RuntimeError(
+            "this call has to compile and load a CUDA kernel, which is not possible while its stream is being captured "
+            "into a CUDA graph: make the same call once before the capture, or use cupy_msda.warmup"
+        )
+
+
+def levels_by_value(levels: tuple[tuple[int, int, int], ...]) -> tuple[int, ...]:
+    """The words of an `msda_metadata` that holds the levels themselves."""
+    return tuple(number for level in levels for number in level)
+
+
+@contextlib.contextmanager
+def on_device(device: int) -> Iterator[None]:
+    """Make `device` current, in a thread that has never used CUDA too, and the caller's device again afterwards."""
+    runtime = arrays.require_cupy("an array on a CUDA device").cuda.runtime
+    before = runtime.getDevice()
+    runtime.setDevice(device)
+    try:
+        yield
+    finally:
+        if before != device:
+            runtime.setDevice(before)
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Number of multiprocessors of a CUDA device."""
+    return arrays.require_cupy("an array on a CUDA device").cuda.Device(device).attributes["MultiProcessorCount"]
+
+
+def _contiguous(view: View) -> View:
+    """`view`, or a copy of it on its device; the kernels read locations in pairs, so these are aligned too."""
+    if view.contiguous and view.data % (2 * arrays.item_size(view.dtype)) == 0:
+        return view
+    return view.framework.contiguous(view)
+
+
+def _alignment(*addresses: int) -> int:
+    """Largest power of two that divides every address; 16 if one is null."""
+    return min(address & -address for address in addresses) if all(addresses) else 16

@@ -1,0 +1,172 @@
+"""Compiling ahead: the kernels of calls to come, so that none of them waits and CUDA graphs can capture the first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from .. import arrays, validate
+from ..call import ALL, SIXTEEN_BIT, VALUE_DTYPES, FusedFrontEnd, Problem, Variant, contiguous_starts
+from . import kernels, plan, plan_backward, run, streams
+
+# A bar for less would be gone before it is read.
+_MANY = 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a call in the notation of the contract: `levels` of (H, W); Q None stands for Q = S, an encoder.
+
+    `num_points` to `align_corners` are those of :func:`cupy_msda.ms_deform_attn`; with `num_points`, P says nothing.
+    `ragged` stands for calls with `query_lengths`.
+
+    `reference_coordinates` of 2 (points) or 4 (boxes) stands for calls of :func:`cupy_msda.ms_deform_attn_fused`, with
+    a reference for each level unless `one_reference`, and with `packed` for offsets and logits in one array.
+    """
+
+    levels: Sequence[tuple[int, int]]
+    N: int = 1
+    Q: int | None = None
+    M: int = 8
+    D: int = 32
+    P: int = 4
+    num_points: Sequence[int] | None = None
+    interpolation: str = "bilinear"
+    padding_mode: str = "zeros"
+    align_corners: bool = False
+    ragged: bool = False
+    reference_coordinates: int | None = None
+    one_reference: bool = False
+    packed: bool = False
+
+    @property
+    def S(self) -> int:
+        """Pixels of all levels together."""
+        return sum(h * w for h, w in self.levels)
+
+
+def warmup(
+    sizes: Sizes | Iterable[Sizes],
+    dtypes: str | Iterable[str] = ("float32",),
+    *,
+    backward: bool = True,
+    device: int | None = None,
+    progress: bool | None = None,
+) -> int:
+    """Compile and load every CUDA kernel that calls of these sizes and dtypes use, in parallel.
+
+    A kernel serves many sizes (it depends on dtypes, L, P, M and D, and on whether Q = S and the GPU is filled), so one
+    entry a layer of a model is enough. Covers locations in value's dtype and in float32, metadata on the host and on
+    the GPU, and the backward with all gradients, `deterministic` or not; with reference points, these in the dtypes of
+    locations too, and the backward with their gradient and without. A value with strides has kernels of its own,
+    which the first call compiles.
+
+    Parameters
+    ----------
+    sizes : Sizes or iterable of Sizes
+        Calls to come.
+    dtypes : str or iterable of str
+        Of value: float16, bfloat16, float32, float64.
+    backward : bool
+        Compile the backward too.
+    device : int, optional
+        CUDA device; None: the current one.
+    progress : bool, optional
+        Whether to show a progress bar (with tqdm); None: for more than 8 kernels, on a terminal.
+
+    Returns
+    -------
+    int
+        Number of kernels that were not there before.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a dtype that the operator does not have, or levels without pixels.
+    RuntimeError
+        Without CuPy or a CUDA device.
+    """
+    reason = arrays.cuda_unavailable()
+    if reason is not None:
+        raise RuntimeError(f"warmup: {reason}")
+    if device is None:
+        device = arrays.require_cupy("warmup").cuda.runtime.getDevice()
+    wanted = launches(
+        [sizes] if isinstance(sizes, Sizes) else list(sizes),
+        [dtypes] if isinstance(dtypes, str) else list(dtypes),
+        device=device,
+        backward=backward,
+        multiprocessors=run.multiprocessors(device),
+    )
+    missing = [key for key in dict.fromkeys(launch.key for launch in wanted) if not kernels.is_compiled(key, device)]
+
+    def compile_one(key: plan.KernelKey) -> None:
+        with run.on_device(device):
+            kernels.function(key, device)
+
+    with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
+        for _ in _with_bar(pool.map(compile_one, missing), len(missing), progress):
+            pass
+    if backward:
+        with run.on_device(device):
+            streams.make_ahead(device)
+    return len(missing)
+
+
+def launches(
+    sizes: Sequence[Sizes], dtypes: Sequence[str], *, device: int, backward: bool, multiprocessors: int
+) -> list[plan.Launch]:
+    """The launches of all these calls, as the planner decides."""
+    for dtype in dtypes:
+        if dtype not in VALUE_DTYPES:
+            raise TypeError(f"dtypes: expected float16, bfloat16, float32 or float64, got {dtype!r}")
+    found = []
+    for size, dtype, by_value in product(sizes, dtypes, (True, False)):
+        if not size.levels or min(min(level) for level in size.levels) <= 0:
+            raise ValueError(f"sizes: expected levels of positive (H, W), got {size.levels!r}")
+        S = size.S
+        starts = contiguous_starts(size.levels)
+        levels = tuple((h, w, start) for (h, w), start in zip(size.levels, starts, strict=True))
+        form = Variant(size.num_points, size.interpolation, size.padding_mode, size.align_corners)
+        variant, P = validate.equal_points(validate.read_variant(form, len(levels)), size.P)
+        dtypes_beside = dict.fromkeys((dtype, "float32") if dtype in SIXTEEN_BIT else (dtype,))
+        for location_dtype, front in product(dtypes_beside, _front_ends(size, dtypes_beside)):
+            call = Problem(
+                size.N, S, size.M, size.D, len(levels), P, S if size.Q is None else size.Q,
+                value_dtype=dtype, location_dtype=location_dtype, device=("cuda", device),
+                levels=levels if by_value else None, variant=variant, ragged=size.ragged, fused=front,
+            )  # fmt: skip
+            found.append(plan.forward(call, plan.VECTOR_BYTES, multiprocessors))
+            if backward:
+                for fixed_order, of_references in product((False, True), (False, True) if front else (False,)):
+                    ordered = replace(call, deterministic=fixed_order)
+                    wanted = call.computed(ALL._replace(references=of_references))
+                    found += plan_backward.backward(ordered, plan.VECTOR_BYTES, multiprocessors, wanted).launches
+    return found
+
+
+def _front_ends(size: Sizes, dtypes: Iterable[str]) -> list[FusedFrontEnd | None]:
+    """What the samples of calls of this size come from: reference points of each dtype, or nothing."""
+    coordinates = size.reference_coordinates
+    if coordinates is None:
+        if size.one_reference or size.packed:
+            raise ValueError("sizes: expected reference_coordinates 2 or 4 beside one_reference or packed, got None")
+        return [None]
+    if coordinates not in (2, 4):
+        raise ValueError(f"sizes: expected reference_coordinates 2, 4 or None, got {coordinates!r}")
+    levels = 1 if size.one_reference else len(size.levels)
+    return [FusedFrontEnd(coordinates, levels, dtype, size.packed) for dtype in dtypes]
+
+
+def _with_bar(steps: Iterable[Any], count: int, progress: bool | None) -> Iterable[Any]:
+    if progress is False or (progress is None and count <= _MANY):
+        return steps
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return steps
+    return tqdm(steps, total=count, desc="compiling kernels", disable=None if progress is None else False)

@@ -1,0 +1,1 @@
+"""What stands behind the drop-ins for other libraries: replacing attributes, and undoing it."""

@@ -1,0 +1,166 @@
+"""The benchmark runs, checks what it times, and the README repeats what was recorded."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import cases, implementations, models_report, report, run, variants
+from cupy_msda.call import Problem
+from cupy_msda.cuda import kernels, plan
+
+SMALL = {
+    "workloads": {
+        "small": {"N": 2, "M": 2, "D": 4, "levels": [[6, 5], [3, 2]], "P": 2, "queries": None, "sampling": "local"},
+        "points": {"N": 1, "M": 2, "D": 4, "levels": [[6, 5]], "P": 2, "queries": 7, "sampling": "uniform"},
+    }
+}
+WRONG = """
+class Wrong:
+    name = "wrong"
+    def unavailable(self, device):
+        return None
+    def forward(self, inputs):
+        return inputs.grad_output
+    def prepare_backward(self, inputs):
+        return lambda: (inputs.value, inputs.sampling_locations, inputs.attention_weights)
+class Absent(Wrong):
+    name = "absent"
+    def unavailable(self, device):
+        return "it was never built"
+IMPLEMENTATIONS = [Wrong(), Absent()]
+"""
+
+
+@pytest.fixture
+def workload_file(tmp_path):
+    path = tmp_path / "workloads.json"
+    path.write_text(json.dumps(SMALL))
+    return path
+
+
+def test_runs_and_records(workload_file, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = [
+        "--workload-file",
+        workload_file,
+        "--device",
+        "cpu",
+        "--rounds",
+        "3",
+        "--out",
+        out,
+        "--dtypes",
+        "float64",
+    ]
+    assert run.main([str(a) for a in arguments]) == 0
+    result = json.loads(out.read_text())
+    assert result["provenance"]["packages"]["numpy"]
+    names = {(r["workload"], r["implementation"]) for r in result["records"]}
+    assert names >= {(w, i) for w in ("small", "points") for i in ("cupy_msda", "grid_sample")}
+    for record in result["records"]:
+        assert record["valid"]
+        assert max(record["errors"].values()) < 1e-12
+        for direction in ("forward", "backward"):
+            assert 0 < record[direction]["q1_us"] <= record[direction]["median_us"] <= record[direction]["q3_us"]
+
+
+def test_wrong_implementation_is_not_timed(workload_file, tmp_path, capsys):
+    adapter, out = tmp_path / "adapter.py", tmp_path / "out.json"
+    adapter.write_text(WRONG)
+    arguments = ["--workload-file", workload_file, "--workloads", "small", "--device", "cpu", "--adapter", adapter]
+    arguments += ["--implementations", "wrong", "absent", "--out", out]
+    assert run.main([str(a) for a in arguments]) == 1
+    (record,) = json.loads(out.read_text())["records"]
+    assert not record["valid"]
+    assert "forward" not in record
+    assert "left out: absent: it was never built" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workloads", "nothing"], "--workloads: expected names out of encoder_800x1333"),
+        (["--implementations", "nothing"], "--implementations: expected names out of cupy_msda"),
+        (["--dtypes", "int8"], "invalid choice"),
+    ],
+)
+def test_refuses_unknown_names(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_adapter_that_is_no_file():
+    with pytest.raises(ValueError, match=r"--adapter: expected a Python file, got nowhere\.py"):
+        implementations.load_adapter("nowhere.py")
+
+
+@pytest.mark.parametrize("name", cases.load())
+def test_workloads_are_what_their_file_says(name):
+    workload = cases.load()[name]
+    N = cases.on_cpu(workload).N
+    inputs = cases.make_inputs(cases.on_cpu(workload), torch.float32, "cpu")
+    assert inputs.value.shape == (N, workload.S, workload.M, workload.D)
+    assert inputs.sampling_locations.shape == (N, workload.Q, workload.M, len(workload.levels), workload.P, 2)
+    torch.testing.assert_close(inputs.attention_weights.sum((-1, -2)), torch.ones(N, workload.Q, workload.M))
+    centre = inputs.sampling_locations.mean((0, 1, 2, 3, 4))
+    torch.testing.assert_close(centre, torch.full((2,), 0.5), atol=0.3, rtol=0)
+    if workload.sampling == "uniform":
+        assert 0 <= inputs.sampling_locations.min() <= inputs.sampling_locations.max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_end_to_end(tmp_path):
+    models = pytest.importorskip("benchmarks.models", reason="needs transformers", exc_type=ImportError)
+    # Two images: of one, torch 2.13's batch norm on a CPU gives wrong gradients where those that come have strides.
+    small = ["--size", "160", "160", "--batch", "2", "--rounds", "2", "--device", "cpu"]
+    chosen = ["--models", "D-FINE", "--modes", "eager", "gradients", "--dtypes", "float32"]
+    assert models.main([*chosen, *small, "--out", str(tmp_path)]) == 0
+    plain, served, gradients = json.loads((tmp_path / "models_d_fine.json").read_text())["records"]
+    assert (plain["served"], served["served"]) == (False, True)
+    assert served["largest_difference"] < 1e-5
+    for record in (plain, served):
+        assert 0 < record["share_of_operator"] < 1
+        assert record["images_per_second"] > 0
+    assert gradients["parameters"] > 100
+    assert gradients["gradient_error_served"] < 2 * gradients["gradient_error_as_it_is"] < 1e-4
+
+
+def test_newest_record_of_each_row_of_the_models(tmp_path):
+    def row(mode, number):
+        return {"model": "D-FINE", "dtype": "float32", "mode": mode, "number": number}
+
+    dated = {"old": ("2026-01-01", [row("eager", 1), row("compiled", 2)]), "new": ("2026-01-02", [row("compiled", 3)])}
+    for name, (date, records) in dated.items():
+        result = {"provenance": {"date": date}, "records": records}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    found = models_report.newest(tmp_path.glob("*.json"))
+    assert {path.stem: [r["number"] for r in result["records"]] for path, result in found.items()} == {
+        "old": [1],
+        "new": [3],
+    }
+
+
+@pytest.mark.parametrize("part", report.PARTS)
+def test_readme_repeats_the_latest_result(part):
+    assert report.enclosed(part) in report.README.read_text()
+
+
+def test_variant_of_the_kernels_lasts_as_long_as_it_is_installed(tmp_path):
+    for file in kernels.source_folder().glob("msda_[ct]*.cuh"):  # a folder without some of the headers
+        (tmp_path / file.name).write_text(f"// {file.name}")
+    (tmp_path / "msda_forward.cu").write_text("// another forward")
+    levels = ((8, 8, 0),)
+    described = Problem(1, 64, 2, 32, 1, 4, 64, "float32", "float32", ("cuda", 0), levels)
+    planned, source = plan.forward(described, 16), kernels.source("forward")
+    variant = variants.Variant(tmp_path, variants.parse_choices("warps=4,unroll=2"))
+    with variants.installed(variant):
+        launch = plan.forward(described, 16)
+        assert (launch.key.warps, launch.key.unroll, launch.block) == (4, 2, 128)
+        assert launch.grid[0] * 4 == planned.grid[0] * planned.key.warps
+        assert kernels.source("forward").endswith("// another forward")
+    assert plan.forward(described, 16) == planned
+    assert kernels.source("forward") == source
+    assert variants.parse_choices("") == {}

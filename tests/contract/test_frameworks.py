@@ -1,0 +1,114 @@
+"""Arrays of any framework in and out, without a copy."""
+
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cupy_msda
+from cupy_msda import arrays
+from tests.helpers import backends
+from tests.helpers.cases import CASES
+from tests.helpers.tolerance import assert_close
+
+
+class Producer:
+    """An array of a framework that this package has never heard of: DLPack and nothing else."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **arguments):
+        return self.array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+class NamedProducer(Producer):
+    """One that says which namespace it belongs to."""
+
+    def __array_namespace__(self):
+        class Namespace:
+            from_dlpack = staticmethod(lambda array: NamedProducer(np.from_dlpack(array)))
+
+        return Namespace
+
+
+@pytest.mark.parametrize("backend", backends.CPU_BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cpu_arrays_are_handed_over_without_a_copy(backend, dtype):
+    array = np.arange(24, dtype=ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).reshape(2, 3, 4)
+    theirs = backend.put(array)
+    view = arrays.view("value", theirs)
+    pointer = {
+        "numpy": lambda: theirs.ctypes.data,
+        "torch-cpu": lambda: theirs.data_ptr(),
+        "jax-cpu": lambda: theirs.unsafe_buffer_pointer(),
+    }[backend.name]()
+    ours = arrays.to_numpy(view)
+    assert (view.data, ours.ctypes.data) == (pointer, pointer)
+    np.testing.assert_array_equal(ours.view(array.dtype), array)
+
+
+def test_writing_through_the_view_is_seen_by_the_tensor():
+    import torch
+
+    tensor = torch.zeros(3)
+    arrays.to_numpy(arrays.view("value", tensor))[1] = 7
+    assert tensor.tolist() == [0, 7, 0]
+
+
+def test_view_keeps_foreign_memory_alive():
+    import torch
+
+    array = arrays.to_numpy(arrays.view("value", torch.full((1000,), 3.0)))
+    torch.full((1000,), 5.0)
+    assert (array == 3).all()
+
+
+@pytest.mark.parametrize("producer", [Producer, NamedProducer])
+def test_any_dlpack_producer(producer):
+    inputs = CASES[0].inputs()
+    wrapped = [a if a is None or a.dtype.kind == "i" else producer(a) for a in inputs]
+    output = cupy_msda.ms_deform_attn(*wrapped[:5])
+    assert isinstance(output, np.ndarray if producer is Producer else NamedProducer)
+    result = output if producer is Producer else output.array
+    assert_close(result, cupy_msda.ms_deform_attn(*inputs[:5]).astype(np.float64), "float32")
+
+
+@pytest.mark.parametrize("layout", ["transposed", "reversed", "broadcast", "odd bytes"])
+def test_strides_of_any_kind(layout):
+    array = np.arange(24, dtype=np.float32).reshape(4, 6)
+    record = np.zeros(5, [("pad", "i1"), ("x", "<f4")])
+    record["x"] = range(5)
+    strided = {
+        "transposed": array.T,
+        "reversed": array[::-1, ::-2],
+        "broadcast": np.broadcast_to(array[0], (3, 6)),
+        "odd bytes": record["x"],
+    }[layout]
+    np.testing.assert_array_equal(arrays.to_numpy(arrays.view("value", strided)), strided)
+
+
+def test_result_is_of_the_callers_framework(backend):
+    put = [backend.put(array) for array in CASES[0].inputs()]
+    for result in (cupy_msda.ms_deform_attn(*put[:5]), *cupy_msda.ms_deform_attn_backward(*put, 64)):
+        assert arrays.framework_of(result) is arrays.framework_of(put[0])
+        assert arrays.view("result", result).device == arrays.view("value", put[0]).device
+
+
+def test_cuda_array_without_cupy_names_the_command(monkeypatch):
+    class OnTheGPU:
+        dtype, shape = np.float32, (1, 6, 1, 2)
+
+        def __dlpack_device__(self):
+            return (2, 0)
+
+        def __dlpack__(self, **arguments):
+            raise AssertionError("not reached")
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(RuntimeError, match=r"needs CuPy, which is not installed: pip install 'cupy-msda\[cuda13\]'"):
+        cupy_msda.ms_deform_attn(OnTheGPU(), [(2, 3)], None, np.zeros(1), np.zeros(1))

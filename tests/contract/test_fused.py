@@ -1,0 +1,270 @@
+"""The fused front end on every backend: offsets from reference points and logits, forward and backward."""
+
+import itertools
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cupy_msda import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_fused_backward
+from tests.helpers import backends, cases
+from tests.helpers.backends import BACKENDS, MAIN_BACKENDS
+from tests.helpers.cases import DTYPE_PAIRS, Case
+from tests.helpers.tolerance import assert_close
+
+CASE = Case("front", levels=((6, 7), (3, 4)), N=2, M=2, D=8, P=3)
+NAMES = ("grad_value", "grad_reference_points", "grad_sampling_offsets", "grad_attention_logits")
+FORMS = [
+    pytest.param({"coordinates": c, "levels": levels, "packed": packed}, id=f"{c}-{levels or 'L'}-{packed}")
+    for c, levels, packed in itertools.product((2, 4), (None, 1), (False, True))
+]
+VARIANTS = (
+    {},
+    {"num_points": (2, 5)},
+    {"padding_mode": "border"},
+    {"align_corners": True},
+    {"padding_mode": "border", "align_corners": True},
+    {"interpolation": "nearest"},
+    {"interpolation": "nearest", "num_points": (1, 4)},
+)
+
+
+def fused_inputs(case, pair=("float32", "float32"), seed=0, **form):
+    inputs = case.inputs(*pair, seed=seed)
+    return cases.with_front(inputs, num_points=case.variant.get("num_points"), seed=seed, **form)
+
+
+def call(backend, inputs, **options):
+    put = backend.put
+    value, references = put(inputs.value), put(inputs.references)
+    samples = [None if part is None else put(part) for part in (inputs.locations, inputs.weights)]
+    metadata = inputs.shapes, inputs.starts
+    output = ms_deform_attn_fused(value, *metadata, references, *samples, **options)
+    grads = ms_deform_attn_fused_backward(value, *metadata, references, *samples, put(inputs.grad_output), **options)
+    return backend.get(output), [None if grad is None else backend.get(grad) for grad in grads]
+
+
+def check(backend, case, pair=("float32", "float32"), seed=0, **form):
+    inputs = fused_inputs(case, pair, seed, **form)
+    want_output, (of_value, of_offsets, of_logits, of_references) = cases.expected_with_front(inputs, **case.variant)
+    output, grads = call(backend, inputs, **case.variant)
+    assert output.dtype == inputs.value.dtype
+    assert_close(output, want_output, pair[0])
+    dtypes = (pair[0], inputs.references.dtype.name, pair[1], pair[1])
+    wanted = (of_value, of_references, of_offsets, of_logits)
+    for name, got, want, dtype in zip(NAMES, grads, wanted, dtypes, strict=True):
+        if want is None:
+            assert got is None
+        else:
+            assert got.dtype.name == dtype
+            assert_close(got, want, dtype, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_every_backend(backend):
+    check(backend, CASE)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
+def test_forms(backend, form):
+    check(backend, CASE, **form)
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
+def test_dtypes(backend, coordinates, pair):
+    for reference_dtype in {pair[0], "float32" if pair[0] != "float64" else pair[0]}:
+        check(backend, CASE, pair, coordinates=coordinates, reference_dtype=reference_dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
+def test_variants(backend, coordinates, variant):
+    check(backend, replace(CASE, variant=variant), coordinates=coordinates)
+
+
+# Queries are pixels and merged, tails, more samples than lanes, one sample, 16-bit pairs that are not aligned.
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("encoder_order", levels=((9, 11), (4, 5), (2, 2)), N=1, M=3, D=32, P=4, queries=None),
+        Case("tail", levels=((5, 6), (3, 3)), N=2, M=1, D=32, queries=37),
+        Case("forty_samples", levels=((4, 5), (3, 3)), M=1, D=4, P=20, queries=3),
+        Case("one_sample", levels=((4, 5),), P=1, D=33),
+        Case("three_samples", levels=((4, 5),), P=3, D=1),
+        Case("gaps", starts=(4, 50), S=64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
+def test_sizes(backend, packed, case):
+    for pair in (("float32", "float32"), ("float16", "float16")):
+        check(backend, case, pair, packed=packed)
+
+
+@pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("packed", [False, True])
+def test_query_lengths(backend, packed):
+    inputs = fused_inputs(replace(CASE, N=3), packed=packed, coordinates=4)
+    lengths = (2, 0, 5)
+    padding = np.arange(5) >= np.array(lengths)[:, None]
+    full, full_grads = call(backend, inputs._replace(grad_output=np.where(padding[..., None], 0, inputs.grad_output)))
+    for array in (inputs.locations, inputs.weights, inputs.references, inputs.grad_output):
+        if array is not None:
+            array[padding] = np.nan
+    output, grads = call(backend, inputs, query_lengths=lengths)
+    assert not output[padding].any()
+    np.testing.assert_array_equal(output[~padding], full[~padding])
+    for name, grad, want in zip(NAMES, grads, full_grads, strict=True):
+        if grad is not None:
+            np.testing.assert_allclose(grad, want, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
+def test_fixed_order_gives_the_same_numbers(backend):
+    inputs = fused_inputs(CASE, coordinates=4)
+    _, want = cases.expected_with_front(inputs)
+    _, grads = call(backend, inputs)
+    put = backend.put
+    arrays = (inputs.references, inputs.locations, inputs.weights, inputs.grad_output)
+    ordered = ms_deform_attn_fused_backward(
+        put(inputs.value), inputs.shapes, inputs.starts, *map(put, arrays), deterministic=True
+    )
+    assert_close(backend.get(ordered[0]), want[0], "float32")
+    for got, other in zip(ordered[1:], grads[1:], strict=True):
+        np.testing.assert_array_equal(backend.get(got), other)
+
+
+@pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", ["N", "Q", "S", "P"])
+def test_empty(backend, size, packed):
+    N, Q, S, P = (0 if name == size else n for name, n in (("N", 2), ("Q", 5), ("S", 8), ("P", 3)))
+    shapes = np.array([[2, 4]] if S else np.empty((0, 2), np.int64))
+    L = len(shapes)
+    value, grad_output = np.ones((N, S, 2, 4), np.float32), np.ones((N, Q, 8), np.float32)
+    offsets, logits = np.ones((N, Q, 2, L, P, 2), np.float32), np.ones((N, Q, 2, L, P), np.float32)
+    if packed:
+        offsets, logits = np.ones((N, Q, 2, 3 * L * P), np.float32), None
+    references = np.ones((N, Q, L or 1, 2), np.float32)
+    inputs = cases.FrontInputs(value, shapes, None, offsets, logits, grad_output, references)
+    output, grads = call(backend, inputs)
+    assert output.shape == (N, Q, 8)
+    assert not output.any()
+    for grad, like in zip(grads, (value, references, offsets, logits), strict=True):
+        if like is not None:
+            assert grad.shape == like.shape
+            assert not grad.any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
+def test_offsets_that_are_no_numbers_count_nothing(backend, bad):
+    inputs = fused_inputs(CASE)
+    inputs.locations[:, :, :, 0] = bad
+    far = inputs._replace(locations=np.where(np.abs(inputs.locations) < 1e3, inputs.locations, 1e3))
+    want_output, want_grads = cases.expected_with_front(far)
+    output, grads = call(backend, inputs)
+    assert_close(output, want_output, "float32")
+    for got, want in zip(grads, (want_grads[0], want_grads[3], *want_grads[1:3]), strict=True):
+        assert_close(got, want, "float32")
+
+
+@pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
+def test_large_logits_do_not_overflow(backend):
+    inputs = fused_inputs(CASE)
+    inputs.weights[:] += 1e4 * np.arange(5).reshape(5, 1, 1, 1)
+    inputs.weights[0, 0, 0, 0, 0] = -np.inf
+    inputs.weights[0, 1, 0, 1, 1] = 3e38
+    finite = inputs._replace(weights=np.where(np.isinf(inputs.weights), -1e6, inputs.weights))
+    want_output, _ = cases.expected_with_front(finite)
+    output, grads = call(backend, inputs)
+    assert_close(output, want_output, "float32")
+    assert all(np.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
+def test_a_logit_that_is_no_number_spoils_its_query_and_head_only(backend):
+    inputs = fused_inputs(CASE)
+    inputs.weights[1, 3, 0, 1, 2] = np.nan
+    output, _ = call(backend, inputs)
+    spoiled = np.zeros((2, 5, 2, 8), bool)
+    spoiled[1, 3, 0] = True
+    np.testing.assert_array_equal(np.isnan(output), spoiled.reshape(output.shape))
+
+
+def test_equals_the_unfused_operator_on_the_models_arithmetic():
+    """As the models write it, in float64."""
+    inputs = fused_inputs(CASE, ("float64", "float64"))
+    size = inputs.shapes[:, None, ::-1]
+    locations = inputs.references[:, :, None, :, None, :] + inputs.locations / size
+    exponentials = np.exp(inputs.weights)
+    weights = exponentials / exponentials.sum((3, 4), keepdims=True)
+    want = ms_deform_attn(inputs.value, inputs.shapes, None, locations, weights)
+    got = ms_deform_attn_fused(inputs.value, inputs.shapes, None, inputs.references, inputs.locations, inputs.weights)
+    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_against_finite_differences():
+    rng = np.random.default_rng(3)
+    inputs = fused_inputs(CASE, ("float64", "float64"), coordinates=4)
+    arrays = {
+        "value": inputs.value,
+        "references": inputs.references,
+        "offsets": inputs.locations,
+        "logits": inputs.weights,
+    }
+
+    def loss(**moved):
+        of = arrays | moved
+        output = ms_deform_attn_fused(of["value"], inputs.shapes, None, of["references"], of["offsets"], of["logits"])
+        return float((output * inputs.grad_output).sum())
+
+    _, grads = call(backends.NumPyBackend(), inputs)
+    for (name, array), grad in zip(arrays.items(), grads, strict=True):
+        direction = rng.standard_normal(array.shape) * 1e-7
+        slope = loss(**{name: array + direction}) - loss(**{name: array - direction})
+        np.testing.assert_allclose(slope / 2, float((grad * direction).sum()), rtol=1e-5, err_msg=name)
+
+
+BAD = {
+    "reference_points: expected shape [N, Q, L, 2], got [2, 5, 2]": {"references": (2, 5, 2)},
+    "reference_points: expected shape [N, Q, L, 2] = [2, 5, 2, 2], got [2, 5, 3, 2]": {"references": (2, 5, 3, 2)},
+    "reference_points: expected shape [N, Q, L, 2] for points or [N, Q, L, 4] for boxes, got [2, 5, 2, 3]": {
+        "references": (2, 5, 2, 3)
+    },
+    "reference_points: expected shape [N, Q, 1, 4] = [2, 5, 1, 4], got [2, 4, 1, 4]": {"references": (2, 4, 1, 4)},
+    "sampling_offsets: expected shape [N, Q, M, L, P, 2], got [2, 5, 2, 18]": {"locations": (2, 5, 2, 18)},
+    "attention_logits: expected shape [N, Q, M, L, P] = [2, 5, 2, 2, 3], got [2, 5, 2, 6]": {"weights": (2, 5, 2, 6)},
+    "sampling_offsets without attention_logits: expected shape [N, Q, M, L*P*3], got [2, 5, 2, 2, 3, 2]": {
+        "weights": None
+    },
+    "sampling_offsets without attention_logits: expected shape [N, Q, M, L*P*3] = [2, 5, 2, 18], got [2, 5, 2, 20]": {
+        "weights": None,
+        "locations": (2, 5, 2, 20),
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_shapes_that_do_not_fit_are_named(message):
+    inputs = fused_inputs(CASE)
+    changed = {name: None if shape is None else np.zeros(shape, np.float32) for name, shape in BAD[message].items()}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call(backends.NumPyBackend(), inputs._replace(**changed))
+
+
+def test_dtypes_that_do_not_fit_are_named():
+    inputs = fused_inputs(CASE)
+    with pytest.raises(TypeError, match="reference_points: expected dtype float32 beside a float32 value, got float16"):
+        call(backends.NumPyBackend(), inputs._replace(references=inputs.references.astype(np.float16)))
+    with pytest.raises(TypeError, match="reference_points: expected an array"):
+        call(backends.NumPyBackend(), inputs._replace(references=[0.5]))
+    half = inputs._replace(value=inputs.value.astype(np.float16), locations=inputs.locations.astype(np.float16))
+    with pytest.raises(TypeError, match="attention_logits: expected the dtype of sampling_offsets, float16"):
+        call(backends.NumPyBackend(), half)

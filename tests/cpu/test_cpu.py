@@ -1,0 +1,200 @@
+"""The NumPy path: units, chunks, threads and memory. The formula itself is held by test_operator.py."""
+
+import concurrent.futures
+import dataclasses
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+import cupy_msda
+from cupy_msda import api
+from cupy_msda.call import Wanted
+from cupy_msda.cpu import backward, scatter
+from cupy_msda.torch.reference import gather_composition
+from tests.helpers import cases
+from tests.helpers.calls import call_of
+from tests.helpers.tolerance import assert_close
+
+MANY = backward.JOINED_SAMPLES + 1
+
+
+def inputs(levels=((9, 11), (5, 4)), N=1, Q=7, M=4, D=8, P=2, starts=None, S=None, spread=0.6, seed=0):
+    """value, levels, starts, locations, weights, grad_output; samples of every cell, and outside."""
+    rng = np.random.default_rng(seed)
+    L, S = len(levels), S or sum(h * w for h, w in levels)
+    locations = 0.5 + spread * rng.uniform(-1, 1, (N, Q, M, L, P, 2))
+    value, weights = rng.standard_normal((N, S, M, D)), rng.random((N, Q, M, L, P))
+    return value, levels, starts, locations, weights, rng.standard_normal((N, Q, M * D))
+
+
+def exact(value, levels, starts, locations, weights, grad_output):
+    """Output and gradients in float64 by an implementation that shares nothing with the NumPy path."""
+    leaves = [torch.from_numpy(a.astype(np.float64)).requires_grad_() for a in (value, locations, weights)]
+    starts = None if starts is None else torch.tensor(starts)
+    output = gather_composition(leaves[0], torch.tensor(levels), starts, *leaves[1:])
+    grads = torch.autograd.grad(output, leaves, torch.from_numpy(grad_output.astype(np.float64)))
+    return [output.detach().numpy(), *(grad.numpy() for grad in grads)]
+
+
+def results(value, levels, starts, locations, weights, grad_output):
+    return [
+        cupy_msda.ms_deform_attn(value, levels, starts, locations, weights),
+        *cupy_msda.ms_deform_attn_backward(value, levels, starts, locations, weights, grad_output, 64),
+    ]
+
+
+CASES = {
+    "heads joined": {},
+    "levels joined, one head": {"M": 1},
+    "heads apart": {"Q": MANY // 4, "M": 3},
+    "blocks of queries": {"Q": backward.SORTED_SAMPLES // 2 + 100, "M": 1, "P": 2, "levels": ((9, 11),), "D": 4},
+    "overlapping levels": {"starts": (0, 40), "S": 110},
+    "gap between levels": {"starts": (3, 130), "S": 160},
+    "more than 65536 cells": {"levels": ((300, 260), (5, 4)), "Q": 200},
+    "one cell": {"spread": 0.01, "Q": 1500},
+    "everything outside": {"levels": ((4, 4),), "spread": 0.0, "Q": 50},
+    "five heads": {"M": 5, "Q": 40},
+    "odd channels": {"D": 7},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_every_way_through(name, dtype):
+    drawn = inputs(**CASES[name])
+    arrays = [a.astype(dtype) if isinstance(a, np.ndarray) else a for a in drawn]
+    if name == "everything outside":
+        arrays[3] += 7
+    for index, (have, want) in enumerate(zip(results(*arrays), exact(*arrays), strict=True)):
+        if index == 2 and dtype == "float32":
+            continue  # a sample near a pixel centre may fall on its other side, where the gradient is another
+        if not want.any():
+            assert not have.any()
+        else:
+            assert_close(have, want, dtype)
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float16"), ("float16", "float32"), ("bfloat16", "float32")], ids=str)
+@pytest.mark.parametrize("Q", [7, MANY // 4], ids=["joined", "apart"])
+def test_sixteen_bits(dtypes, Q):
+    value, locations = (np.dtype(getattr(ml_dtypes, d, d)) for d in dtypes)
+    drawn = inputs(Q=Q)
+    arrays = [drawn[0].astype(value), *drawn[1:3], drawn[3].astype(locations), drawn[4].astype(locations),
+              drawn[5].astype(value)]  # fmt: skip
+    want = exact(*[a.astype(np.float64) if isinstance(a, np.ndarray) else a for a in arrays])
+    for index, (have, right) in enumerate(zip(results(*arrays), want, strict=True)):
+        if index != 2:
+            assert_close(have.astype(np.float64), right, dtypes[0])
+
+
+@pytest.mark.parametrize("Q", [7, MANY // 4], ids=["joined", "apart"])
+def test_result_does_not_depend_on_the_threads(monkeypatch, Q):
+    drawn = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in inputs(N=2, Q=Q)]
+    runs = []
+    for threads in ("1", "2", "3", "7"):
+        monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", threads)
+        runs.append(results(*drawn))
+    for run in runs[1:]:
+        for have, want in zip(run, runs[0], strict=True):
+            np.testing.assert_array_equal(have, want)
+
+
+def test_inside_another_thread_pool():
+    drawn = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in inputs()]
+    want = results(*drawn)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for run in pool.map(lambda _: results(*drawn), range(8)):
+            for have, right in zip(run, want, strict=True):
+                np.testing.assert_array_equal(have, right)
+
+
+@pytest.mark.parametrize("count", ["1", "3"])
+def test_error_of_a_thread_reaches_the_caller(monkeypatch, count):
+    def fail(problem, value, locations, weights, output, n, heads):
+        raise MemoryError(f"image {n}")
+
+    monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", count)
+    monkeypatch.setattr(threads, "forward_unit", fail)
+    with pytest.raises(MemoryError, match="image"):
+        cupy_msda.ms_deform_attn(*inputs(N=3)[:5])
+
+
+@pytest.mark.parametrize("setting", ["0", "-1", "two", ""])
+def test_threads_that_are_no_positive_int(monkeypatch, setting):
+    monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", setting)
+    with pytest.raises(ValueError, match="CUPY_MSDA_NUM_THREADS: expected a positive int"):
+        results(*inputs())
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("Q", [6, MANY], ids=["joined", "apart"])
+def test_special_values_reach_what_uses_them_and_nothing_else(special, Q):
+    """A corner pixel; samples near it on the level's edge, in the middle of the level, and outside."""
+    value = np.ones((1, 16, 2, 3))
+    value[0, 0, 0, 1] = special
+    pixels = np.array([[-0.4, -0.3], [-0.4, 0.3], [0.2, 0.1], [2.2, 1.7], [-3.0, 0.0], [np.nan, 0.0]])
+    locations = np.resize((pixels + 0.5) / 4, (Q, 2))[None, :, None, None, None].repeat(2, 2)
+    weights = np.ones((1, Q, 2, 1, 1))
+    output = cupy_msda.ms_deform_attn(value, [(4, 4)], None, locations, weights).reshape(Q, 2, 3)
+    reached = np.resize([True, True, True, False, False, False], Q)
+    if np.isnan(special):
+        assert np.isnan(output[reached, 0, 1]).all()
+    else:
+        np.testing.assert_array_equal(output[reached, 0, 1], special)
+    output[reached, 0, 1] = 0
+    assert np.isfinite(output).all()
+
+
+LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("N", "Q"), [(1, 30000), (3, 9000), (8, 300)])
+def test_memory_beside_the_outputs_is_bounded(monkeypatch, dtype, N, Q):
+    monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", "2")
+    S, M, D, P, L = sum(h * w for h, w in LEVELS), 8, 32, 4, len(LEVELS)
+    rng = np.random.default_rng(0)
+    locations = rng.random((N, Q, M, L, P, 2), np.float32).astype(dtype)
+    arrays = (np.ones((N, S, M, D), dtype), LEVELS, None, locations, np.ones((N, Q, M, L, P), dtype))
+    grad_output = np.ones((N, Q, M * D), dtype)
+    for call in (
+        lambda: [cupy_msda.ms_deform_attn(*arrays)],
+        lambda: cupy_msda.ms_deform_attn_backward(*arrays, grad_output, 64),
+    ):
+        tracemalloc.start()
+        try:
+            found = call()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak <= sum(a.nbytes for a in found) + (64 << 20)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("Q", [7, 3000])
+@pytest.mark.parametrize("wanted", [*cases.WANTED, Wanted(False, False, False)], ids=cases.name_of)
+def test_only_the_gradients_that_are_wanted(dtype, Q, wanted):
+    value, levels, _, locations, weights, grad_output = inputs(Q=Q)
+    arrays = [array.astype(dtype) for array in (value, locations, weights, grad_output)]
+    call = call_of(arrays[0], levels, None, *arrays[1:])
+    every = api.backward(call)
+    some = api.backward(dataclasses.replace(call, wanted=wanted))
+    for grad, want, asked in zip(some, every, wanted, strict=True):
+        if asked:
+            np.testing.assert_array_equal(grad, want)
+        else:
+            assert grad is None
+
+
+def test_half_of_the_samples_on_one_pixel():
+    """Short pieces for the others, long ones for the cell that has most."""
+    arguments = inputs(levels=((40, 40),), M=2, D=4, Q=2000, spread=0.5)
+    arguments[3][:, ::2] = 0.511
+    per_cell = 2000 * 2 / 40**2
+    assert scatter.MOST_TURNS * 4 * per_cell < 2000
+    assert 3 * scatter.LONGEST_PIECE < 2000
+    for have, want in zip(results(*arguments), exact(*arguments), strict=True):
+        assert_close(have, want, "float64")

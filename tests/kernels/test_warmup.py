@@ -1,0 +1,106 @@
+"""Compiling ahead: which kernels, and what is refused."""
+
+import pytest
+
+import cupy_msda
+from cupy_msda import Sizes, arrays
+from cupy_msda.call import ALL, FusedFrontEnd, Problem
+from cupy_msda.cuda import plan, plan_backward, warmup
+
+ENCODER = Sizes(levels=((20, 30), (10, 15)), N=2)
+DECODER = Sizes(levels=((20, 30), (10, 15)), N=2, Q=300)
+
+
+def keys(sizes, dtypes, backward=True):
+    return {launch.key for launch in warmup.launches(sizes, dtypes, device=0, backward=backward, multiprocessors=132)}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("location_dtype", ["float32", None])
+@pytest.mark.parametrize("by_value", [True, False])
+@pytest.mark.parametrize("Q", [750, 300])
+def test_what_a_call_launches_was_compiled(dtype, location_dtype, by_value, Q):
+    found = keys([ENCODER, DECODER], [dtype])
+    levels = ((20, 30, 0), (10, 15, 600)) if by_value else None
+    call = Problem(2, 750, 8, 32, 2, 4, Q, dtype, location_dtype or dtype, ("cuda", 0), levels)
+    launches = [plan.forward(call, 16), plan.backward(call, 16)]
+    if dtype == "float16":
+        launches.append(plan.round_gradient(dtype, 2 * 750 * 256))
+    assert {launch.key for launch in launches} <= found
+
+
+def test_kernels_are_shared_by_sizes():
+    more = [Sizes(levels=((100 + i, 160), (50, 80)), N=2 + i) for i in range(4)]
+    assert len(keys(more, ["float32"])) == len(keys(more[:1], ["float32"]))
+
+
+def test_without_a_backward():
+    assert {key.kind for key in keys([ENCODER], ["float16"], backward=False)} == {"forward"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtypes", "error", "message"),
+    [
+        ([ENCODER], ["int8"], TypeError, "dtypes: expected float16, bfloat16, float32 or float64, got 'int8'"),
+        ([Sizes(levels=((0, 3),))], ["float32"], ValueError, r"sizes: expected levels of positive \(H, W\)"),
+        ([Sizes(levels=())], ["float32"], ValueError, r"sizes: expected levels of positive \(H, W\)"),
+    ],
+)
+def test_bad_sizes(sizes, dtypes, error, message):
+    with pytest.raises(error, match=message):
+        keys(sizes, dtypes)
+
+
+def test_without_a_gpu_it_says_why(monkeypatch):
+    monkeypatch.setattr(arrays, "cuda_unavailable", lambda: "CuPy finds no CUDA device")
+    with pytest.raises(RuntimeError, match="warmup: CuPy finds no CUDA device"):
+        cupy_msda.warmup(ENCODER)
+
+
+@pytest.mark.parametrize(("progress", "count", "shown"), [(None, 3, False), (False, 30, False), (True, 3, True)])
+def test_progress_bar(progress, count, shown, capsys):
+    assert list(warmup._with_bar(range(count), count, progress)) == list(range(count))
+    assert ("compiling kernels" in capsys.readouterr().err) == shown
+
+
+def test_variants_are_compiled_ahead():
+    sizes = [
+        Sizes(ENCODER.levels, num_points=[3, 6], interpolation="nearest"),
+        Sizes(ENCODER.levels, num_points=[2, 2], padding_mode="border"),
+    ]
+    # The sums see parts of samples only.
+    chosen = [key for key in keys(sizes, ["float32"]) if key.kind not in ("count", "sum", "add")]
+    assert {(key.points, key.P, key.nearest, key.border) for key in chosen} == {
+        ((3, 6), 0, True, False),
+        ((), 2, False, True),
+    }
+    with pytest.raises(ValueError, match=r"num_points: .*L = 2"):
+        keys([Sizes(ENCODER.levels, num_points=[1])], ["float32"])
+
+
+def test_calls_with_query_lengths_are_compiled_ahead():
+    chosen = keys([Sizes(ENCODER.levels, ragged=True)], ["float32"])
+    assert {key.padded for key in chosen if key.kind in ("forward", "backward", "sort")} == {True}
+    assert not any(key.padded for key in keys([ENCODER], ["float32"]))
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("one_reference", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reference_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("of_references", [False, True])
+def test_calls_with_a_front_end_are_compiled_ahead(coordinates, one_reference, packed, reference_dtype, of_references):
+    sizes = Sizes(ENCODER.levels, N=2, reference_coordinates=coordinates, one_reference=one_reference, packed=packed)
+    front = FusedFrontEnd(coordinates, 1 if one_reference else 2, reference_dtype, packed)
+    levels = ((20, 30, 0), (10, 15, 600))
+    call = Problem(2, 750, 8, 32, 2, 4, 750, "float16", "float16", ("cuda", 0), levels, fused=front)
+    wanted = call.computed(ALL._replace(references=of_references))
+    launches = [plan.forward(call, 16), *plan_backward.backward(call, 16, 132, wanted).launches]
+    assert {launch.key for launch in launches} <= keys([sizes], ["float16"])
+
+
+def test_references_are_points_or_boxes():
+    with pytest.raises(ValueError, match="sizes: expected reference_coordinates 2, 4 or None, got 3"):
+        keys([Sizes(ENCODER.levels, reference_coordinates=3)], ["float32"])
+    with pytest.raises(ValueError, match="sizes: expected reference_coordinates 2 or 4 beside one_reference or packed"):
+        keys([Sizes(ENCODER.levels, packed=True)], ["float32"])

@@ -1,0 +1,318 @@
+"""The fused front end as a torch operator: gradients, transforms, compilation, export, autocast, repeated calls."""
+
+import itertools
+from types import SimpleNamespace
+
+import onnxruntime
+import pytest
+
+from tests.helpers import cases
+from tests.helpers.backends import TorchBackend
+from tests.helpers.cases import Case
+
+torch = pytest.importorskip("torch")
+
+import cupy_msda
+from cupy_msda import validate
+from cupy_msda.call import PLAIN
+from cupy_msda.torch import decomposed, fast_path, ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.torch import fused as functions
+from cupy_msda.torch.reference import front_end
+from tests.with_torch.test_registered_operator import DEVICES
+
+CASE = Case("front", levels=((6, 7), (3, 4)), N=2, M=2, D=8, P=3)
+FORMS = list(itertools.product((2, 4), (None, 1), (False, True)))
+
+
+def tensors(device, dtype="float64", seed=0, **form):
+    """Shapes, then value, references, offsets and logits as leaves, and the gradient of the output."""
+    inputs = cases.with_front(CASE.inputs(dtype, seed=seed), **form, seed=seed)
+    put = TorchBackend(device).put
+    leaves = [put(array) for array in (inputs.value, inputs.references, inputs.locations, inputs.weights)]
+    leaves = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
+    return put(inputs.shapes), leaves, put(inputs.grad_output)
+
+
+def attend(shapes, value, *samples, **options):
+    return ms_deform_attn_fused(value, shapes, None, *samples, **options)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_equals_the_composition_with_all_gradients(device, form):
+    shapes, leaves, grad = tensors(device, coordinates=form[0], levels=form[1], packed=form[2])
+    output = attend(shapes, *leaves)
+    want = ms_deform_attn(leaves[0], shapes, None, *front_end(shapes, *leaves[1:]))
+    torch.testing.assert_close(output, want)
+    for got, other in zip(
+        torch.autograd.grad(output, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(got, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_the_gradients_that_are_asked_for(device):
+    shapes, leaves, grad = tensors(device, coordinates=4)
+    every = torch.autograd.grad(attend(shapes, *leaves), leaves, grad)
+    for index, leaf in enumerate(leaves):
+        alone = [other.detach() for other in leaves]
+        alone[index] = leaf
+        (got,) = torch.autograd.grad(attend(shapes, *alone), [leaf], grad)
+        torch.testing.assert_close(got, every[index])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_first_and_second_order(packed):
+    shapes, leaves, _ = tensors("cpu", packed=packed, coordinates=4)
+    leaves = [
+        leaf[:1, :2].detach().requires_grad_() if i else leaf[:1].detach().requires_grad_()
+        for i, leaf in enumerate(leaves)
+    ]
+    torch.autograd.gradcheck(lambda *a: attend(shapes, *a), leaves, fast_mode=True)
+    torch.autograd.gradgradcheck(lambda *a: attend(shapes, *a), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_in_one_graph(packed):
+    shapes, leaves, grad = tensors("cpu", packed=packed)
+    compiled = torch.compile(lambda *a: attend(shapes, *a) * 2, backend="aot_eager", fullgraph=True)
+    want = attend(shapes, *leaves) * 2
+    got = compiled(*leaves)
+    torch.testing.assert_close(got, want)
+    for one, other in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_schema_fake_and_autograd_hold_together(packed):
+    shapes, leaves, _ = tensors("cpu", packed=packed)
+    samples = (*leaves, None)[1:4]
+    arguments = (leaves[0], shapes, None, *samples, 64, None, None, "bilinear", "zeros", False, None, None)
+    torch.library.opcheck(torch.ops.cupy_msda.ms_deform_attn_fused.default, arguments)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_operator_with_level_sizes_as_numbers(packed):
+    shapes, leaves, _ = tensors("cpu", packed=packed)
+    operator, sizes = torch.ops.cupy_msda.ms_deform_attn_fused.default, shapes.flatten().tolist()
+    settings = (64, None, None, "bilinear", "zeros", False, None, sizes)
+    samples = (*leaves, None)[1:4]
+    torch.testing.assert_close(operator(leaves[0], None, None, *samples, *settings), attend(shapes, *leaves))
+    torch.library.opcheck(operator, (leaves[0], None, None, *samples, *settings))
+    few = [(leaf[:1] if i == 0 else leaf[:1, :2]).detach().requires_grad_() for i, leaf in enumerate(leaves)]
+
+    def call(value, *samples):
+        return operator(value, None, None, *(*samples, None)[:3], *settings)
+
+    assert torch.autograd.gradgradcheck(call, few, fast_mode=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_with_level_sizes_as_numbers(dynamic):
+    torch._dynamo.reset()
+    _, leaves, grad = tensors("cpu")
+    compiled = torch.compile(Net(), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    got, want = compiled(*leaves), Net()(*leaves)
+    torch.testing.assert_close(got, want)
+    for one, other in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True):
+        torch.testing.assert_close(one, other)
+    torch._dynamo.reset()
+
+
+def test_autocast_takes_references_in_float32():
+    shapes, (value, references, offsets, logits), _ = tensors("cpu", "float32")
+    half = value.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attend(shapes, half, references.double(), offsets.to(torch.bfloat16), logits)
+    assert output.dtype is torch.bfloat16
+    torch.testing.assert_close(output.float(), attend(shapes, value, references, offsets, logits), rtol=0.05, atol=0.05)
+
+
+def test_nearest_refuses_gradients_of_places():
+    shapes, (value, references, offsets, logits), _ = tensors("cpu")
+    with pytest.raises(ValueError, match="sampling_offsets: expected a tensor that requires no gradient"):
+        attend(shapes, value, references.detach(), offsets, logits, interpolation="nearest")
+    attend(shapes, value, references.detach(), offsets.detach(), logits, interpolation="nearest").sum().backward()
+    assert logits.grad.abs().sum() > 0
+
+
+def test_what_is_no_tensor_is_named():
+    shapes, (value, _, offsets, logits), _ = tensors("cpu")
+    with pytest.raises(TypeError, match=r"reference_points: expected a torch\.Tensor, got list"):
+        attend(shapes, value, [0.5], offsets, logits)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_transforms_of_torch_func(device, form):
+    shapes, leaves, _ = tensors(device, coordinates=form[0], levels=form[1], packed=form[2])
+    leaves = [leaf.detach() for leaf in leaves]
+
+    def loss(*inputs):
+        return attend(shapes, *inputs).square().sum()
+
+    every = tuple(range(len(leaves)))
+    got = torch.func.grad(loss, every)(*leaves)
+    inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+    want = torch.autograd.grad(loss(*inputs), inputs)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+    stacks = [torch.stack((leaf, leaf * 0.7)) for leaf in leaves]
+    dims = (0, *(None,) * (len(leaves) - 2), 0)
+    mapped = [stack if dim == 0 else leaf for stack, leaf, dim in zip(stacks, leaves, dims, strict=True)]
+    got = torch.vmap(torch.func.grad(loss, every), dims)(*mapped)
+    for index in range(2):
+        chosen = [tensor[index] if dim == 0 else tensor for tensor, dim in zip(mapped, dims, strict=True)]
+        for one, other in zip(got, torch.func.grad(loss, every)(*chosen), strict=True):
+            torch.testing.assert_close(one[index], other)
+
+
+def test_what_has_no_gradient_of_its_kind_is_refused():
+    shapes, (value, *samples), _ = tensors("cpu")
+    with pytest.raises(ValueError, match="spatial_shapes, level_start_index: expected the same for every sample"):
+        torch.vmap(lambda s: attend(s, value, *samples))(torch.stack((shapes, shapes)))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(samples[1].detach(), samples[1].detach())
+        with pytest.raises(NotImplementedError, match="no forward-mode gradient"):
+            attend(shapes, value, samples[0], dual, samples[2])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_decomposed_is_the_same(form):
+    shapes, leaves, grad = tensors("cpu", coordinates=form[0], levels=form[1], packed=form[2])
+    output = attend(shapes, *leaves)
+    with decomposed():
+        other = attend(shapes, *leaves)
+    torch.testing.assert_close(other, output)
+    for one, two in zip(
+        torch.autograd.grad(other, leaves, grad), torch.autograd.grad(output, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(one, two)
+
+
+class Net(torch.nn.Module):
+    """The operator with level sizes as constants."""
+
+    def forward(self, value, references, *samples):
+        return ms_deform_attn_fused(value, CASE.levels, None, references, *samples)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_export_keeps_the_operator_and_serves_other_sizes(packed):
+    _, leaves, _ = tensors("cpu", packed=packed)
+    inputs = tuple(leaf.detach() for leaf in leaves)
+    Q = torch.export.Dim("Q", max=1000)
+    program = torch.export.export(Net(), inputs, dynamic_shapes=({}, {1: Q}, ({1: Q},) * (len(inputs) - 2)))
+    assert any(node.target is torch.ops.cupy_msda.ms_deform_attn_fused.default for node in program.graph.nodes)
+    more = (inputs[0], *(torch.cat((tensor, tensor.flip(1)), 1) for tensor in inputs[1:]))
+    torch.testing.assert_close(program.module()(*more), Net()(*more))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [True, False], ids=["torch.export", "TorchScript"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_onnx_runtime_gives_the_same_numbers(tmp_path, dynamo, packed):
+    _, leaves, _ = tensors("cpu", "float32", packed=packed, coordinates=4)
+    inputs, path = tuple(leaf.detach() for leaf in leaves), tmp_path / "net.onnx"
+    torch.onnx.export(Net().eval(), inputs, path, dynamo=dynamo, opset_version=18, verbose=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    named = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), inputs, strict=True)}
+    torch.testing.assert_close(torch.from_numpy(session.run(None, named)[0]), Net()(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_same_layout_is_the_same_call(monkeypatch, packed, requires_grad):
+    """A stand-in plays the recipe."""
+
+    def arguments(seed):
+        shapes, leaves, _ = tensors("cpu", packed=packed, seed=seed)
+        return shapes, torch.tensor([0, 42]), *(leaf.detach().requires_grad_(requires_grad) for leaf in leaves)
+
+    def call(shapes, starts, value, *samples):
+        return ms_deform_attn_fused(value, shapes, starts, *samples)
+
+    shapes, starts, value, references, *samples = arguments(0)
+    monkeypatch.setattr(fast_path, "recent_fused", {False: (), True: ()})
+    monkeypatch.setitem(fast_path.recipes, "key", SimpleNamespace(levels=(), forward=lambda *a: "again"))
+    monkeypatch.setattr(functions, "apply", lambda *inputs: inputs[-1][0].forward())
+    inputs = (value, samples[0], None if packed else samples[1])
+    fast_path.recall("key", *inputs, shapes, starts, 64, None, PLAIN, references)
+    assert call(*arguments(1)) == "again"
+    with torch.no_grad():
+        assert call(*arguments(2)) == "again"
+    _, _, *others = arguments(3)
+    monkeypatch.undo()
+    monkeypatch.setitem(fast_path.recipes, "key", None)
+    assert torch.is_tensor(ms_deform_attn_fused(others[0], shapes, None, *others[1:]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_repeated_call_is_neither_validated_nor_planned_again(monkeypatch, dtype, form, numbers):
+    form = dict(zip(("coordinates", "levels", "packed"), form, strict=True))
+    shapes, leaves, grad = tensors("cuda", dtype, **form)
+    starts = torch.tensor([0, 42], device="cuda")
+    metadata = ([list(level) for level in CASE.levels], None) if numbers else (shapes, starts)
+
+    def results(inputs, metadata, grad):
+        output = ms_deform_attn_fused(inputs[0], *metadata, *inputs[1:])
+        return output, *torch.autograd.grad(output, inputs, grad)
+
+    results(leaves, metadata, grad)
+    results(leaves, metadata, grad)
+    _, others, grad = tensors("cuda", dtype, seed=1, **form)
+    want = results(others, (shapes.cpu(), None), grad)
+    monkeypatch.setattr(validate, "read", None)
+    got = results(others, metadata, grad)
+    with torch.no_grad():
+        got = (*got, ms_deform_attn_fused(others[0], *metadata, *others[1:]))
+    tolerance = 1e-2 if dtype.endswith("16") else 1e-5
+    for one, other in zip(got, (*want, want[0]), strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+def test_validation_reads_metadata_on_the_gpu():
+    shapes, (value, *samples), _ = tensors("cuda", "float32")
+    attend(shapes, value, *samples, validate=True)
+    shapes[1, 0] = 400
+    assert attend(shapes, value, *samples).isnan().any()
+    with pytest.raises(ValueError, match=r"spatial_shapes|level_start_index"):
+        attend(shapes, value, *samples, validate=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_layouts_that_a_known_one_does_not_serve(packed):
+    shapes, leaves, _ = tensors("cuda", "float32", packed=packed)
+    leaves = [leaf.detach() for leaf in leaves]
+    want = attend(shapes, *leaves)
+    attend(shapes, *leaves)
+    for index, leaf in enumerate(leaves):
+        buffer = torch.empty(leaf.numel() + 1, device="cuda")
+        buffer[1:] = leaf.flatten()
+        unaligned = [*leaves[:index], buffer[1:].view(leaf.shape), *leaves[index + 1 :]]
+        torch.testing.assert_close(attend(shapes, *unaligned), want)
+        strided = torch.stack((leaf, leaf), -1)[..., 0]
+        torch.testing.assert_close(attend(shapes, *leaves[:index], strided, *leaves[index + 1 :]), want)
+
+
+@pytest.mark.gpu
+def test_first_call_inside_a_capture_works_after_warmup():
+    sizes = cupy_msda.Sizes(CASE.levels, N=2, Q=7, M=2, D=8, P=5, reference_coordinates=4)
+    inputs = [torch.rand(shape, device="cuda") for shape in ((2, 54, 2, 8), (2, 7, 2, 4), (2, 7, 2, 2, 5, 2))]
+    inputs.append(torch.rand(2, 7, 2, 2, 5, device="cuda"))
+    shapes = torch.tensor(CASE.levels, device="cuda")
+    with pytest.raises(RuntimeError, match=r"cupy_msda\.warmup"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        attend(shapes, *inputs)
+    torch.cuda.synchronize()
+    assert cupy_msda.warmup(sizes) > 0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = attend(shapes, *inputs)
+    graph.replay()
+    torch.testing.assert_close(output, attend(shapes, *inputs), rtol=0, atol=0)

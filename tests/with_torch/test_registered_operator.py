@@ -1,0 +1,360 @@
+"""The registered operators: what opcheck, torch.compile, torch.export, autocast and torch.func ask of them."""
+
+import io
+
+import pytest
+import torch
+
+from cupy_msda.torch import ms_deform_attn
+from tests.helpers import cases
+from tests.helpers.cases import CASES, Case
+from tests.helpers.tolerance import TOLERANCE, assert_close
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+operator = torch.ops.cupy_msda.ms_deform_attn.default
+backward_operator = torch.ops.cupy_msda.ms_deform_attn_backward.default
+LEVELS = ((6, 7), (3, 4))
+
+
+def tensors(device, dtype=torch.float32, location_dtype=None, requires_grad=True, starts=False, N=2, queries=5, seed=0,
+            levels=LEVELS):  # fmt: skip
+    """value, shapes, starts, locations, weights, grad_output."""
+    inputs = Case("torch", levels=levels, N=N, queries=queries).inputs(seed=seed)
+    value, locations, weights, grad_output = (
+        torch.from_numpy(inputs[i]).to(device, d)
+        for i, d in ((0, dtype), (3, location_dtype or dtype), (4, location_dtype or dtype), (5, dtype))
+    )
+    shapes = torch.tensor(levels, device=device)
+    first = (shapes.prod(1).cumsum(0) - shapes.prod(1)) if starts else None
+    leaves = [t.requires_grad_(requires_grad) for t in (value, locations, weights)]
+    return leaves[0], shapes, first, leaves[1], leaves[2], grad_output
+
+
+def results(function, arguments):
+    """Output and the three gradients of function(value, shapes, starts, locations, weights)."""
+    *inputs, grad_output = arguments
+    output = function(*inputs)
+    return [output.detach(), *torch.autograd.grad(output, (inputs[0], inputs[3], inputs[4]), grad_output)]
+
+
+def assert_same(have, want, rtol=1e-5):
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("starts", [True, False], ids=["starts", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_forward(device, starts, dtype):
+    *inputs, _ = tensors(device, dtype, torch.float32, starts=starts)
+    torch.library.opcheck(operator, (*inputs, 64, None))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mask", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
+def test_opcheck_backward(device, mask):
+    *inputs, grad_output = tensors(device, starts=True)
+    # CUDA sums in no fixed order: the second run may differ in the last bit.
+    torch.library.opcheck(
+        backward_operator, (grad_output.requires_grad_(), *inputs, 64, None, mask), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_operator_agrees_with_the_function(device):
+    arguments = tensors(device)
+    assert_same(results(lambda *a: operator(*a, 64, None), arguments), results(ms_deform_attn, arguments), rtol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, False, False)], ids=str)
+def test_backward_operator_leaves_out_what_the_mask_leaves_out(mask):
+    *inputs, grad_output = tensors("cpu", requires_grad=False)
+    grads = backward_operator(grad_output, *inputs, 64, None, mask)
+    sizes = [tensor.numel() * wanted for tensor, wanted in zip((inputs[0], *inputs[3:]), mask, strict=True)]
+    assert [grad.numel() for grad in grads] == sizes
+
+
+def test_fake_operator_names_the_wrong_shape():
+    value, shapes, starts, locations, weights, _ = tensors("cpu", requires_grad=False)
+    meta = [None if t is None else t.to("meta") for t in (value, shapes, starts, locations[:, :, :1], weights)]
+    with pytest.raises(RuntimeError, match=r"sampling_locations: expected shape \[N, Q, M, L, P, 2\]"):
+        operator(*meta, 64, None)
+    with pytest.raises(RuntimeError, match=r"value: expected shape \[N, S, M, D\]"):
+        operator(meta[0][0], *meta[1:], 64, None)
+
+
+def layer(value, shapes, starts, locations, weights):
+    """The operator with neighbours, so that there is something to compile."""
+    return ms_deform_attn(value * 2, shapes, starts, locations + 0.01, weights.softmax(-1)) * 3
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile(device, dynamic, mode):
+    arguments = tensors(device, starts=True)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, mode=mode)
+    want = results(layer, arguments)
+    for _ in range(3):  # reduce-overhead warms up, records, replays
+        assert_same([r.clone() for r in results(compiled, arguments)], want)
+    with torch.no_grad():
+        for _ in range(3):
+            assert_same([compiled(*arguments[:5]).clone()], want[:1])
+    if device == "cuda":  # CUDA graphs hold all of it: nothing made the compiler give them up
+        assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_dynamic_compilation_serves_other_sizes(device):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for queries, levels in ((5, LEVELS), (9, LEVELS), (7, ((8, 5), (4, 3))), (30, ((10, 12), (2, 9)))):
+        arguments = tensors(device, queries=queries, levels=levels, starts=True)
+        assert_same(results(compiled, arguments), results(layer, arguments))
+    assert counter.frame_count == 1
+
+
+def with_numbers(device, **sizes):
+    """Arguments with level sizes as numbers."""
+    value, shapes, _, locations, weights, grad_output = tensors(device, **sizes)
+    return value, shapes.tolist(), None, locations, weights, grad_output
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_with_level_sizes_as_numbers(device, mode):
+    arguments = with_numbers(device)
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
+    want = results(layer, arguments)
+    for _ in range(3):
+        assert_same([r.clone() for r in results(compiled, arguments)], want)
+    if device == "cuda":
+        assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_numbers_become_no_tensor_of_compiled_code():
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    arguments = with_numbers("cpu")
+    torch.compile(layer, fullgraph=True, backend=keep)(*arguments[:5])
+    (graph,) = graphs
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert operator in called
+    assert not {torch.as_tensor, torch.tensor} & set(called)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_dynamic_compilation_serves_other_numbers(device):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for queries, levels in ((5, LEVELS), (9, ((8, 5), (4, 3))), (30, ((10, 12), (2, 9)))):
+        arguments = with_numbers(device, queries=queries, levels=levels)
+        assert_same(results(compiled, arguments), results(layer, arguments))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_operator_with_level_sizes_as_numbers(device):
+    value, shapes, _, locations, weights, _ = tensors(device, torch.float64, starts=False)
+    sizes = [size for level in shapes.tolist() for size in level]
+    arguments = (value, None, None, locations, weights, 64, None, None, "bilinear", "zeros", False, None, sizes)
+    torch.testing.assert_close(operator(*arguments), ms_deform_attn(value, shapes, None, locations, weights))
+    torch.library.opcheck(operator, arguments)
+    few = [t.detach().requires_grad_() for t in (value[:1], locations[:1, :2], weights[:1, :2])]
+
+    def call(value, locations, weights):
+        return operator(value, None, None, locations, weights, *arguments[5:])
+
+    assert torch.autograd.gradgradcheck(call, few, fast_mode=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_under_autocast(device):
+    value, shapes, starts, locations, weights, _ = tensors(device, torch.bfloat16, torch.float32, requires_grad=False)
+
+    def step(weights):
+        with torch.autocast(device, torch.bfloat16):
+            return ms_deform_attn(value, shapes, starts, locations, weights)
+
+    mixed = weights.bfloat16()
+    output = torch.compile(step, fullgraph=True, backend="aot_eager")(mixed)
+    torch.testing.assert_close(output, step(mixed), rtol=0, atol=0)
+
+
+class Module(torch.nn.Module):
+    def forward(self, value, shapes, starts, locations, weights):
+        return layer(value, shapes, starts, locations, weights)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_export_with_dynamic_sizes(device):
+    *inputs, _ = tensors(device, requires_grad=False, starts=True)
+    N, Q = torch.export.Dim("N", max=64), torch.export.Dim("Q", max=100000)
+    dynamic = ({0: N}, {}, {}, {0: N, 1: Q}, {0: N, 1: Q})
+    program = torch.export.export(Module(), tuple(inputs), dynamic_shapes=dynamic)
+    assert any(node.target is operator for node in program.graph.nodes)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    *other, _ = tensors(device, requires_grad=False, starts=True, N=3, queries=11, seed=1)
+    assert_same([loaded(*other)], [layer(*other)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_functional_call_with_gradients(device):
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, value, *others):
+            return ms_deform_attn(value * self.scale, *others)
+
+    *inputs, _ = tensors(device, requires_grad=False)
+    module = Scaled().to(device)
+
+    def loss(parameters):
+        return torch.func.functional_call(module, parameters, tuple(inputs)).square().sum()
+
+    have = torch.func.grad(loss)({"scale": torch.tensor(3.0, device=device)})["scale"]
+    want = 2 * 3.0 * ms_deform_attn(*inputs).square().sum()
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 1, 0)], ids=str)
+def test_vmap(device, in_dims):
+    value, shapes, starts, locations, weights, _ = tensors(device, requires_grad=False)
+    stack = [
+        tensor if dim is None else torch.stack((tensor, tensor.flip(0), tensor * 0.5), dim)
+        for tensor, dim in zip((value, locations, weights), in_dims, strict=True)
+    ]
+
+    def call(value, locations, weights):
+        return ms_deform_attn(value, shapes, starts, locations, weights)
+
+    def pick(index):
+        return [t if dim is None else t.select(dim, index) for t, dim in zip(stack, in_dims, strict=True)]
+
+    have = torch.vmap(call, in_dims)(*stack)
+    assert_same([have], [torch.stack([call(*pick(index)) for index in range(3)])])
+
+    def value_grad(*mapped):
+        return torch.func.grad(lambda v: call(v, *mapped[1:]).square().sum())(mapped[0])
+
+    have = torch.vmap(value_grad, in_dims)(*stack)
+    assert_same([have], [torch.stack([value_grad(*pick(index)) for index in range(3)])])
+
+
+def test_vmap_over_metadata_is_refused():
+    value, shapes, _, locations, weights, _ = tensors("cpu", requires_grad=False)
+    with pytest.raises(ValueError, match=r"spatial_shapes, level_start_index: expected the same"):
+        torch.vmap(lambda s: ms_deform_attn(value, s, None, locations, weights))(torch.stack((shapes, shapes)))
+
+
+def test_forward_mode_gradient_is_refused():
+    value, shapes, starts, locations, weights, _ = tensors("cpu", requires_grad=False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(value, value)
+        with pytest.raises(NotImplementedError, match="no forward-mode gradient"):
+            ms_deform_attn(dual, shapes, starts, locations, weights)
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"forward-mode|jvp"):
+        torch.func.jvp(lambda v: ms_deform_attn(v, shapes, starts, locations, weights), (value,), (value,))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("location_dtype", [None, torch.float32], ids=["same", "float32"])
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=["same", "float32"])
+def test_autocast_harmonises_dtypes(device, dtype, location_dtype, weight_dtype):
+    value, shapes, starts, locations, weights, grad_output = tensors(device, dtype, torch.float32)
+    mixed = [
+        t.detach().to(d or dtype).requires_grad_() for t, d in ((locations, location_dtype), (weights, weight_dtype))
+    ]
+    with torch.autocast(device, dtype):
+        output = ms_deform_attn(value, shapes, starts, *mixed)
+    grads = torch.autograd.grad(output, (value, *mixed), grad_output)
+    assert output.dtype == dtype
+    assert [g.dtype for g in grads] == [dtype, location_dtype or dtype, weight_dtype or dtype]
+    exact = [t.detach().double() for t in (value, *mixed)]
+    want = ms_deform_attn(exact[0], shapes, starts, *exact[1:])
+    assert_close(output.detach().cpu().double().numpy(), want.cpu().numpy(), str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_mixed_dtypes_without_autocast_are_refused(device):
+    value, shapes, starts, locations, weights, _ = tensors(device, torch.float16, torch.float32)
+    with pytest.raises(TypeError, match="attention_weights: expected the dtype of sampling_locations"):
+        ms_deform_attn(value, shapes, starts, locations, weights.half())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_step_with_gradient_scaler(device):
+    torch.manual_seed(0)
+    value, shapes, starts, locations, weights, _ = tensors(device, requires_grad=False)
+    projection = torch.nn.Linear(8, 8).to(device)
+    optimizer = torch.optim.SGD(projection.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+    losses = []
+    for _ in range(8):
+        with torch.autocast(device, torch.float16):
+            projected = projection(value)
+            assert projected.dtype == torch.float16
+            output = ms_deform_attn(projected, shapes, starts, locations, weights)
+            loss = (output.float() - 1).square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert scaler.get_scale() == 2.0**10
+
+
+def test_profiler_sees_the_operator():
+    *inputs, _ = tensors("cpu", requires_grad=False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ms_deform_attn(*inputs)
+    assert "cupy_msda::ms_deform_attn" in {event.key for event in profile.key_averages()}
+
+
+def test_subclasses_and_modes_see_the_operator():
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        seen = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += (str(func),)
+            return func(*args, **(kwargs or {}))
+
+    *inputs, _ = tensors("cpu", requires_grad=False)
+    with Recorder() as recorder:
+        ms_deform_attn(*inputs)
+    assert "cupy_msda.ms_deform_attn.default" in recorder.seen
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_operator_against_the_reference(case):
+    inputs = case.inputs("float64")
+    put = [None if a is None else torch.from_numpy(a) for a in inputs]
+    output = operator(*put[:5], 64, None)
+    assert TOLERANCE["float64"] < 1e-10
+    assert_close(output.numpy(), cases.expected(inputs)[0], "float64")

@@ -1,0 +1,162 @@
+"""The variants of the operator in torch: gradients, compilation, export, second order, and torch's own functions."""
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cupy_msda.torch import decomposed, ms_deform_attn
+from tests.helpers import cases
+from tests.helpers.cases import VARIANTS, Case
+from tests.helpers.tolerance import TOLERANCE, assert_close
+from tests.with_torch.test_registered_operator import DEVICES, assert_same, backward_operator, operator
+
+FORMS = VARIANTS[:7]
+
+
+def tensors(case, device="cpu", dtype=torch.float32, location_dtype=None, seed=0):
+    """value, shapes, starts, locations, weights, grad_output; with nearest, locations require no gradient."""
+    inputs = case.inputs(seed=seed)
+    shapes = torch.from_numpy(inputs.shapes).to(device)
+    starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
+    value, grad_output = (torch.from_numpy(inputs[i]).to(device, dtype) for i in (0, 5))
+    locations, weights = (torch.from_numpy(inputs[i]).to(device, location_dtype or dtype) for i in (3, 4))
+    for tensor in (value, weights, *(() if case.variant.get("interpolation") else (locations,))):
+        tensor.requires_grad_()
+    return value, shapes, starts, locations, weights, grad_output
+
+
+def positional(case):
+    """The variant as the operators' last arguments."""
+    names = {"num_points": None, "interpolation": "bilinear", "padding_mode": "zeros", "align_corners": False}
+    return tuple((names | case.variant).values())
+
+
+def results(function, arguments):
+    """Output and the gradients of function(value, shapes, starts, locations, weights)."""
+    *inputs, grad_output = arguments
+    output = function(*inputs)
+    leaves = [tensor for tensor in (inputs[0], inputs[3], inputs[4]) if tensor.requires_grad]
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_gradients_against_the_reference(device, case):
+    arguments = tensors(case, device)
+    output, *grads = results(lambda *a: ms_deform_attn(*a, **case.variant), arguments)
+    want_output, want = cases.expected(case.inputs(), **case.variant)
+    assert_close(output.cpu().numpy(), want_output, "float32")
+    if len(grads) == 2:
+        want = (want[0], want[2])
+    for grad, exact in zip(grads, want, strict=True):
+        assert_close(grad.cpu().numpy(), exact, "float32")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_opcheck(device, case):
+    *inputs, grad_output = tensors(case, device)
+    torch.library.opcheck(operator, (*inputs, 64, None, *positional(case)), rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(
+        backward_operator,
+        (grad_output, *inputs, 64, None, [True, inputs[3].requires_grad, True], *positional(case)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", [FORMS[0], FORMS[3], FORMS[6]], ids=str)
+def test_compile(device, case):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: ms_deform_attn(*a, **case.variant) * 2, fullgraph=True)
+    arguments = tensors(case, device)
+    assert_same(results(compiled, arguments), results(lambda *a: ms_deform_attn(*a, **case.variant) * 2, arguments))
+
+
+@pytest.mark.parametrize("case", [FORMS[0], FORMS[3], FORMS[6]], ids=str)
+def test_export(case):
+    class Net(torch.nn.Module):
+        def forward(self, *inputs):
+            return ms_deform_attn(*inputs, **case.variant)
+
+    inputs = tuple(tensor.detach() for tensor in tensors(case)[:5])
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Net(), inputs), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(*inputs), Net()(*inputs))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_second_order(device, case):
+    value, shapes, starts, locations, weights, _ = tensors(case, device, torch.float64)
+    leaves = [tensor for tensor in (value, locations, weights) if tensor.requires_grad]
+
+    def function(value, *others):
+        where, attention = others if len(others) == 2 else (locations, *others)
+        return ms_deform_attn(value, shapes, starts, where, attention, **case.variant)
+
+    # torch's own gather adds its gradients in no fixed order on a GPU.
+    nondet_tol = 1e-12 if device == "cuda" else 0.0
+    torch.autograd.gradgradcheck(function, leaves, fast_mode=True, nondet_tol=nondet_tol)
+
+
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_composition_agrees(case):
+    arguments = tensors(case, dtype=torch.float64)
+    direct = results(lambda *a: ms_deform_attn(*a, **case.variant), arguments)
+    with decomposed():
+        assert_same(results(lambda *a: ms_deform_attn(*a, **case.variant), arguments), direct, 1e-9)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(device, dtype):
+    case = FORMS[0]
+    value, shapes, starts, locations, weights, _ = tensors(case, device, dtype, torch.float32)
+    with torch.autocast(device, dtype):
+        output = ms_deform_attn(value, shapes, starts, locations, weights.to(dtype), **case.variant)
+    exact = ms_deform_attn(
+        value.double(), shapes, starts, locations.double(), weights.to(dtype).double(), **case.variant
+    )
+    assert output.dtype is dtype
+    error = (output.double() - exact).norm() / exact.norm()
+    assert error <= TOLERANCE[str(dtype).removeprefix("torch.")]
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border"])
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_one_level_is_grid_sample(padding_mode, align_corners):
+    case = Case("square", levels=((5, 6),), N=2, M=1, D=4, P=1, queries=40)
+    value, shapes, starts, locations, weights, grad_output = tensors(case, dtype=torch.float64)
+    weights = torch.ones_like(weights)
+    options = {"padding_mode": padding_mode, "align_corners": align_corners}
+
+    def ours(value, locations):
+        return ms_deform_attn(value, shapes, starts, locations, weights, **options)
+
+    def torchs(value, locations):
+        image = value.transpose(1, 3).reshape(2, 4, 5, 6)
+        return F.grid_sample(image, 2 * locations.reshape(2, 40, 1, 2) - 1, **options)[..., 0].transpose(1, 2)
+
+    for have, want in zip(*(torch.autograd.grad(f(value, locations), (value, locations), grad_output)
+                            for f in (ours, torchs)), strict=True):  # fmt: skip
+        torch.testing.assert_close(have, want)
+    torch.testing.assert_close(ours(value, locations), torchs(value, locations))
+
+
+def test_equal_points_are_the_plain_operator():
+    value, shapes, starts, locations, weights, _ = tensors(Case("plain"))
+    flat = ms_deform_attn(value, shapes, starts, locations.flatten(3, 4), weights.flatten(3), num_points=[2, 2])
+    assert torch.equal(flat, ms_deform_attn(value, shapes, starts, locations, weights))
+
+
+def test_nearest_refuses_a_gradient_of_locations():
+    value, shapes, starts, locations, weights, _ = tensors(Case("plain"))
+    with pytest.raises(ValueError, match=r"sampling_locations: .*nearest.*detach"):
+        ms_deform_attn(value, shapes, starts, locations, weights, interpolation="nearest")
+    with torch.no_grad():
+        ms_deform_attn(value, shapes, starts, locations, weights, interpolation="nearest")
