@@ -50,29 +50,44 @@ def variant_of(described, L, P):
     )
 
 
-def launch_of(pair, D, alignment, points, queries, levels, size, wanted, layout, front, variant):
-    """The planner's answer to a problem with these properties."""
-    L, P = points
-    form = variant_of(variant, L, P)
-    S = 22223 if size == "32 bits" else 2**28
-    Q = {"few": 50, "many": 20000, "pixels": S}[queries]
-    found = Problem(
-        2, S, 8, D, L, 0 if form.num_points else P, Q, *pair, ("cuda", 0), LEVELS[:L] if levels == "by value" else None,
-        variant=form, value_strides=ValueStrides(16 * S * D, 16 * D, D) if layout == "strided" else None,
-        ragged=layout == "padded",
+def problem_of(row):
+    """The problem with these properties: a value for each of AXES."""
+    L, P = row["points"]
+    S = 22223 if row["size"] == "32 bits" else 2**28
+    Q = {"few": 50, "many": 20000, "pixels": S}[row["queries"]]
+    D, form, pair = row["D"], variant_of(row["variant"], L, P), row["pair"]
+    return Problem(
+        2, S, 8, D, L, 0 if form.num_points else P, Q, *pair, ("cuda", 0),
+        LEVELS[:L] if row["levels"] == "by value" else None,
+        variant=form, value_strides=ValueStrides(16 * S * D, 16 * D, D) if row["layout"] == "strided" else None,
+        ragged=row["layout"] == "padded",
         fused={"points": FusedFrontEnd(2, L, pair[0], False), "boxes, packed": FusedFrontEnd(4, 1, pair[1], True)}.get(
-            front
+            row["front"]
         ),
     )  # fmt: skip
+
+
+def launches_of(row):
+    """The planner's answer to a row of the budget: launches by their role in the problem, the budgeted one first."""
+    if "value" in row:
+        return {"cast": plan.round_gradient(row["value"], 1000)}
+    found, alignment, wanted = problem_of(row), row["alignment"], row["wanted"]
     if wanted == "output":
-        return plan.forward(found, alignment)
+        return {"forward": plan.forward(found, alignment)}
     if "in order" in wanted:
-        launches = plan_backward.summation(found, alignment).launches
-        first = plan_backward.expansion(found) or launches[0]
-        kinds = {"sort": first, "count": launches[-2], "sum": launches[-1]}  # without a count, the sort again
-        return kinds[wanted.split()[-1]]
+        sort, *count, summed = plan_backward.summation(found, alignment).launches
+        expand = plan_backward.expansion(found)
+        first = {"expand": expand} if expand else {"sort": sort}
+        counted = {"count": count[0]} if count else {"sort": sort}
+        return {"sort": first, "count": counted, "sum": {"sum": summed}}[wanted.split()[-1]]
     wanted = WANTED[wanted]._replace(references=bool(found.fused) and WANTED[wanted].weights)
-    return plan.backward(found, alignment, wanted=found.computed(wanted))
+    backward = {"backward": plan.backward(found, alignment, wanted=found.computed(wanted))}
+    return backward | ({"references": plan.sum_references(found)} if wanted.references else {})
+
+
+def key_of(row):
+    """The budgeted key of a row: the budget does not hold the sum over heads of the gradient of references."""
+    return next(iter(launches_of(row).values())).key
 
 
 def every():
@@ -84,29 +99,36 @@ def every():
         usual = (of["alignment"], of["size"]) == (16, "32 bits")
         simple = (of["variant"], of["layout"]) == ("plain", "contiguous")
         if (usual and of["front"] == "none") or (usual and simple) or (simple and of["front"] == "none"):
-            keys.add(launch_of(*combination).key)
+            keys.add(key_of(of))
     return sorted(keys | rounding(), key=str)
 
 
-def common():
-    """Keys of what models ask for: 4 levels of 4 points, mostly 32 channels."""
+def common_rows():
+    """Rows of what models ask for: 4 levels of 4 points, mostly 32 channels."""
     asked = itertools.product(DTYPE_PAIRS[1:], ("pixels", "many"), ("output", cases.name_of(ALL)), ("none", "points"))
     sizes = {"D": 32, "alignment": 16, "points": (4, 4), "levels": "on the device", "size": "32 bits"}
     usual = {"layout": "contiguous", "variant": "plain"}
-    found = {
-        launch_of(pair=pair, queries=queries, wanted=wanted, front=front, **sizes, **usual).key
-        for pair, queries, wanted, front in asked
-    }
+    names = ("pair", "queries", "wanted", "front")
+    found = [dict(zip(names, combination, strict=True)) | sizes | usual for combination in asked]
     pixels = {"pair": ("float32", "float32"), "queries": "pixels", "wanted": "output", "front": "none"}
-    return found | {launch_of(**pixels, **(sizes | {"D": D}), **usual).key for D in (16, 36, 128)}
+    return found + [pixels | sizes | usual | {"D": D} for D in (16, 36, 128)]
+
+
+def common():
+    """Keys of what models ask for."""
+    return {key_of(row) for row in common_rows()}
+
+
+def rounding_rows():
+    return [{"value": dtype} for dtype in ("float16", "bfloat16")]
 
 
 def rounding():
-    return {plan.round_gradient(dtype, 1000).key for dtype in ("float16", "bfloat16")}
+    return {key_of(row) for row in rounding_rows()}
 
 
-def pairwise():
-    """Keys such that any two values of two axes meet in one of them: greedy, and the same every time."""
+def pairwise_rows():
+    """Rows such that any two values of two axes meet in one of them: greedy, and the same every time."""
     names = list(AXES)
     uncovered = {
         (a, i, b, j)
@@ -124,8 +146,18 @@ def pairwise():
                 row[axis] = max(range(len(AXES[names[axis]])), key=lambda v, axis=axis: _gain(row, axis, v, uncovered))
         for x, y in itertools.combinations(range(len(names)), 2):
             uncovered.discard((x, row[x], y, row[y]))
-        chosen.append(launch_of(*(AXES[name][v] for name, v in zip(names, row, strict=True))).key)
-    return sorted(set(chosen) | rounding(), key=str)
+        chosen.append({name: AXES[name][v] for name, v in zip(names, row, strict=True)})
+    return chosen
+
+
+def pairwise():
+    """Keys such that any two values of two axes meet in the problem of one of them."""
+    return sorted({key_of(row) for row in pairwise_rows()} | rounding(), key=str)
+
+
+def budgeted_rows():
+    """The problems of the budget, as plain data."""
+    return [*pairwise_rows(), *common_rows(), *rounding_rows()]
 
 
 def budgeted():
@@ -138,19 +170,23 @@ def _gain(row, axis, value, uncovered):
     return sum(pair in uncovered for pair in pairs)
 
 
+def flags(key, architecture):
+    """NVRTC options of one specialisation: those of kernels.py, and those that CuPy adds."""
+    return (*kernels.options(key), f"-arch=sm_{architecture}", "--ptxas-options=-v", "-ftz=true")
+
+
 def resources(key, architecture):
     """Registers, bytes spilled and warnings of one specialisation; raises RuntimeError where it does not compile."""
     from cupy_backends.cuda.libs import nvrtc
 
-    flags = (*kernels.options(key), f"-arch=sm_{architecture}", "--ptxas-options=-v", "-ftz=true")
-    text = kernels.source(key.kind)
-    name = hashlib.sha256(repr((text, flags, nvrtc.getVersion())).encode()).hexdigest()[:32]
+    options, text = flags(key, architecture), kernels.source(key.kind)
+    name = hashlib.sha256(repr((text, options, nvrtc.getVersion())).encode()).hexdigest()[:32]
     cached = CACHE / name
     if cached.exists():
         return json.loads(cached.read_text())
     program = nvrtc.createProgram(text, f"msda_{key.kind}.cu", (), ())
     try:
-        nvrtc.compileProgram(program, flags)
+        nvrtc.compileProgram(program, options)
     except nvrtc.NVRTCError as error:
         raise RuntimeError(f"sm_{architecture} {key}\n{nvrtc.getProgramLog(program)}") from error
     log = nvrtc.getProgramLog(program).replace("\0", "")
