@@ -18,7 +18,7 @@ from cupy_msda.cuda import kernels, plan, plan_backward
 from tests.helpers import cases
 from tests.helpers.cases import DTYPE_PAIRS
 
-ARCHITECTURES = (75, 80, 86, 90, 100, 120)
+ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 120)
 BUDGET = Path(__file__).parent.parent / "kernels" / "kernel_budget.json"
 CACHE = Path(tempfile.gettempdir()) / f"cupy_msda_compiled_{os.getuid()}"
 LEVELS = ((100, 167, 0), (50, 84, 16700), (25, 42, 20900), (13, 21, 21950))
