@@ -32,7 +32,7 @@ VARIANTS = (
 
 def fused_inputs(case, pair=("float32", "float32"), seed=0, **form):
     inputs = case.inputs(*pair, seed=seed)
-    return cases.with_front(inputs, num_points=case.variant.get("num_points"), seed=seed, **form)
+    return cases.to_fused(inputs, num_points=case.variant.get("num_points"), seed=seed, **form)
 
 
 def call(backend, inputs, **options):
@@ -47,7 +47,7 @@ def call(backend, inputs, **options):
 
 def check(backend, case, pair=("float32", "float32"), seed=0, **form):
     inputs = fused_inputs(case, pair, seed, **form)
-    want_output, (of_value, of_offsets, of_logits, of_references) = cases.expected_with_front(inputs, **case.variant)
+    want_output, (of_value, of_offsets, of_logits, of_references) = cases.expected_fused(inputs, **case.variant)
     output, grads = call(backend, inputs, **case.variant)
     assert output.dtype == inputs.value.dtype
     assert_close(output, want_output, pair[0])
@@ -128,7 +128,7 @@ def test_query_lengths(backend, packed):
 @pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
 def test_fixed_order_gives_the_same_numbers(backend):
     inputs = fused_inputs(CASE, coordinates=4)
-    _, want = cases.expected_with_front(inputs)
+    _, want = cases.expected_fused(inputs)
     _, grads = call(backend, inputs)
     put = backend.put
     arrays = (inputs.references, inputs.locations, inputs.weights, inputs.grad_output)
@@ -152,7 +152,7 @@ def test_empty(backend, size, packed):
     if packed:
         offsets, logits = np.ones((N, Q, 2, 3 * L * P), np.float32), None
     references = np.ones((N, Q, L or 1, 2), np.float32)
-    inputs = cases.FrontInputs(value, shapes, None, offsets, logits, grad_output, references)
+    inputs = cases.FusedInputs(value, shapes, None, offsets, logits, grad_output, references)
     output, grads = call(backend, inputs)
     assert output.shape == (N, Q, 8)
     assert not output.any()
@@ -168,7 +168,7 @@ def test_offsets_that_are_no_numbers_count_nothing(backend, bad):
     inputs = fused_inputs(CASE)
     inputs.locations[:, :, :, 0] = bad
     far = inputs._replace(locations=np.where(np.abs(inputs.locations) < 1e3, inputs.locations, 1e3))
-    want_output, want_grads = cases.expected_with_front(far)
+    want_output, want_grads = cases.expected_fused(far)
     output, grads = call(backend, inputs)
     assert_close(output, want_output, "float32")
     for got, want in zip(grads, (want_grads[0], want_grads[3], *want_grads[1:3]), strict=True):
@@ -182,7 +182,7 @@ def test_large_logits_do_not_overflow(backend):
     inputs.weights[0, 0, 0, 0, 0] = -np.inf
     inputs.weights[0, 1, 0, 1, 1] = 3e38
     finite = inputs._replace(weights=np.where(np.isinf(inputs.weights), -1e6, inputs.weights))
-    want_output, _ = cases.expected_with_front(finite)
+    want_output, _ = cases.expected_fused(finite)
     output, grads = call(backend, inputs)
     assert_close(output, want_output, "float32")
     assert all(np.isfinite(grad).all() for grad in grads)

@@ -31,7 +31,7 @@ def poisoned(inputs, lengths):
 
 def check(backend, case, lengths, pair=("float32", "float32"), put_lengths=np.array, deterministic=False):
     inputs = case.inputs(*pair, seed=1)
-    want_output, want_grads = cases.expected_of_first(inputs, lengths, **case.variant)
+    want_output, want_grads = cases.expected_ragged(inputs, lengths, **case.variant)
     put = [backend.put(array) for array in poisoned(inputs, lengths)]
     options = {"query_lengths": put_lengths(lengths), **case.variant}
     output = cupy_msda.ms_deform_attn(*put[:5], **options)
@@ -111,7 +111,7 @@ def test_gradients_in_torch(device, compiled):
     backend = TorchBackend(device)
     case, lengths = PADDED[0]
     inputs = case.inputs(seed=3)
-    want_output, want_grads = cases.expected_of_first(inputs, lengths)
+    want_output, want_grads = cases.expected_ragged(inputs, lengths)
     put = [backend.put(array) for array in poisoned(inputs, lengths)]
     leaves = [put[index].requires_grad_() for index in (0, 3, 4)]
     of_images = torch.tensor(lengths, device=device)
@@ -151,7 +151,7 @@ def test_only_some_gradients(main_backend):
 
     case, lengths = PADDED[0]
     inputs = case.inputs(seed=4)
-    want = cases.expected_of_first(inputs, lengths)[1]
+    want = cases.expected_ragged(inputs, lengths)[1]
     put = [main_backend.put(array) for array in poisoned(inputs, lengths)]
     grads = api.backward(call_of(*put, wanted=Wanted(False, False, True), query_lengths=lengths))
     assert grads[0] is grads[1] is None

@@ -38,12 +38,12 @@ NAMES = ("grad_value", "grad_offsets", "grad_logits", "grad_references")
 
 
 def front_inputs(case, pair=("float32", "float32"), seed=0, **form):
-    return cases.with_front(case.inputs(*pair, seed=seed), num_points=case.variant.get("num_points"), seed=seed, **form)
+    return cases.to_fused(case.inputs(*pair, seed=seed), num_points=case.variant.get("num_points"), seed=seed, **form)
 
 
 def check(case, pair=("float32", "float32"), form=None, **options):
     inputs = front_inputs(case, pair, **(form or {}))
-    want_output, want_grads = cases.expected_with_front(inputs, **case.variant)
+    want_output, want_grads = cases.expected_fused(inputs, **case.variant)
     options["variant"] = case.variant
     assert_close(emulator.forward(inputs, **options), want_output, pair[0])
     grads = emulator.backward(inputs, wanted=ALL, **options)
@@ -90,10 +90,10 @@ SOME = [Wanted(*asked) for asked in itertools.product((True, False), repeat=4) i
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("wanted", SOME, ids=cases.name_of)
+@pytest.mark.parametrize("wanted", SOME, ids=cases.gradient_names)
 def test_some_gradients(wanted, packed):
     inputs = front_inputs(PATHS[1], packed=packed)
-    _, want = cases.expected_with_front(inputs)
+    _, want = cases.expected_fused(inputs)
     grads = [*emulator.backward(inputs, wanted=wanted), None][:4]
     for name, grad, exact, asked in zip(NAMES, grads, want, wanted, strict=True):
         if asked and exact is not None:
@@ -108,7 +108,7 @@ def test_query_lengths_under_the_sanitizers(case, packed):
     lengths = (Q // 2, 0, Q)
     padding = np.arange(Q) >= np.array(lengths)[:, None]
     quiet = inputs._replace(grad_output=np.where(padding[..., None], 0, inputs.grad_output))
-    want_output, want_grads = cases.expected_with_front(quiet)
+    want_output, want_grads = cases.expected_fused(quiet)
     for array in (inputs.locations, inputs.weights, inputs.references, inputs.grad_output):
         if array is not None:
             array[padding] = np.nan

@@ -7,7 +7,7 @@ import pytest
 
 from cupy_msda.cuda import plan, plan_backward
 from tests.helpers import cases, emulator, reference
-from tests.helpers.cases import CASES, DTYPE_PAIRS, SLICED, VARIANTS, Case
+from tests.helpers.cases import CASES, CROSS_LEVEL, DTYPE_PAIRS, VARIANTS, Case
 from tests.helpers.tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
@@ -147,7 +147,7 @@ def test_pixels_taken_in_rounds(case, pair):
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS[:3], ids="-".join)
-@pytest.mark.parametrize("case", SLICED, ids=str)
+@pytest.mark.parametrize("case", CROSS_LEVEL, ids=str)
 def test_pixels_taken_in_slices(case, pair):
     inputs = case.inputs(*pair, seed=9)
     assert plan.backward(emulator.prepare(inputs, True, None), 16).key.merge
@@ -157,7 +157,7 @@ def test_pixels_taken_in_slices(case, pair):
 @pytest.mark.parametrize("lengths", [(123, 0), (64, 1)])
 def test_padded_pixels_taken_in_rounds(lengths):
     inputs = ROUNDS[0].inputs(seed=9)
-    want = cases.expected_of_first(inputs, lengths)[0]
+    want = cases.expected_ragged(inputs, lengths)[0]
     got = emulator.forward(inputs, multiprocessors=1, lengths=np.array(lengths), sanitize=True)
     assert_close(got, want, "float32")
 
@@ -199,7 +199,7 @@ def test_order_of_threads_does_not_matter(order):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("wanted", cases.WANTED, ids=cases.name_of)
+@pytest.mark.parametrize("wanted", cases.PARTIAL_GRADIENTS, ids=cases.gradient_names)
 def test_some_gradients(wanted):
     inputs = PATHS[1].inputs(seed=3)
     _, want = cases.expected(inputs)
@@ -229,7 +229,7 @@ def test_query_lengths_under_the_sanitizers(case):
     inputs = replace(case, N=3).inputs(seed=11)
     Q = inputs.locations.shape[1]
     lengths = (Q // 2, 0, Q)
-    want_output, want_grads = cases.expected_of_first(inputs, lengths, **case.variant)
+    want_output, want_grads = cases.expected_ragged(inputs, lengths, **case.variant)
     for array in (inputs.locations, inputs.weights, inputs.grad_output):
         array[0, Q // 2 :] = array[1] = np.nan
     options = {"lengths": lengths, "variant": case.variant, "sanitize": True}

@@ -6,7 +6,7 @@ import pytest
 from cupy_msda.call import Problem, Wanted
 from cupy_msda.cuda import kernels, plan, plan_backward
 from tests.helpers import cases, emulator
-from tests.helpers.cases import SLICED, Case
+from tests.helpers.cases import CROSS_LEVEL, Case
 from tests.helpers.tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
@@ -280,7 +280,7 @@ MERGE_FAULTS = {
         "(unsigned short)place;\n        }",
     ),
 }
-# Where merged blocks take slices of the image: (case of SLICED, text of the source, what it becomes).
+# Where merged blocks take slices of the image: (case of CROSS_LEVEL, text of the source, what it becomes).
 SLICE_FAULTS = {
     "levels of a slice side by side": ("rounded_up", "slice.before[i] = places;", "slice.before[i] = 0;"),
     "tallest level that makes up for nothing": ("rounded_up", "if (is_tallest) before = at", "if (0) before = at"),
@@ -393,7 +393,7 @@ def test_fault_planted_into_a_variant_is_caught(name):
 def run_padded(kind, text):
     case = Case("padded", levels=((9, 11), (4, 5)), N=2, M=2, D=8, queries=None)
     inputs, lengths = case.inputs(seed=24), (50, 119)
-    want_output, want_grads = cases.expected_of_first(inputs, lengths)
+    want_output, want_grads = cases.expected_ragged(inputs, lengths)
     for array in (inputs.locations, inputs.weights, inputs.grad_output):
         array[0, 50:] = 0.4  # in the image, so that it would count
     options = {"lengths": lengths, "sanitize": True}
@@ -482,7 +482,7 @@ def test_fault_planted_where_samples_are_merged_is_caught(name):
 @pytest.mark.parametrize("name", SLICE_FAULTS)
 def test_fault_planted_into_slices_is_caught(name):
     which, *fault = SLICE_FAULTS[name]
-    (case,) = [case for case in SLICED if case.name == which]
+    (case,) = [case for case in CROSS_LEVEL if case.name == which]
     with pytest.raises((AssertionError, emulator.EmulatorError)):
         run("backward", planted("backward", *fault), case)
 
@@ -547,8 +547,8 @@ def test_the_check_catches_a_fault_of_the_front_end(name):
     text = source.replace(old, new)
     P = 4 if kernel == "sort" else 3
     case = Case("front", levels=((6, 7), (3, 4)), N=1, M=2, D=8, P=P)
-    inputs = cases.with_front(case.inputs(), coordinates=4, packed=packed)
-    output, grads = cases.expected_with_front(inputs)
+    inputs = cases.to_fused(case.inputs(), coordinates=4, packed=packed)
+    output, grads = cases.expected_fused(inputs)
     if kernel == "forward":
         want, run = [output], lambda: [emulator.forward(inputs, text=text)]
     elif kernel in ("sort", "expand"):

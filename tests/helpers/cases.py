@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
     grad_output: np.ndarray
 
 
-class FrontInputs(NamedTuple):
+class FusedInputs(NamedTuple):
     """With offsets in `locations` and logits in `weights`, or both in `locations`."""
 
     value: np.ndarray
@@ -93,7 +93,7 @@ class Case:
         return Inputs(value, shapes, starts, locations, weights, grad_output)
 
 
-def with_front(
+def to_fused(
     inputs: Inputs,
     coordinates: int = 2,
     levels: int | None = None,
@@ -101,7 +101,7 @@ def with_front(
     reference_dtype: str | None = None,
     num_points: tuple[int, ...] | None = None,
     seed: int = 0,
-) -> FrontInputs:
+) -> FusedInputs:
     """The same samples, nearly, as offsets from reference points, with other weights.
 
     `levels` is the number of reference points of a query, L unless given. Rounding an offset to 16 bits moves its
@@ -125,7 +125,7 @@ def with_front(
         offsets, logits = np.concatenate((offsets.reshape(N, Q, M, -1), logits), -1), None
     else:
         offsets, logits = offsets.reshape(inputs.locations.shape), logits.reshape(inputs.weights.shape)
-    return FrontInputs(*inputs[:3], offsets, logits, inputs.grad_output, references)
+    return FusedInputs(*inputs[:3], offsets, logits, inputs.grad_output, references)
 
 
 def pixel_units(
@@ -186,25 +186,27 @@ VARIANTS = (
     ),
 )
 # Which gradients are wanted, where that is not all of them.
-WANTED = [Wanted(*asked) for asked in itertools.product((True, False), repeat=3) if any(asked) and not all(asked)]
+PARTIAL_GRADIENTS = [
+    Wanted(*asked) for asked in itertools.product((True, False), repeat=3) if any(asked) and not all(asked)
+]
 
 
-def name_of(wanted):
+def gradient_names(wanted):
     return ", ".join(name for name, asked in wanted._asdict().items() if asked) or "nothing"
 
 
-def expected_with_front(inputs, num_points=None, **variant):
-    """Output and gradients of value, offsets, logits and references of inputs by :func:`with_front`."""
+def expected_fused(inputs, num_points=None, **variant):
+    """Output and gradients of value, offsets, logits and references of inputs by :func:`to_fused`."""
     of_logits = inputs.weights
     offsets = inputs.locations
     if of_logits is None:
         K = offsets.shape[-1] // 3
         offsets, of_logits = offsets[..., : 2 * K], offsets[..., 2 * K :]
     points = num_points or (of_logits.size // np.prod(of_logits.shape[:3]) // len(inputs.shapes),) * len(inputs.shapes)
-    locations, weights = reference.front_end(inputs.shapes, inputs.references, offsets, of_logits, points)
+    locations, weights = reference.locations_and_weights(inputs.shapes, inputs.references, offsets, of_logits, points)
     plain = Inputs(*inputs[:3], locations, weights, inputs.grad_output)
     output, (of_value, of_locations, of_weights) = expected(plain, num_points=points, **variant)
-    of_references, grad_offsets, grad_logits = reference.front_end_backward(
+    of_references, grad_offsets, grad_logits = reference.fused_backward(
         inputs.shapes, inputs.references, offsets, weights, points, of_locations, of_weights
     )
     if inputs.weights is None:
@@ -214,7 +216,7 @@ def expected_with_front(inputs, num_points=None, **variant):
     return output, (of_value, grad_offsets, grad_logits, of_references)
 
 
-def expected_of_first(inputs, lengths, **variant):
+def expected_ragged(inputs, lengths, **variant):
     """The same where only the first queries of each image count: nothing comes from the others, or goes to them."""
     padding = np.arange(inputs.locations.shape[1]) >= np.array(lengths)[:, None]
     inputs = inputs._replace(weights=inputs.weights.copy())
@@ -229,7 +231,7 @@ def expected_of_first(inputs, lengths, **variant):
 # Pixels of which merged blocks take slices: halves rounded up and down, the coarse level first, levels with less than
 # one and less than two rows a band, one level, a whole number of bands. Not of levels that overlap, nor where the
 # tallest is too thin.
-SLICED = [
+CROSS_LEVEL = [
     Case("rounded_up", levels=((17, 20), (9, 10), (5, 5)), N=2, M=1, D=32, queries=None),
     Case("rounded_down", levels=((19, 21), (9, 10), (4, 5)), N=1, M=1, D=32, queries=None),
     Case("coarse_first", levels=((5, 5), (9, 10), (17, 20)), N=1, M=1, D=32, queries=None),

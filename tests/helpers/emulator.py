@@ -103,7 +103,7 @@ def _run_executable(target, numbers, arrays):
 
 
 def prepare(inputs, levels_on_device, variant, lengths=None):
-    references = inputs.references if isinstance(inputs, cases.FrontInputs) else None
+    references = inputs.references if isinstance(inputs, cases.FusedInputs) else None
     variant = PLAIN._replace(**(variant or {}))
     found = call_of(*inputs[:6], references, variant=variant, query_lengths=lengths).problem
     levels = None if levels_on_device else found.levels

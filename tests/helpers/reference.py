@@ -69,13 +69,13 @@ def _in_one_dimension(shapes, locations, weights, num_points):
     )
 
 
-def packed_starts(shapes):
+def contiguous_starts(shapes):
     sizes = [int(h) * int(w) for h, w in shapes]
     return [sum(sizes[:level]) for level in range(len(sizes))]
 
 
 def forward(value, shapes, starts, locations, weights, num_points=None, **variant):
-    starts = packed_starts(shapes) if starts is None else starts
+    starts = contiguous_starts(shapes) if starts is None else starts
     value = value.astype(np.float64)
     locations, weights, num_points = _in_one_dimension(shapes, locations, weights, num_points)
     N, _, M, D = value.shape
@@ -87,7 +87,7 @@ def forward(value, shapes, starts, locations, weights, num_points=None, **varian
 
 
 def backward(value, shapes, starts, locations, weights, grad_output, num_points=None, **variant):
-    starts = packed_starts(shapes) if starts is None else starts
+    starts = contiguous_starts(shapes) if starts is None else starts
     of_locations, of_weights = locations.shape, weights.shape
     value = value.astype(np.float64)
     locations, weights, num_points = _in_one_dimension(shapes, locations, weights, num_points)
@@ -117,7 +117,7 @@ def _steps(shapes, references, points):
                 yield k, (n, q, level if levels > 1 else 0), (W, H), points[level]
 
 
-def front_end(shapes, references, offsets, logits, points):
+def locations_and_weights(shapes, references, offsets, logits, points):
     """Locations [N, Q, M, K, 2] and weights [N, Q, M, K] of offsets from reference points, and of logits."""
     N, Q, M = logits.shape[:3]
     K = sum(points)
@@ -137,7 +137,7 @@ def front_end(shapes, references, offsets, logits, points):
     return locations, weights
 
 
-def front_end_backward(shapes, references, offsets, weights, points, of_locations, of_weights):
+def fused_backward(shapes, references, offsets, weights, points, of_locations, of_weights):
     """Gradients of reference points, offsets and logits from those of locations and weights."""
     N, Q, M, K = weights.shape
     offsets = offsets.astype(np.float64).reshape(N, Q, M, K, 2)

@@ -23,7 +23,7 @@ BUDGET = Path(__file__).parent.parent / "kernels" / "kernel_budget.json"
 CACHE = Path(tempfile.gettempdir()) / f"cupy_msda_compiled_{os.getuid()}"
 LEVELS = ((100, 167, 0), (50, 84, 16700), (25, 42, 20900), (13, 21, 21950))
 
-WANTED = {cases.name_of(wanted): wanted for wanted in (ALL, *cases.WANTED)}
+WANTED = {cases.gradient_names(wanted): wanted for wanted in (ALL, *cases.PARTIAL_GRADIENTS)}
 # The axes of a problem that the planner looks at, with values on both sides of each of its decisions.
 AXES = {
     "pair": DTYPE_PAIRS,
@@ -105,7 +105,9 @@ def every():
 
 def common_rows():
     """Rows of what models ask for: 4 levels of 4 points, mostly 32 channels."""
-    asked = itertools.product(DTYPE_PAIRS[1:], ("pixels", "many"), ("output", cases.name_of(ALL)), ("none", "points"))
+    asked = itertools.product(
+        DTYPE_PAIRS[1:], ("pixels", "many"), ("output", cases.gradient_names(ALL)), ("none", "points")
+    )
     sizes = {"D": 32, "alignment": 16, "points": (4, 4), "levels": "on the device", "size": "32 bits"}
     usual = {"layout": "contiguous", "variant": "plain"}
     names = ("pair", "queries", "wanted", "front")

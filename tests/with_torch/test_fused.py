@@ -26,7 +26,7 @@ FORMS = list(itertools.product((2, 4), (None, 1), (False, True)))
 
 def tensors(device, dtype="float64", seed=0, **form):
     """Shapes, then value, references, offsets and logits as leaves, and the gradient of the output."""
-    inputs = cases.with_front(CASE.inputs(dtype, seed=seed), **form, seed=seed)
+    inputs = cases.to_fused(CASE.inputs(dtype, seed=seed), **form, seed=seed)
     put = TorchBackend(device).put
     leaves = [put(array) for array in (inputs.value, inputs.references, inputs.locations, inputs.weights)]
     leaves = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
