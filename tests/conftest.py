@@ -1,4 +1,8 @@
-"""Fixtures. Tests marked `gpu` need CuPy and a CUDA device and are skipped elsewhere."""
+"""Fixtures, and the rules for tests that need a GPU.
+
+A GPU test is marked `gpu` or has a parameter that is a CUDA backend. A machine without CuPy and a CUDA device skips it.
+`python -m pytest -m gpu` runs the GPU tests alone, `python -m tests.gpu` runs them in parallel.
+"""
 
 import os
 
@@ -15,13 +19,36 @@ if backends.GPU and os.environ.get("CUPY_MSDA_TEST_EXACT_ALLOCATIONS"):
     cupy.cuda.set_allocator(None)
 
 
-def pytest_collection_modifyitems(items):
-    if backends.GPU:
-        return
+def pytest_addoption(parser):
+    parser.addoption("--sanitizer", metavar="TOOL", help="run only what compute-sanitizer's TOOL can run")
+
+
+def _backends_of(item):
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return [value for value in parameters if any(value is backend for backend in backends.BACKENDS)]
+
+
+def _runs_under(tool, item):
+    """JAX's own kernels would take longer than all others together; `no_sanitizer` names the tools, or none for all."""
+    refused = [mark for mark in item.iter_markers("no_sanitizer") if tool in mark.args or not mark.args]
+    jax = [backend for backend in _backends_of(item) if backend.name.startswith("jax")]
+    return bool(item.get_closest_marker("sanitizer")) and not refused and not jax
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(config, items):
     skip = pytest.mark.skip(reason="needs CuPy and a CUDA device")
     for item in items:
-        if "gpu" in item.keywords:
+        if any(backend in backends.CUDA_BACKENDS for backend in _backends_of(item)):
+            item.add_marker("gpu")
+        if backends.GPU and item.get_closest_marker("gpu_if_present"):
+            item.add_marker("gpu")
+        if not backends.GPU and item.get_closest_marker("gpu"):
             item.add_marker(skip)
+    tool = config.getoption("--sanitizer")
+    if tool:
+        config.hook.pytest_deselected(items=[item for item in items if not _runs_under(tool, item)])
+        items[:] = [item for item in items if _runs_under(tool, item)]
 
 
 @pytest.fixture(params=backends.BACKENDS, ids=lambda b: b.name)

@@ -11,7 +11,7 @@ from tests.helpers.backends import TorchBackend
 from tests.helpers.cases import DTYPE_PAIRS, SMALL_CASES, VARIANTS, Case
 from tests.helpers.tolerance import assert_close
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
 BACKEND = TorchBackend("cuda")
 
 # Few and many samples a row of value: a warp a bin and a block a bin.
@@ -52,6 +52,7 @@ def test_channels(D, queries):
     assert_close(got[0], cases.expected(inputs)[1][0], "float32", "grad_value")
 
 
+@pytest.mark.no_sanitizer
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("where", ["local", "one pixel", "outside"])
 @pytest.mark.parametrize("case", LARGE, ids=str)
@@ -87,6 +88,7 @@ def test_groups_of_heads_and_slabs_of_rows_change_nothing(monkeypatch):
     np.testing.assert_array_equal(bits(gradients(put, case)[0]), bits(one[0]))
 
 
+@pytest.mark.no_sanitizer
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_graph_of_a_backward(case):
     import torch
@@ -154,6 +156,7 @@ def test_torchs_own_switch(monkeypatch):
     assert torch.equal(gradient(deterministic=True), first)
 
 
+@pytest.mark.no_sanitizer
 def test_memory_between_the_launches_is_bounded():
     import torch
 

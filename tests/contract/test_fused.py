@@ -13,6 +13,8 @@ from tests.helpers.backends import BACKENDS, MAIN_BACKENDS
 from tests.helpers.cases import DTYPE_PAIRS, Case
 from tests.helpers.tolerance import assert_close
 
+pytestmark = pytest.mark.sanitizer
+
 CASE = Case("front", levels=((6, 7), (3, 4)), N=2, M=2, D=8, P=3)
 NAMES = ("grad_value", "grad_reference_points", "grad_sampling_offsets", "grad_attention_logits")
 FORMS = [

@@ -12,6 +12,8 @@ from tests.helpers.calls import call_of
 from tests.helpers.cases import Case
 from tests.helpers.tolerance import assert_close
 
+pytestmark = pytest.mark.sanitizer
+
 CASE = Case("plain", levels=((6, 7), (3, 4)), N=2, M=3, D=16, queries=9)
 
 

@@ -8,6 +8,8 @@ from tests.helpers import cases, reference
 from tests.helpers.cases import CASES, DTYPE_PAIRS, SMALL_CASES, VARIANTS, Case
 from tests.helpers.tolerance import assert_close
 
+pytestmark = pytest.mark.sanitizer
+
 
 def run(backend, inputs, im2col_step=64, **variant):
     put = [backend.put(array) for array in inputs]

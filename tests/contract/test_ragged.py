@@ -11,6 +11,8 @@ from tests.helpers.calls import call_of
 from tests.helpers.cases import Case
 from tests.helpers.tolerance import assert_close
 
+pytestmark = pytest.mark.sanitizer
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PADDED = (
     (Case("cameras", levels=((6, 7), (3, 4)), N=4, M=2, D=16, queries=37), (37, 0, 5, 20)),

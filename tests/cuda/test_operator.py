@@ -9,7 +9,7 @@ from tests.helpers import cases, reference
 from tests.helpers.cases import Case
 from tests.helpers.tolerance import assert_close
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
 
 CASE = Case("plain")
 INT64_MAX = 2**63 - 1
@@ -203,6 +203,8 @@ def test_cupy_side_stream():
     cupy.testing.assert_array_equal(output, want)
 
 
+@pytest.mark.exclusive
+@pytest.mark.no_sanitizer("initcheck")
 def test_nothing_synchronises():
     import torch
 
@@ -236,6 +238,8 @@ def test_second_device_while_the_first_is_current():
     assert_close(grads[0].cpu().numpy(), want_grads[0], "float32")
 
 
+@pytest.mark.exclusive
+@pytest.mark.no_sanitizer("initcheck")
 @pytest.mark.parametrize(
     ("N", "H", "W", "M", "D"), [(1, 16384, 16400, 1, 8), (9, 1024, 1024, 8, 32)], ids=["one image", "all images"]
 )

@@ -11,6 +11,7 @@ README = Path(__file__).parent.parent.parent / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
+@pytest.mark.gpu_if_present
 def test_snippets_run():
     assert len(SNIPPETS) == 8
     names = {}

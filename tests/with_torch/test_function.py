@@ -17,6 +17,8 @@ from tests.helpers import cases
 from tests.helpers.cases import CASES, Case
 from tests.helpers.tolerance import assert_close, relative_error
 
+pytestmark = pytest.mark.sanitizer
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -20,6 +20,8 @@ from cupy_msda.torch import fused as functions
 from cupy_msda.torch.reference import front_end
 from tests.with_torch.test_registered_operator import DEVICES
 
+pytestmark = pytest.mark.sanitizer
+
 CASE = Case("front", levels=((6, 7), (3, 4)), N=2, M=2, D=8, P=3)
 FORMS = list(itertools.product((2, 4), (None, 1), (False, True)))
 
@@ -301,6 +303,7 @@ def test_layouts_that_a_known_one_does_not_serve(packed):
         torch.testing.assert_close(attend(shapes, *leaves[:index], strided, *leaves[index + 1 :]), want)
 
 
+@pytest.mark.no_sanitizer
 @pytest.mark.gpu
 def test_first_call_inside_a_capture_works_after_warmup():
     sizes = cupy_msda.Sizes(CASE.levels, N=2, Q=7, M=2, D=8, P=5, reference_coordinates=4)

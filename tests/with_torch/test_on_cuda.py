@@ -13,7 +13,7 @@ from cupy_msda import validate
 from cupy_msda.torch import ms_deform_attn
 from tests.with_torch.test_registered_operator import LEVELS, assert_same, results, tensors
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
 
 
 def again(arguments, seed=7):
@@ -89,6 +89,7 @@ def static_step(arguments):
     return output, leaves
 
 
+@pytest.mark.no_sanitizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_graph_of_a_training_step(dtype):
     arguments = tensors("cuda", dtype, torch.float32, starts=True)
@@ -109,6 +110,7 @@ def test_graph_of_a_training_step(dtype):
         assert_same(have, want, rtol=1e-5 if dtype == torch.float32 else 2e-3)
 
 
+@pytest.mark.no_sanitizer
 @pytest.mark.parametrize("metadata", ["tensors", "numbers"])
 def test_graph_of_a_forward(metadata):
     arguments = list(tensors("cuda", requires_grad=False, starts=True))
@@ -130,6 +132,7 @@ def of_points(P):
     return value, shapes, starts, *(t.contiguous() for t in repeated)
 
 
+@pytest.mark.no_sanitizer
 def test_first_call_inside_a_capture_says_to_warm_up():
     arguments = of_points(13)
     with pytest.raises(RuntimeError, match=r"cupy_msda\.warmup"), torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -138,6 +141,7 @@ def test_first_call_inside_a_capture_says_to_warm_up():
     assert ms_deform_attn(*arguments).isfinite().all()
 
 
+@pytest.mark.no_sanitizer
 @pytest.mark.parametrize("metadata", ["tensors", "numbers"])
 def test_first_call_inside_a_capture_works_after_warmup(metadata):
     P = 11 if metadata == "tensors" else 9
@@ -171,6 +175,7 @@ def test_tensors_freed_right_after_the_call_on_a_side_stream():
     assert_same(have, want)
 
 
+@pytest.mark.no_sanitizer("racecheck")
 def test_threads_on_streams_of_their_own():
     """Each compiles, launches and repeats at the same time; a thread's first use of CUDA is our call."""
     inputs = {P: of_points(P) for P in (5, 6, 7, 8)}
@@ -223,6 +228,7 @@ def peak(call):
     return torch.cuda.max_memory_allocated() - before
 
 
+@pytest.mark.no_sanitizer
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_makes_no_float32_copies(dtype):
     levels, slack = ((128, 128), (64, 64)), 1 << 16
@@ -253,6 +259,8 @@ def test_second_device_while_the_first_is_current():
     assert_same([operator(*arguments[:5], 64, None).detach().cpu()], want[:1])
 
 
+@pytest.mark.exclusive
+@pytest.mark.no_sanitizer("initcheck")
 def test_nothing_synchronises():
     arguments = tensors("cuda", starts=True)
     results(ms_deform_attn, arguments)
