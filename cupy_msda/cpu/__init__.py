@@ -1,1 +1,5 @@
-"""The NumPy path: the operator on the CPU, without a compiler."""
+"""The NumPy path: `run` takes a call; `fused` makes locations and weights; `forward` and `backward` do the rest.
+
+Work is divided into tasks (`tasks`) that run on threads (`threads`). Both directions share `sampling`. The backward
+groups samples by the four pixels around them (`cells`) and adds its sums to the gradient of value (`scatter`).
+"""

@@ -1,90 +1,87 @@
-"""The backward of a few heads of one image by NumPy: samples grouped by cell, summed by small matrix products."""
+"""The backward by NumPy: samples are grouped by cell, and summed by small matrix products.
+
+All samples of a cell share its four pixels. So a cell's part of grad_value is one product [4, samples] @ [samples, D],
+and its dot products with value are another. Each vector of grad_output is gathered once per sample and each pixel a few
+times, and the scatter is left with distinct pixels.
+"""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from ..call import Problem
-from .sampling import Axis, Rows, chunks, locate, store, to_accumulator
-from .scatter import EDGE, Pieces, group, pieces, runs
+from ..call import Variant, Wanted
+from . import threads
+from .cells import EDGE, Groups, equal_ranges, find_cells, group_samples
+from .sampling import ChannelVectors, Coordinate, from_accumulator, to_accumulator, to_pixels
+from .scatter import ValueGradient, as_items
+from .tasks import Gradients, Inputs, Task, divide, ranges
 
-# Bytes of rows that are gathered and summed at a time. Small enough for the caches and for 32 MiB a thread in all; but
-# two threads that run short calls wait for each other at the interpreter's lock: rtdetr_640 (N = 2) took 13.8 ms with
-# half of this, 12.1 with this. Measurements are in benchmarks/NOTES.md.
+# Bytes of vectors that are gathered and summed at a time: few enough for the caches and for 32 MiB per thread in all,
+# and enough that threads seldom wait at the interpreter's lock (docs/performance/decisions.md#cpu-summed-bytes).
 SUMMED_BYTES = 4 << 20
-# Samples that are sorted at once: half of this took 20 % longer.
+# Samples that are sorted at once (docs/performance/decisions.md#cpu-sorted-samples).
 SORTED_SAMPLES = 1 << 17
-# Samples whose indices and weights are worked out at once: many short calls less (13.0 ms with half of it).
-# Twice as many where all levels are: there is memory left then, and a unit is one block.
+# Samples whose indices and weights are computed at once (docs/performance/decisions.md#cpu-placed-samples). Twice as
+# many where all levels are: a task is one block then, and there is memory left.
 PLACED_SAMPLES = 1 << 16
-# Samples of a unit up to which all levels are worked on at once, because NumPy's calls cost more than their work (3,000
-# queries took 55 ms with this, 66 with half).
-JOINED_SAMPLES = 1 << 16
+# Samples of a task up to which all levels are worked on at once: NumPy's calls cost more than the arithmetic of fewer
+# (docs/performance/decisions.md#cpu-all-levels-at-once).
+ALL_LEVELS_SAMPLES = 1 << 16
 
 
-# Of value, locations and weights; None for what is not wanted.
-Gradients = tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
+def backward(inputs: Inputs, wanted: Wanted) -> Gradients:
+    """Gradients of value, locations and weights, each in the storage dtype of its input."""
+    problem = inputs.problem
+    assert inputs.weights is not None
+    assert inputs.grad_output is not None
+    gradients = Gradients(
+        value=np.zeros(inputs.value.shape, inputs.value.dtype) if wanted.value else None,
+        locations=np.zeros(inputs.locations.shape, inputs.locations.dtype) if wanted.locations else None,
+        weights=np.zeros(inputs.weights.shape, inputs.weights.dtype) if wanted.weights else None,
+    )
+    if not problem.empty and any(wanted):
+        by_head = inputs.grad_output.reshape(problem.N, problem.Q, problem.M, problem.D)
+        inputs = replace(inputs, grad_output=by_head)
+        tasks = divide(problem, inputs.lengths)
+        threads.run_tasks(tasks, lambda task: backward_task(task, inputs, gradients))
+    return gradients
 
 
-def backward_unit(
-    problem: Problem,
-    value: np.ndarray,
-    locations: np.ndarray,
-    weights: np.ndarray,
-    grad_output: np.ndarray,
-    grads: Gradients,
-    n: int,
-    heads: slice,
-) -> None:
-    """Gradients of some heads, level by level, with the samples grouped by cell; those of `grads` that are not None.
+def backward_task(task: Task, inputs: Inputs, gradients: Gradients) -> None:
+    """Fill the parts of the gradients that belong to this task; those that are None are not computed.
 
-    All samples of a cell share its four pixels, so a cell's part of grad_value is one product
-    [4, samples] @ [samples, D] and its dot products with value are another: each sample's row of grad_output
-    is gathered once, each pixel a few times, and the scatter is left with distinct rows.
+    `grad_output` of `inputs` is [N, Q, M, D].
     """
-    dtype, bits = np.dtype(problem.accumulator_dtype), problem.location_dtype == "bfloat16"
-    Q, B = problem.Q, heads.stop - heads.start
-    values = Rows(value, n, heads, Q * problem.K * 4 // problem.S, problem)
-    total = None if grads[0] is None else _Total(grads[0], n, heads, values, problem)
-    levels, ends = np.array(problem.levels), [0, *itertools.accumulate(problem.points)]
-    # Few samples: all levels at once, because NumPy's calls cost more than their work. Many: one by one, because the
-    # number of samples of a cell differs from level to level.
-    few = Q * problem.K * B <= JOINED_SAMPLES and problem.variant.num_points is None and _disjoint(problem.levels)
-    for part in chunks(problem.L, problem.L if few else 1):
-        H, W, start = (np.tile(column, B)[:, None] for column in levels[part].T)
-        together, P = part.stop - part.start, problem.points[part.start]
-        # Place of these levels' points: by level, or in the one dimension of all points.
-        points = part if weights.ndim == 5 else slice(ends[part.start], ends[part.stop])
-        for block in chunks(Q, max(1, SORTED_SAMPLES // (B * together * P))):
-            here = (n, block, heads, points)
-            # [heads * levels, queries * points]: each row is grouped by itself.
-            where = to_accumulator(locations[here], dtype, bits).reshape(-1, B, together, P, 2).transpose(4, 1, 2, 0, 3)
-            x, y = (locate(where[i].reshape(len(W), -1), size, dtype, problem.variant) for i, size in ((0, W), (1, H)))
-            attention = to_accumulator(weights[here], dtype, bits).reshape(-1, B, together, P)
-            attention = attention.transpose(1, 2, 0, 3).reshape(-1)
-            found = None if grads[1] is grads[2] is None else np.zeros((len(attention), 4), dtype)
-            incoming = Rows(grad_output[:, block], n, heads, P, problem)
-            # Row of grad_output of each sample.
-            query = np.repeat(np.arange(block.stop - block.start) * incoming.stride, P)
-            query = (np.repeat(incoming.first, together)[:, None] + query).reshape(-1)
-            if total:
-                total.block += 1
-            for some in pieces(group(x, y, H, W), PLACED_SAMPLES * (2 if few else 1)):
-                at = some.group
-                level = _Level(at // together, H[at, 0], W[at, 0], start[at, 0])
-                _backward_pieces(some, level, (x, y, attention), values, (incoming, query), total, found, problem)
-            if found is not None:
-                by_query = found.reshape(B, together, -1, P, 4).transpose(2, 0, 1, 3, 4)
-                shape = weights[here].shape
-                if grads[1] is not None:
-                    store(grads[1], here, by_query[..., :2].reshape(*shape, 2), problem.location_dtype)
-                if grads[2] is not None:
-                    store(grads[2], here, by_query[..., 2].reshape(shape), problem.location_dtype)
-    if total:
-        total.finish()
+    problem = task.problem
+    assert problem.levels is not None
+    Q, B = problem.Q, task.head_count
+    value = ChannelVectors(inputs.value, task, uses=Q * problem.K * 4 // problem.S)
+    grad_value = None if gradients.value is None else ValueGradient(gradients.value, task, value)
+    # The number of samples per cell differs between levels, so that many samples are grouped level by level.
+    all_levels = (
+        Q * problem.K * B <= ALL_LEVELS_SAMPLES and problem.variant.num_points is None and _disjoint(problem.levels)
+    )
+    placed = PLACED_SAMPLES * (2 if all_levels else 1)
+    for levels in ranges(problem.L, problem.L if all_levels else 1):
+        planes = _planes_of(task, levels, levels_apart=inputs.locations.ndim == 6)
+        step = max(1, SORTED_SAMPLES // (B * (levels.stop - levels.start) * problem.points[levels.start]))
+        for queries in ranges(Q, step):
+            block = _read_block(task, inputs, planes, queries)
+            wants_samples = not (gradients.locations is None and gradients.weights is None)
+            sample_gradients = np.zeros((len(block.weights), 4), value.dtype) if wants_samples else None
+            sums = _Sums(value, grad_value, sample_gradients)
+            if grad_value is not None:
+                grad_value.next_block()
+            for groups in group_samples(find_cells(block.x, block.y, planes.H, planes.W), placed):
+                _backward_groups(groups, block, sums)
+            if sample_gradients is not None:
+                _store_sample_gradients(sample_gradients, block, gradients, task)
+    if grad_value is not None:
+        grad_value.finish()
 
 
 def _disjoint(levels: tuple[tuple[int, int, int], ...]) -> bool:
@@ -93,128 +90,206 @@ def _disjoint(levels: tuple[tuple[int, int, int], ...]) -> bool:
     return all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
-class _Total:
-    """The sums of grad_value of a unit: in place where few rows are touched and the dtype allows it, else apart."""
+class _Planes(NamedTuple):
+    """Some levels of each head of a task: [planes, 1] each. `points` is where their samples are in the inputs."""
 
-    def __init__(self, grad: np.ndarray, n: int, heads: slice, like: Rows, problem: Problem) -> None:
-        self.grad, self.n, self.heads, self.dtype = grad, n, heads, problem.value_dtype
-        self.apart = like.stride == 1 or grad.dtype != like.dtype
-        if self.apart:
-            self.stride, self.first = 1, np.arange(like.heads) * problem.S
-            self.flat = np.zeros((like.heads * problem.S, problem.D), like.dtype)
-        else:
-            self.stride, self.first = like.stride, like.first
-            self.flat = grad[n].reshape(-1, problem.D)
-        self.items = _items(self.flat)
-        self.block = 0
-        self.fresh: tuple[int, int] | None = None
-
-    def add(self, rows: np.ndarray, sums: np.ndarray, turn: int) -> None:
-        """Add `sums` [rows, D], which it changes, to rows; all of one block and turn differ."""
-        # The first turn of all meets zeros only; it is over once another one came.
-        if (self.block, turn) != self.fresh:
-            self.fresh = (self.block, turn) if self.fresh is None else (0, 0)
-        if self.fresh == (0, 0):
-            sums += np.take(self.flat, rows, axis=0, mode="clip")
-        self.items[rows] = _items(sums)
-
-    def finish(self) -> None:
-        """Round and store what was summed apart."""
-        if self.apart:
-            by_head = self.flat.reshape(self.heads.stop - self.heads.start, -1, self.flat.shape[1])
-            store(self.grad, (self.n, slice(None), self.heads), by_head.transpose(1, 0, 2), self.dtype)
-
-
-def _items(array: np.ndarray) -> np.ndarray:
-    """The rows of a contiguous array as items: NumPy scatters one item in half the time of a row of numbers."""
-    return array.view(np.dtype((np.void, array.shape[-1] * array.itemsize)))[..., 0]
-
-
-class _Level(NamedTuple):
-    """Where pieces lie: their head, and their level's size and first row."""
-
+    levels: slice
+    points: slice
     head: np.ndarray
     H: np.ndarray
     W: np.ndarray
     start: np.ndarray
 
-
-def _corner_rows(pixel: np.ndarray, level: _Level, stride: int, first: np.ndarray) -> np.ndarray:
-    """Rows [pieces, 4] of the pixels around cells; column by column, because NumPy is slow along short dimensions."""
-    rows = np.empty((len(pixel), 4), np.intp)
-    rows[:, 0] = pixel * stride + first[level.head]
-    rows[:, 1] = rows[:, 0] + stride
-    rows[:, 2] = rows[:, 0] + level.W * stride
-    rows[:, 3] = rows[:, 2] + stride
-    return rows
+    @property
+    def level_count(self) -> int:
+        return self.levels.stop - self.levels.start
 
 
-def _slope(axis: Axis, some: Pieces) -> np.ndarray:
-    """Pixels a unit of the location: of each piece, or of each sample where some are clamped."""
-    return axis.slope[some.group] if axis.slope.shape[1] == 1 else np.take(axis.slope.reshape(-1), some.samples)
+def _planes_of(task: Task, levels: slice, levels_apart: bool) -> _Planes:
+    """The planes of some levels; `levels_apart`: the inputs have a dimension of levels, and not of all points."""
+    problem = task.problem
+    count = levels.stop - levels.start
+    H, W, start = (np.tile(column, task.head_count)[:, None] for column in np.array(problem.levels)[levels].T)
+    head = np.repeat(np.arange(task.head_count), count)[:, None]
+    ends = [0, *itertools.accumulate(problem.points)]
+    points = levels if levels_apart else slice(ends[levels.start], ends[levels.stop])
+    return _Planes(levels, points, head, H, W, start)
 
 
-def _backward_pieces(
-    some: Pieces,
-    level: _Level,
-    of_samples: tuple[Axis, Axis, np.ndarray],
-    values: Rows,
-    incoming: tuple[Rows, np.ndarray],
-    total: _Total | None,
-    found: np.ndarray | None,
-    problem: Problem,
-) -> None:
-    """The part of some cells in the sums of grad_value; in `found`, the gradients (x, y, weight) of samples; each
-    where it is wanted.
+class _Block(NamedTuple):
+    """The samples of some queries and planes, which are sorted at once.
 
-    What is one number a sample or a corner is worked out for all pieces at once; rows of D, SUMMED_BYTES at a time.
+    `x` and `y` are [planes, queries * P]; the others are flat in that order. `grad_output_index` is the index of each
+    sample's vector of grad_output.
     """
-    x, y, attention = of_samples
-    nearest = problem.variant.nearest
-    left, right = some.column >= 0, (some.column < level.W - 1) & (not nearest)
-    top, bottom = some.row >= 0, (some.row < level.H - 1) & (not nearest)
+
+    planes: _Planes
+    input_index: tuple[int, slice, slice, slice]
+    variant: Variant
+    x: Coordinate
+    y: Coordinate
+    weights: np.ndarray
+    grad_output: ChannelVectors
+    grad_output_index: np.ndarray
+
+
+def _read_block(task: Task, inputs: Inputs, planes: _Planes, queries: slice) -> _Block:
+    problem = task.problem
+    assert inputs.weights is not None
+    assert inputs.grad_output is not None
+    dtype, bfloat16 = np.dtype(problem.accumulator_dtype), problem.location_dtype == "bfloat16"
+    B, levels, P = task.head_count, planes.level_count, problem.points[planes.levels.start]
+    index = (task.image, queries, task.heads, planes.points)
+    locations = to_accumulator(inputs.locations[index], dtype, bfloat16)
+    by_plane = locations.reshape(-1, B, levels, P, 2).transpose(4, 1, 2, 0, 3)
+    x, y = (
+        to_pixels(by_plane[axis].reshape(B * levels, -1), size, dtype, problem.variant)
+        for axis, size in ((0, planes.W), (1, planes.H))
+    )
+    weights = to_accumulator(inputs.weights[index], dtype, bfloat16).reshape(-1, B, levels, P)
+    vectors = ChannelVectors(inputs.grad_output[:, queries], task, uses=P)
+    of_query = np.repeat(np.arange(queries.stop - queries.start) * vectors.pixel_stride, P)
+    of_plane = np.repeat(vectors.head_offset, levels)
+    return _Block(
+        planes=planes,
+        input_index=index,
+        variant=problem.variant,
+        x=x,
+        y=y,
+        weights=weights.transpose(1, 2, 0, 3).reshape(-1),
+        grad_output=vectors,
+        grad_output_index=(of_plane[:, None] + of_query).reshape(-1),
+    )
+
+
+def _store_sample_gradients(sample_gradients: np.ndarray, block: _Block, gradients: Gradients, task: Task) -> None:
+    """Cast the gradients (x, y, weight, unused) of a block's samples into those of locations and weights."""
+    levels, P = block.planes.level_count, task.problem.points[block.planes.levels.start]
+    by_query = sample_gradients.reshape(task.head_count, levels, -1, P, 4).transpose(2, 0, 1, 3, 4)
+    dtype = task.problem.location_dtype
+    for grad, part in ((gradients.locations, by_query[..., :2]), (gradients.weights, by_query[..., 2])):
+        if grad is not None:
+            target = grad[block.input_index]
+            target[...] = from_accumulator(part.reshape(target.shape), grad.dtype, dtype)
+
+
+class _Sums(NamedTuple):
+    """What the groups of a block are multiplied with and added to; None for gradients that are not wanted."""
+
+    value: ChannelVectors
+    grad_value: ValueGradient | None
+    sample_gradients: np.ndarray | None
+
+
+class _Corners(NamedTuple):
+    """The four pixels of each group [groups, 4]: in `inside` where they exist, and their indices."""
+
+    inside: np.ndarray
+    value_index: np.ndarray
+    grad_value_index: np.ndarray
+
+
+def _corners_of(groups: Groups, block: _Block, sums: _Sums) -> _Corners:
+    planes, at = block.planes, groups.plane
+    head, H, W, start = planes.head[at, 0], planes.H[at, 0], planes.W[at, 0], planes.start[at, 0]
+    left, right = groups.column >= 0, (groups.column < W - 1) & (not block.variant.nearest)
+    top, bottom = groups.row >= 0, (groups.row < H - 1) & (not block.variant.nearest)
     inside = np.stack((top & left, top & right, bottom & left, bottom & right), axis=1)
-    pixel = level.start + some.row * level.W + some.column
-    rows_in, rows_value = np.take(incoming[1], some.samples), _corner_rows(pixel, level, values.stride, values.first)
+    pixel = start + groups.row * W + groups.column
 
-    # Corner by corner, contiguous: strided by corner, each of these steps takes two to four times as long. Padding
-    # repeats a sample, so that storing its gradient twice changes nothing, and gets no weight in the sums.
-    ax, ay, strength = (np.take(a.reshape(-1), some.samples) for a in (x.fraction, y.fraction, attention))
-    left, top = 1 - ax, 1 - ay
-    D, T, dtype = incoming[0].flat.shape[1], ax.shape[1], ax.dtype
-    if total is not None:
-        rows_total = _corner_rows(pixel, level, total.stride, total.first) if total.apart else rows_value
-        scale, real = np.empty((4, *ax.shape), dtype), strength * some.real
-        for c, (vertical, horizontal) in enumerate(itertools.product((top, ay), (left, ax))):
-            np.multiply(vertical, horizontal, out=scale[c])
-            scale[c] *= real
-    dots = np.empty((len(ax), 4, T), dtype)
-    for part in chunks(len(ax), max(1, SUMMED_BYTES // ((T + 16) * D * dtype.itemsize))):
-        rows = incoming[0].take(rows_in[part])
-        if found is not None:
-            pixels = values.take(rows_value[part])
-            if not inside[part].all():
-                pixels[~inside[part]] = 0
-            np.matmul(pixels, rows.transpose(0, 2, 1), out=dots[part])
-        if total is not None:
-            sums = np.matmul(scale[:, part].transpose(1, 0, 2), rows)
-            for same in runs(some.turn[part]):
+    def indices(vectors: ChannelVectors | ValueGradient) -> np.ndarray:
+        # Column by column, because NumPy is slow along short dimensions.
+        stride = vectors.pixel_stride
+        result = np.empty((len(pixel), 4), np.intp)
+        result[:, 0] = pixel * stride + vectors.head_offset[head]
+        result[:, 1] = result[:, 0] + stride
+        result[:, 2] = result[:, 0] + W * stride
+        result[:, 3] = result[:, 2] + stride
+        return result
+
+    value_index = grad_value_index = indices(sums.value)
+    if sums.grad_value is not None and sums.grad_value.buffered:
+        grad_value_index = indices(sums.grad_value)
+    return _Corners(inside, value_index, grad_value_index)
+
+
+class _GroupSamples(NamedTuple):
+    """The fractions and the weight of each sample of some groups [groups, T]."""
+
+    ax: np.ndarray
+    ay: np.ndarray
+    weight: np.ndarray
+
+
+def _backward_groups(groups: Groups, block: _Block, sums: _Sums) -> None:
+    """Add the part of some cells to the sums of grad_value, and fill in the gradients of their samples.
+
+    Numbers per sample or corner are computed for all groups at once; vectors of D, SUMMED_BYTES at a time.
+    """
+    corners = _corners_of(groups, block, sums)
+    fractions = (block.x.fraction, block.y.fraction, block.weights)
+    samples = _GroupSamples(*(np.take(array.reshape(-1), groups.samples) for array in fractions))
+    vector_index = np.take(block.grad_output_index, groups.samples)
+    D, T, dtype = sums.value.flat.shape[1], samples.ax.shape[1], samples.ax.dtype
+    corner_weights = None if sums.grad_value is None else _corner_weights(samples, groups)
+    dots = None if sums.sample_gradients is None else np.empty((len(vector_index), 4, T), dtype)
+    for part in ranges(len(vector_index), max(1, SUMMED_BYTES // ((T + 16) * D * dtype.itemsize))):
+        vectors = block.grad_output.gather(vector_index[part])
+        if dots is not None:
+            pixels = sums.value.gather(corners.value_index[part])
+            inside = corners.inside[part]
+            if not inside.all():
+                pixels[~inside] = 0
+            np.matmul(pixels, vectors.transpose(0, 2, 1), out=dots[part])
+        if sums.grad_value is not None and corner_weights is not None:
+            products = np.matmul(corner_weights[:, part].transpose(1, 0, 2), vectors)
+            for same in equal_ranges(groups.scatter_pass[part]):
                 at = slice(part.start + same.start, part.start + same.stop)
-                turn, here, these = int(some.turn[at.start]), rows_total[at].reshape(-1), sums[same].reshape(-1, D)
-                if turn & EDGE or nearest:
-                    pick = np.flatnonzero(inside[at])
-                    here, these = np.take(here, pick), np.take(these, pick, axis=0)
-                total.add(here, these, turn)
+                scatter_pass, indices = int(groups.scatter_pass[at.start]), corners.grad_value_index[at].reshape(-1)
+                added = products[same].reshape(-1, D)
+                if scatter_pass & EDGE or block.variant.nearest:
+                    exist = np.flatnonzero(corners.inside[at])
+                    indices, added = np.take(indices, exist), np.take(added, exist, axis=0)
+                sums.grad_value.add(indices, added, scatter_pass)
+    if sums.sample_gradients is not None and dots is not None:
+        as_items(sums.sample_gradients)[groups.samples] = as_items(_gradients_of(dots, samples, groups, block))
 
-    if found is not None:
-        dots = np.ascontiguousarray(dots.transpose(1, 0, 2))
-        upper, lower = left * dots[0] + ax * dots[1], left * dots[2] + ax * dots[3]
-        gradient = np.empty((*ax.shape, 4), dtype)
-        across, down = top * (dots[1] - dots[0]) + ay * (dots[3] - dots[2]), lower - upper
-        for i, (axis, step) in enumerate(((x, across), (y, down))):
-            slope = _slope(axis, some)
-            np.multiply(step, strength * slope, out=gradient[..., i])
-            if problem.variant.clamped:
-                np.copyto(gradient[..., i], 0, where=slope == 0)  # whatever the pixels are
-        np.add(top * upper, ay * lower, out=gradient[..., 2])
-        _items(found)[some.samples] = _items(gradient)
+
+def _corner_weights(samples: _GroupSamples, groups: Groups) -> np.ndarray:
+    """Factor of each sample's vector in the sum of each corner [4, groups, T]; 0 for padding.
+
+    Contiguous per corner: strided, each step takes longer (docs/performance/decisions.md#cpu-corner-arrays).
+    """
+    left, top = 1 - samples.ax, 1 - samples.ay
+    result, real = np.empty((4, *samples.ax.shape), samples.ax.dtype), samples.weight * groups.real
+    for corner, (vertical, horizontal) in enumerate(itertools.product((top, samples.ay), (left, samples.ax))):
+        np.multiply(vertical, horizontal, out=result[corner])
+        result[corner] *= real
+    return result
+
+
+def _gradients_of(dots: np.ndarray, samples: _GroupSamples, groups: Groups, block: _Block) -> np.ndarray:
+    """Gradients (x, y, weight, unused) of each sample [groups, T, 4], from the products with the four pixels.
+
+    Padding repeats a sample, so that it stores the same gradient twice.
+    """
+    ax, ay, weight = samples
+    left, top = 1 - ax, 1 - ay
+    dots = np.ascontiguousarray(dots.transpose(1, 0, 2))
+    upper, lower = left * dots[0] + ax * dots[1], left * dots[2] + ax * dots[3]
+    result = np.empty((*ax.shape, 4), ax.dtype)
+    by_x, by_y = top * (dots[1] - dots[0]) + ay * (dots[3] - dots[2]), lower - upper
+    for i, (coordinate, derivative) in enumerate(((block.x, by_x), (block.y, by_y))):
+        slope = _slope_of(coordinate, groups)
+        np.multiply(derivative, weight * slope, out=result[..., i])
+        if block.variant.clamped:
+            np.copyto(result[..., i], 0, where=slope == 0)  # also where the pixels are NaN
+    np.add(top * upper, ay * lower, out=result[..., 2])
+    return result
+
+
+def _slope_of(coordinate: Coordinate, groups: Groups) -> np.ndarray:
+    """The slope of each group, or of each sample where some are clamped."""
+    if coordinate.slope.shape[1] == 1:
+        return coordinate.slope[groups.plane]
+    return np.take(coordinate.slope.reshape(-1), groups.samples)

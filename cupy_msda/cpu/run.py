@@ -8,16 +8,18 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import View
-from ..call import Call, Operands
-from . import fused, threads
+from ..call import Call
+from .backward import backward as plain_backward
+from .forward import forward as plain_forward
+from .fused import backward as fused_backward
+from .fused import forward as fused_forward
+from .tasks import Inputs
 
 
 def forward(call: Call) -> Any:
     """Output [N, Q, M*D] in the framework of value."""
-    problem, operands = call.problem, call.operands
-    inputs, lengths = _inputs(call), _lengths(operands)
-    output = (fused if problem.fused else threads).forward(problem, *inputs, lengths=lengths)
-    return _in_framework(output, operands.value)
+    run = fused_forward if call.problem.fused else plain_forward
+    return _to_framework(run(_inputs(call)), call.operands.value)
 
 
 def backward(call: Call) -> tuple[Any, Any, Any, Any]:
@@ -25,30 +27,30 @@ def backward(call: Call) -> tuple[Any, Any, Any, Any]:
 
     In a packed call, the gradient of offsets and logits is one array, in the place of the locations'.
     """
-    problem, operands, wanted = call.problem, call.operands, call.wanted
-    assert operands.grad_output is not None
-    inputs = (*_inputs(call), arrays.to_numpy(operands.grad_output))
-    lengths = _lengths(operands)
-    if problem.fused:
-        grads = fused.backward(problem, *inputs, lengths=lengths, wanted=wanted)
-    else:
-        grads = (*threads.backward(problem, *inputs, lengths=lengths, wanted=wanted), None)
-    likes = (operands.value, operands.locations, operands.weights, operands.references)
-    return tuple(None if g is None else _in_framework(g, like) for g, like in zip(grads, likes, strict=True))
+    run = fused_backward if call.problem.fused else plain_backward
+    gradients, operands = run(_inputs(call), call.wanted), call.operands
+    return (
+        _to_framework(gradients.value, operands.value),
+        _to_framework(gradients.locations, operands.locations),
+        _to_framework(gradients.weights, operands.weights),
+        _to_framework(gradients.references, operands.references),
+    )
 
 
-def _inputs(call: Call) -> tuple[Any, ...]:
+def _inputs(call: Call) -> Inputs:
     problem, operands = call.problem, call.operands
-    value, locations = arrays.to_numpy(operands.value), arrays.to_numpy(operands.locations)
-    weights = None if problem.packed else arrays.to_numpy(operands.weights)
-    if operands.references is None:
-        return value, locations, weights
-    return value, arrays.to_numpy(operands.references), locations, weights
+    return Inputs(
+        problem=problem,
+        value=arrays.to_numpy(operands.value),
+        locations=arrays.to_numpy(operands.locations),
+        weights=None if problem.packed else arrays.to_numpy(operands.weights),
+        references=None if operands.references is None else arrays.to_numpy(operands.references),
+        grad_output=None if operands.grad_output is None else arrays.to_numpy(operands.grad_output),
+        lengths=None if operands.lengths is None else arrays.to_numpy(operands.lengths).tolist(),
+    )
 
 
-def _lengths(operands: Operands) -> list[int] | None:
-    return None if operands.lengths is None else arrays.to_numpy(operands.lengths).tolist()
-
-
-def _in_framework(array: np.ndarray, like: View) -> Any:
+def _to_framework(array: np.ndarray | None, like: View | None) -> Any:
+    if array is None or like is None:
+        return None
     return like.framework.from_numpy(array, like.dtype, like.array)

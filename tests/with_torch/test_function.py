@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cupy_msda
-from cupy_msda.cpu import threads
+from cupy_msda.cpu import run as cpu
 from cupy_msda.torch import MSDeformAttnFunction, ms_deform_attn
 from cupy_msda.torch.reference import grid_sample_composition
 from tests.helpers import cases
@@ -99,12 +99,14 @@ def test_sixteen_bit_value_with_float32_locations(device, dtype):
 
 
 def test_cpu_tensors_share_their_memory(monkeypatch):
-
     seen = []
-    forward = threads.forward
-    monkeypatch.setattr(
-        threads, "forward", lambda problem, *arrays, **o: seen.extend(arrays) or forward(problem, *arrays, **o)
-    )
+    forward = cpu.plain_forward
+
+    def recording_forward(inputs):
+        seen.extend((inputs.value, inputs.locations, inputs.weights))
+        return forward(inputs)
+
+    monkeypatch.setattr(cpu, "plain_forward", recording_forward)
     leaves, shapes, _ = tensors(CASES[0].inputs(), "cpu")
     ms_deform_attn(leaves[0], shapes, None, *leaves[1:])
     assert [array.ctypes.data for array in seen] == [leaf.data_ptr() for leaf in leaves]

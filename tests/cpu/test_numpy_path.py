@@ -1,4 +1,4 @@
-"""The NumPy path: units, chunks, threads and memory. The formula itself is held by test_operator.py."""
+"""The NumPy path: tasks, blocks, groups, threads and memory. tests/contract/test_operator.py tests the formula."""
 
 import concurrent.futures
 import dataclasses
@@ -12,17 +12,19 @@ import torch
 import cupy_msda
 from cupy_msda import api
 from cupy_msda.call import Wanted
-from cupy_msda.cpu import backward, scatter
+from cupy_msda.cpu import backward, cells
+from cupy_msda.cpu import forward as forward_module
 from cupy_msda.torch.reference import gather_composition
 from tests.helpers import cases
 from tests.helpers.calls import call_of
 from tests.helpers.tolerance import assert_close
 
-MANY = backward.JOINED_SAMPLES + 1
+# More samples per head than are worked on at all levels at once.
+MANY = backward.ALL_LEVELS_SAMPLES + 1
 
 
 def inputs(levels=((9, 11), (5, 4)), N=1, Q=7, M=4, D=8, P=2, starts=None, S=None, spread=0.6, seed=0):
-    """value, levels, starts, locations, weights, grad_output; samples of every cell, and outside."""
+    """value, levels, starts, locations, weights, grad_output; samples in every cell, and outside."""
     rng = np.random.default_rng(seed)
     L, S = len(levels), S or sum(h * w for h, w in levels)
     locations = 0.5 + spread * rng.uniform(-1, 1, (N, Q, M, L, P, 2))
@@ -47,9 +49,9 @@ def results(value, levels, starts, locations, weights, grad_output):
 
 
 CASES = {
-    "heads joined": {},
-    "levels joined, one head": {"M": 1},
-    "heads apart": {"Q": MANY // 4, "M": 3},
+    "several heads per task": {},
+    "all levels at once, one head": {"M": 1},
+    "one head per task": {"Q": MANY // 4, "M": 3},
     "blocks of queries": {"Q": backward.SORTED_SAMPLES // 2 + 100, "M": 1, "P": 2, "levels": ((9, 11),), "D": 4},
     "overlapping levels": {"starts": (0, 40), "S": 110},
     "gap between levels": {"starts": (3, 130), "S": 160},
@@ -63,14 +65,14 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_every_way_through(name, dtype):
+def test_every_code_path_agrees_with_torch(name, dtype):
     drawn = inputs(**CASES[name])
     arrays = [a.astype(dtype) if isinstance(a, np.ndarray) else a for a in drawn]
     if name == "everything outside":
         arrays[3] += 7
     for index, (have, want) in enumerate(zip(results(*arrays), exact(*arrays), strict=True)):
         if index == 2 and dtype == "float32":
-            continue  # a sample near a pixel centre may fall on its other side, where the gradient is another
+            continue  # rounding may move a sample across a pixel centre, where the gradient jumps
         if not want.any():
             assert not have.any()
         else:
@@ -78,8 +80,8 @@ def test_every_way_through(name, dtype):
 
 
 @pytest.mark.parametrize("dtypes", [("float16", "float16"), ("float16", "float32"), ("bfloat16", "float32")], ids=str)
-@pytest.mark.parametrize("Q", [7, MANY // 4], ids=["joined", "apart"])
-def test_sixteen_bits(dtypes, Q):
+@pytest.mark.parametrize("Q", [7, MANY // 4], ids=["all levels at once", "level by level"])
+def test_sixteen_bit_dtypes_agree_with_torch(dtypes, Q):
     value, locations = (np.dtype(getattr(ml_dtypes, d, d)) for d in dtypes)
     drawn = inputs(Q=Q)
     arrays = [drawn[0].astype(value), *drawn[1:3], drawn[3].astype(locations), drawn[4].astype(locations),
@@ -90,8 +92,8 @@ def test_sixteen_bits(dtypes, Q):
             assert_close(have.astype(np.float64), right, dtypes[0])
 
 
-@pytest.mark.parametrize("Q", [7, MANY // 4], ids=["joined", "apart"])
-def test_result_does_not_depend_on_the_threads(monkeypatch, Q):
+@pytest.mark.parametrize("Q", [7, MANY // 4], ids=["all levels at once", "level by level"])
+def test_result_does_not_depend_on_the_number_of_threads(monkeypatch, Q):
     drawn = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in inputs(N=2, Q=Q)]
     runs = []
     for threads in ("1", "2", "3", "7"):
@@ -102,7 +104,7 @@ def test_result_does_not_depend_on_the_threads(monkeypatch, Q):
             np.testing.assert_array_equal(have, want)
 
 
-def test_inside_another_thread_pool():
+def test_calls_from_a_thread_pool_are_right():
     drawn = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in inputs()]
     want = results(*drawn)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -113,25 +115,25 @@ def test_inside_another_thread_pool():
 
 @pytest.mark.parametrize("count", ["1", "3"])
 def test_error_of_a_thread_reaches_the_caller(monkeypatch, count):
-    def fail(problem, value, locations, weights, output, n, heads):
-        raise MemoryError(f"image {n}")
+    def fail(task, inputs, output):
+        raise MemoryError(f"image {task.image}")
 
     monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", count)
-    monkeypatch.setattr(threads, "forward_unit", fail)
+    monkeypatch.setattr(forward_module, "forward_task", fail)
     with pytest.raises(MemoryError, match="image"):
         cupy_msda.ms_deform_attn(*inputs(N=3)[:5])
 
 
 @pytest.mark.parametrize("setting", ["0", "-1", "two", ""])
-def test_threads_that_are_no_positive_int(monkeypatch, setting):
+def test_number_of_threads_must_be_a_positive_int(monkeypatch, setting):
     monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", setting)
     with pytest.raises(ValueError, match="CUPY_MSDA_NUM_THREADS: expected a positive int"):
         results(*inputs())
 
 
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("Q", [6, MANY], ids=["joined", "apart"])
-def test_special_values_reach_what_uses_them_and_nothing_else(special, Q):
+@pytest.mark.parametrize("Q", [6, MANY], ids=["all levels at once", "level by level"])
+def test_special_values_reach_only_the_outputs_that_use_them(special, Q):
     """A corner pixel; samples near it on the level's edge, in the middle of the level, and outside."""
     value = np.ones((1, 16, 2, 3))
     value[0, 0, 0, 1] = special
@@ -153,7 +155,7 @@ LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(("N", "Q"), [(1, 30000), (3, 9000), (8, 300)])
-def test_memory_beside_the_outputs_is_bounded(monkeypatch, dtype, N, Q):
+def test_temporary_memory_is_bounded(monkeypatch, dtype, N, Q):
     monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", "2")
     S, M, D, P, L = sum(h * w for h, w in LEVELS), 8, 32, 4, len(LEVELS)
     rng = np.random.default_rng(0)
@@ -176,7 +178,7 @@ def test_memory_beside_the_outputs_is_bounded(monkeypatch, dtype, N, Q):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("Q", [7, 3000])
 @pytest.mark.parametrize("wanted", [*cases.PARTIAL_GRADIENTS, Wanted(False, False, False)], ids=cases.gradient_names)
-def test_only_the_gradients_that_are_wanted(dtype, Q, wanted):
+def test_only_wanted_gradients_are_computed(dtype, Q, wanted):
     value, levels, _, locations, weights, grad_output = inputs(Q=Q)
     arrays = [array.astype(dtype) for array in (value, locations, weights, grad_output)]
     call = call_of(arrays[0], levels, None, *arrays[1:])
@@ -189,12 +191,12 @@ def test_only_the_gradients_that_are_wanted(dtype, Q, wanted):
             assert grad is None
 
 
-def test_half_of_the_samples_on_one_pixel():
-    """Short pieces for the others, long ones for the cell that has most."""
+def test_crowded_cell_takes_long_groups():
+    """Half of the samples are in one cell, which gets longer groups than the other cells."""
     arguments = inputs(levels=((40, 40),), M=2, D=4, Q=2000, spread=0.5)
     arguments[3][:, ::2] = 0.511
     per_cell = 2000 * 2 / 40**2
-    assert scatter.MOST_TURNS * 4 * per_cell < 2000
-    assert 3 * scatter.LONGEST_PIECE < 2000
+    assert cells.MAX_PASSES * 4 * per_cell < 2000
+    assert 3 * cells.MAX_GROUP < 2000
     for have, want in zip(results(*arguments), exact(*arguments), strict=True):
         assert_close(have, want, "float64")

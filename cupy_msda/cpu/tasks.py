@@ -1,0 +1,77 @@
+"""What the NumPy path computes with and computes, and the division of one call into independent tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ..call import Problem
+
+# Heads share a task up to this many samples: below it, NumPy's calls cost more than their arithmetic
+# (docs/performance/decisions.md#cpu-work-units).
+TASK_SAMPLES = 1 << 15
+# Bytes that the sums of grad_value of one task may take where they need a buffer (16-bit dtypes).
+TASK_SUM_BYTES = 12 << 20
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The NumPy arrays of one call, in the contract's shapes; bfloat16 arrays as their uint16 bits.
+
+    In a fused call, `locations` are offsets and `weights` are logits, or None where `locations` holds both. `lengths`
+    are the query lengths of a ragged call.
+    """
+
+    problem: Problem
+    value: np.ndarray
+    locations: np.ndarray
+    weights: np.ndarray | None
+    references: np.ndarray | None = None
+    grad_output: np.ndarray | None = None
+    lengths: Sequence[int] | None = None
+
+
+class Gradients(NamedTuple):
+    """Each in the storage dtype of its input; None for what is not wanted."""
+
+    value: np.ndarray | None = None
+    locations: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    references: np.ndarray | None = None
+
+
+class Task(NamedTuple):
+    """Some heads of one image. In a ragged call, Q of `problem` is the query length of that image."""
+
+    problem: Problem
+    image: int
+    heads: slice
+
+    @property
+    def head_count(self) -> int:
+        return self.heads.stop - self.heads.start
+
+
+def divide(problem: Problem, lengths: Sequence[int] | None) -> list[Task]:
+    """The tasks of a call that is not empty: at least two where possible, so that threads share a single image too."""
+    M = problem.M
+    by_samples = -(-TASK_SAMPLES // (problem.Q * problem.K))
+    sum_bytes = problem.S * problem.D * np.dtype(problem.accumulator_dtype).itemsize
+    by_memory = max(1, TASK_SUM_BYTES // sum_bytes)
+    heads_per_task = min(by_samples, by_memory, -(-M * problem.N // 2), M)
+    per_image = [problem] * problem.N if lengths is None else [replace(problem, Q=length) for length in lengths]
+    return [
+        Task(of_image, image, heads)
+        for image, of_image in enumerate(per_image)
+        for heads in ranges(M, heads_per_task)
+        if of_image.Q
+    ]
+
+
+def ranges(count: int, step: int) -> Iterator[slice]:
+    """Slices of `step` that cover `count`, the last one shorter."""
+    for begin in range(0, count, step):
+        yield slice(begin, min(begin + step, count))
