@@ -1,7 +1,7 @@
 """Reading a DLPack capsule without any framework.
 
-The layouts are those of DLPack's ``dlpack.h`` (version 0.x, capsule name ``dltensor``), which every
-framework still hands out when no ``max_version`` is asked for.
+The layouts are those of DLPack's ``dlpack.h`` (version 0.x, capsule name ``dltensor``), which every framework still
+returns where no ``max_version`` is asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ import ctypes
 from typing import Any, NamedTuple
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
+# DLPack's number for CUDA's legacy default stream, whose address is 0.
+LEGACY_STREAM = 1
+# Stream addresses up to this one are CUDA's default streams, which cannot be captured.
+LAST_DEFAULT_STREAM = 2
 DEVICE_KINDS = {CPU: "cpu", CUDA: "cuda", CUDA_HOST: "cpu", CUDA_MANAGED: "cuda"}
 _TYPE_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex"}
 
@@ -34,15 +38,15 @@ class _Tensor(ctypes.Structure):
     ]
 
 
-# The deleter stays with the capsule: it runs when the capsule is collected, so whoever reads an address
-# keeps the capsule for as long as the address is used.
+# The deleter stays with the capsule and runs when the capsule is collected. So the reader of an address keeps the
+# capsule as long as the address is used.
 _get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _get_pointer.restype = ctypes.c_void_p
 _get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class DLTensor(NamedTuple):
-    """What a capsule says: address, shape, strides in elements, dtype name, device."""
+    """The contents of a capsule: address, shape, strides in elements, dtype name, device."""
 
     data: int
     shape: tuple[int, ...]
@@ -69,8 +73,8 @@ def read_capsule(capsule: Any) -> DLTensor:
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a C-contiguous array of `shape`."""
-    strides, step = [], 1
+    strides, stride = [], 1
     for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
+        strides.append(stride)
+        stride *= max(size, 1)
     return tuple(reversed(strides))

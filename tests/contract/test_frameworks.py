@@ -68,6 +68,37 @@ def test_view_keeps_foreign_memory_alive():
     assert (array == 3).all()
 
 
+def test_torch_stream_without_the_private_function(monkeypatch):
+    import torch
+
+    class Stream:
+        cuda_stream = 0x5EED
+
+    asked = []
+    monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream", raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: asked.append(device) or Stream)
+    assert arrays.framework_of(torch.zeros(1)).stream(("cuda", 3)) == 0x5EED
+    assert asked == [3]
+
+
+def test_torch_stream_by_the_private_function(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
+    assert arrays.framework_of(torch.zeros(1)).stream(("cuda", 3)) == 103
+
+
+@pytest.mark.gpu
+def test_torch_stream_functions_agree(monkeypatch):
+    import torch
+
+    framework = arrays.framework_of(torch.zeros(1))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        private = framework.stream(("cuda", 0))
+        monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream")
+        assert private == framework.stream(("cuda", 0)) == torch.cuda.current_stream().cuda_stream
+
+
 @pytest.mark.parametrize("producer", [Producer, NamedProducer])
 def test_any_dlpack_producer(producer):
     inputs = CASES[0].inputs()

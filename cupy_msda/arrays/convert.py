@@ -1,0 +1,78 @@
+"""A :class:`View` as a NumPy or CuPy array over the same memory, and CuPy itself where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from .views import View
+
+INSTALL_CUPY = "pip install 'cupy-msda[cuda13]' (or [cuda12], to match the driver)"
+
+
+def to_numpy(source: View) -> np.ndarray:
+    """The array itself on the CPU, without a copy; bfloat16 as its uint16 bits. A CUDA array is copied to the host."""
+    if source.device[0] == "cuda":
+        return to_cupy(source).get()
+    if isinstance(source.array, np.ndarray):
+        return source.array.view(np.uint16) if source.dtype == "bfloat16" else source.array
+    dtype = storage_dtype(source.dtype)
+    if 0 in source.shape:
+        return np.empty(source.shape, dtype)
+    return np.asarray(_ArrayInterface(source, dtype))
+
+
+def to_cupy(source: View) -> Any:
+    """A CuPy array over the same device memory, without a copy; bfloat16 as its uint16 bits."""
+    cupy = require_cupy("an array on a CUDA device")
+    dtype = storage_dtype(source.dtype)
+    if isinstance(source.array, cupy.ndarray):
+        return source.array.view(dtype) if source.dtype == "bfloat16" else source.array
+    if 0 in source.shape:
+        return cupy.empty(source.shape, dtype)
+    elements = sum((n - 1) * stride for n, stride in zip(source.shape, source.strides, strict=True)) + 1
+    memory = cupy.cuda.UnownedMemory(source.data, elements * dtype.itemsize, source.array, source.device[1])
+    strides = tuple(stride * dtype.itemsize for stride in source.strides)
+    return cupy.ndarray(source.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+
+def storage_dtype(dtype: str) -> np.dtype:
+    """The NumPy dtype that holds the bits of `dtype`."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+
+
+def require_cupy(what: str) -> Any:
+    """The module CuPy, or a ``RuntimeError`` that names the command that installs it."""
+    try:
+        return importlib.import_module("cupy")
+    except ImportError as error:
+        raise RuntimeError(f"{what} needs CuPy, which is not installed: {INSTALL_CUPY}") from error
+
+
+def cuda_unavailable() -> str | None:
+    """Why nothing can run on a GPU here, or None."""
+    try:
+        cupy = require_cupy("the CUDA path")
+    except RuntimeError as error:
+        return str(error)
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy finds no usable CUDA device: {error}"
+    return None if count else "CuPy finds no CUDA device"
+
+
+class _ArrayInterface:
+    """What ``np.asarray`` needs to read the memory of another library; keeps its owner alive."""
+
+    def __init__(self, source: View, dtype: np.dtype) -> None:
+        self.source = source
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": source.shape,
+            "typestr": dtype.str,
+            "data": (source.data, False),
+            "strides": tuple(stride * dtype.itemsize for stride in source.strides),
+        }
