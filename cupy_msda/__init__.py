@@ -1,7 +1,6 @@
 """Multi-scale deformable attention for NumPy, CuPy, torch, JAX and every other DLPack framework.
 
-``import cupy_msda`` imports NumPy and no other framework. The differentiable torch operator is
-``cupy_msda.torch``.
+``import cupy_msda`` imports NumPy and no other framework. The differentiable torch operator is in ``cupy_msda.torch``.
 """
 
 from .api import (

@@ -1,8 +1,8 @@
-"""What travels from validation to the kernels: one frozen :class:`Call`, pure data that imports no framework.
+"""One frozen :class:`Call` travels from validation to the kernels: pure data that imports no framework.
 
-:class:`Arguments` is a call as the user made it. :func:`cupy_msda.validate.read` turns it into a :class:`Call`: the
-:class:`Problem` (sizes, dtypes, device and variant; hashable, and all that the planner looks at), the
-:class:`Operands` (arrays) and the gradients that are :class:`Wanted`.
+:class:`Arguments` is a call as the user made it. :func:`cupy_msda.validate.read` makes the :class:`Call` from it, in
+three parts. :class:`Problem` holds sizes, dtypes, device and variant; it is hashable, and all that the planner reads.
+:class:`Operands` holds the arrays, and :class:`Wanted` says which gradients to compute.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def accumulator_of(value_dtype: str) -> str:
 
 
 def contiguous_starts(sizes: Sequence[Sequence[int]]) -> list[int]:
-    """First pixel of each level of (H, W) where each level follows the one before it."""
+    """First pixel of each level in S, for contiguous levels of (H, W)."""
     return [0, *itertools.accumulate(h * w for h, w in sizes)][: len(sizes)]
 
 
 class Variant(NamedTuple):
-    """Which form of the operator: :func:`cupy_msda.ms_deform_attn` says what each parameter means.
+    """The options of the operator; :func:`cupy_msda.ms_deform_attn` documents them.
 
     In a :class:`Problem`, `num_points` is None where all levels have P points.
     """
@@ -45,20 +45,27 @@ class Variant(NamedTuple):
 
     @property
     def clamped(self) -> bool:
-        """Whether a location outside a level stands for a pixel on its edge."""
+        """Whether locations are clamped into their level."""
         return self.nearest or self.padding_mode == "border"
 
     @property
     def neighbours(self) -> tuple[int, ...]:
-        """Neighbouring pixels of a coordinate along one axis, as distances from the lower one."""
+        """The pixels that are interpolated along one axis, as offsets from the lower one."""
         return (0,) if self.nearest else (0, 1)
 
 
+# The operator of Deformable DETR: bilinear, zeros outside a level, P points in each level.
 PLAIN = Variant()
 
 
+def requested_variant(num_points: Any, interpolation: Any, padding_mode: Any, align_corners: Any) -> Variant:
+    """The variant of a caller's arguments, not validated. A list of points is copied: the caller may change it."""
+    points = tuple(num_points) if isinstance(num_points, list) else num_points
+    return Variant(points, interpolation, padding_mode, align_corners)
+
+
 class Wanted(NamedTuple):
-    """Which gradients a backward computes. In a fused call, `locations` are offsets and `weights` are logits."""
+    """The inputs whose gradients a backward computes. In a fused call, `locations` are offsets, `weights` logits."""
 
     value: bool = True
     locations: bool = True
@@ -67,18 +74,19 @@ class Wanted(NamedTuple):
 
     @property
     def samples(self) -> bool:
-        """Whether any gradient of the samples is computed, for which the kernels read value."""
+        """Whether any gradient other than value's is computed: those need the elements of value."""
         return self.locations or self.weights or self.references
 
 
+# Every gradient of a plain call.
 ALL = Wanted()
 
 
 class FusedFrontEnd(NamedTuple):
-    """How the samples of a fused call come: as offsets from reference points, and as logits.
+    """The reference points of a fused call, whose samples are offsets from them and logits.
 
     `coordinates` is 2 for points and 4 for boxes. `levels` is the number of reference points per query: L, or 1 for all
-    levels. `packed` says that offsets and logits are one array [N, Q, M, 3*K].
+    levels. `dtype` is that of the reference points. `packed`: offsets and logits are one array [N, Q, M, 3*K].
     """
 
     coordinates: int
@@ -88,7 +96,7 @@ class FusedFrontEnd(NamedTuple):
 
 
 class ValueStrides(NamedTuple):
-    """Elements of value from one image, pixel or head to the next."""
+    """Strides of value in elements: from one image, pixel or head to the next. The D channels are contiguous."""
 
     image: int
     pixel: int
@@ -97,11 +105,11 @@ class ValueStrides(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """The static part of a call: sizes in the contract's notation, dtypes, device and flags. Hashable.
+    """A call without its arrays: sizes in the contract's notation, dtypes, device and options. Hashable.
 
     `levels` holds (H, W, start) of each level, or is None where the metadata stays on the GPU and the kernels check it.
-    P is 0 where the number of points differs between levels. `value_strides` is None where value is contiguous, or has
-    to be made so. `ragged` says that `query_lengths` bounds the queries of each image.
+    P is 0 where the number of points differs between levels. `value_strides` is None where the kernels read a
+    contiguous value. `ragged`: the call has query lengths. `fused` is None in a plain call.
     """
 
     N: int
@@ -124,12 +132,12 @@ class Problem:
 
     @property
     def strides(self) -> ValueStrides:
-        """Strides of value as the kernels read it."""
+        """Strides of value, contiguous or not."""
         return self.value_strides or ValueStrides(self.S * self.M * self.D, self.M * self.D, self.D)
 
     @property
     def stride_alignment(self) -> int:
-        """Bytes, a power of two up to 16, that every D-vector of value is aligned to, if value is."""
+        """Bytes to which every value vector is aligned where value itself is: a power of two up to 16."""
         if self.value_strides is None:
             return 16
         steps = [step * item_size(self.value_dtype) for step in self.value_strides]
@@ -151,7 +159,10 @@ class Problem:
         return self.fused is not None and self.fused.packed
 
     def computed(self, wanted: Wanted) -> Wanted:
-        """What a backward computes for `wanted`: more, where the kernels compute gradients only together."""
+        """`wanted` and the gradients that are computed with it.
+
+        The gradient of the reference points needs that of the offsets; a packed call has one of offsets and logits.
+        """
         if self.fused is None:
             return wanted
         locations = wanted.locations or wanted.references
@@ -161,7 +172,7 @@ class Problem:
 
     @property
     def empty(self) -> bool:
-        """True where no sample is taken: the output and the gradient of value are zeros or empty."""
+        """Whether there is nothing to compute: the output and all gradients are zeros or have no elements."""
         return 0 in (self.N, self.S, self.M, self.D, self.K, self.Q)
 
     @property
@@ -182,8 +193,9 @@ class Problem:
 class Operands:
     """The arrays of one call.
 
-    In a fused call, `locations` are offsets and `weights` are logits; both are views of one array where the call is
-    packed. `shapes` and `starts` are None where the problem's levels hold the metadata.
+    In a fused call, `locations` are offsets and `weights` are logits; in a packed call, both are the one array of the
+    two. `shapes` and `starts` are the metadata that stays on the GPU; they are None where the problem has its levels.
+    `lengths` are the query lengths of a ragged call. `grad_output` is None in a forward.
     """
 
     value: View
@@ -198,7 +210,7 @@ class Operands:
 
 @dataclass(frozen=True)
 class Call:
-    """One validated call. Everything below validation takes it whole."""
+    """One validated call. `wanted` matters in a backward only."""
 
     problem: Problem
     operands: Operands
@@ -206,7 +218,7 @@ class Call:
 
 
 class ArgumentNames(NamedTuple):
-    """What the caller's function calls the arguments that hold the samples: error messages use these names."""
+    """Names that the caller's function gives to locations and weights; error messages use them."""
 
     locations: str = "sampling_locations"
     weights: str = "attention_weights"
@@ -219,10 +231,10 @@ FUSED_NAMES = ArgumentNames("sampling_offsets", "attention_logits")
 
 @dataclass(frozen=True)
 class Arguments:
-    """One call as the user made it, not validated, in the one order that this package uses.
+    """One call as the user made it, not validated.
 
     A call is fused where `names` is FUSED_NAMES: then `reference_points` is an array, `locations` are offsets, and
-    `weights` are logits, or None where `locations` holds both.
+    `weights` are logits, or None where `locations` holds both. In a plain call, `reference_points` is None.
     """
 
     value: Any

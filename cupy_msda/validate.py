@@ -1,7 +1,7 @@
 """Validation: the caller's :class:`Arguments` in, a frozen :class:`Call` out.
 
-Every error rule of the contract lives here. A message names the argument, what was expected in the notation of the
-contract (N, S, M, D, L, P, Q) and what came.
+This file has every error rule of the contract. A message names the argument, what was expected in the notation of the
+contract (N, S, M, D, L, P, Q), and what came.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ from .call import (
 
 
 def read(arguments: Arguments, grad_output: Any = None, wanted: Wanted = ALL) -> Call:
-    """Check everything that the contract promises to check.
+    """The call of these arguments, checked.
+
+    `grad_output` is None in a forward. `wanted` says which gradients a backward computes.
 
     Raises
     ------
     TypeError
-        For something that is no array, and for dtypes and frameworks that do not go together.
+        For something that is no array, and for dtypes and frameworks that do not match.
     ValueError
-        For shapes that do not fit together, arrays on different devices, and wrong metadata on the host.
+        For shapes that do not match, arrays on different devices, and wrong metadata on the host.
     """
-    views = _views(arguments, grad_output)
+    views = _read_arrays(arguments, grad_output)
     value = views["value"]
     _check_dtypes(views, arguments.names)
-    _check_together(views)
+    _check_frameworks_and_devices(views)
     N, S, M, D = _dimensions("value", value, "[N, S, M, D]")
     shapes = _read_metadata("spatial_shapes", arguments.spatial_shapes)
     if len(shapes.shape) != 2 or shapes.shape[1] != 2:
@@ -62,12 +64,14 @@ def read(arguments: Arguments, grad_output: Any = None, wanted: Wanted = ALL) ->
     if grad_output is not None:
         _check_shape("grad_output", views["grad_output"], "[N, Q, M*D]", (N, Q, M * D))
     starts = _read_starts(arguments.level_start_index, L)
-    on_device = [m for m in (shapes, starts) if m is not None and m.device[0] == "cuda"]
-    unread = on_device and value.device[0] == "cuda" and not arguments.validate
-    levels = None if unread else _levels(shapes, starts, S)
+    metadata_on_gpu = any(m is not None and m.device[0] == "cuda" for m in (shapes, starts))
+    stays_on_gpu = metadata_on_gpu and value.device[0] == "cuda" and not arguments.validate
+    levels = None if stays_on_gpu else _read_levels(shapes, starts, S)
     deterministic = arguments.deterministic
     if not (deterministic is None or isinstance(deterministic, bool)):
         raise TypeError(f"deterministic: expected True, False or None, got {type(deterministic).__name__}")
+    if deterministic is None:
+        deterministic = value.framework.wants_determinism()
     lengths = None
     if arguments.query_lengths is not None:
         lengths = _read_lengths(arguments.query_lengths, N, Q, value.device)
@@ -78,9 +82,9 @@ def read(arguments: Arguments, grad_output: Any = None, wanted: Wanted = ALL) ->
         device=value.device,
         levels=levels,
         im2col_step=_positive_int("im2col_step", arguments.im2col_step),
-        deterministic=value.framework.wants_determinism() if deterministic is None else deterministic,
+        deterministic=deterministic,
         variant=variant,
-        value_strides=_strides(value),
+        value_strides=_strides_of(value),
         ragged=lengths is not None,
         fused=fused,
     )  # fmt: skip
@@ -89,16 +93,16 @@ def read(arguments: Arguments, grad_output: Any = None, wanted: Wanted = ALL) ->
         locations=locations,
         weights=weights,
         references=views.get("reference_points"),
-        shapes=shapes if levels is None else None,
-        starts=starts if levels is None else None,
+        shapes=shapes if stays_on_gpu else None,
+        starts=starts if stays_on_gpu else None,
         lengths=lengths,
         grad_output=views.get("grad_output"),
     )
     return Call(problem, operands, wanted)
 
 
-def _views(arguments: Arguments, grad_output: Any) -> dict[str, View]:
-    """The arrays of a call by the names of their arguments."""
+def _read_arrays(arguments: Arguments, grad_output: Any) -> dict[str, View]:
+    """The views of a call's arrays, by the names of their arguments."""
     given = {"value": arguments.value, arguments.names.locations: arguments.locations}
     if not arguments.packed:
         given[arguments.names.weights] = arguments.weights
@@ -113,6 +117,7 @@ def _read_samples(
     names: ArgumentNames, locations: View, weights: View, variant: Variant, N: int, M: int, L: int
 ) -> tuple[int, int]:
     """Q and P of locations and weights, or of offsets and logits."""
+    samples: tuple[int, ...]
     if variant.num_points is None:
         _, Q, _, _, P, _ = _dimensions(names.locations, locations, "[N, Q, M, L, P, 2]")
         samples, symbols = (L, P), "L, P"
@@ -135,6 +140,7 @@ def _read_packed(names: ArgumentNames, packed: View, variant: Variant, N: int, M
 
 
 def _read_references(references: View, N: int, Q: int, L: int, packed: bool) -> FusedFrontEnd:
+    """The form of the reference points [N, Q, L or 1, 2 or 4]."""
     symbols = "[N, Q, L, 2]"
     _, _, levels, coordinates = _dimensions("reference_points", references, symbols)
     if levels == 1:
@@ -151,7 +157,7 @@ def _read_references(references: View, N: int, Q: int, L: int, packed: bool) -> 
 
 
 def read_variant(variant: Variant, L: int) -> Variant:
-    """`variant` checked and with `num_points` as a tuple."""
+    """`variant`, checked and with `num_points` as a tuple."""
     num_points, interpolation, padding_mode, align_corners = variant
     for name, given, known in (
         ("interpolation", interpolation, ("bilinear", "nearest")),
@@ -162,10 +168,12 @@ def read_variant(variant: Variant, L: int) -> Variant:
     if not isinstance(align_corners, bool):
         raise TypeError(f"align_corners: expected True or False, got {type(align_corners).__name__}")
     if interpolation == "nearest":
-        for name, given, only in (("padding_mode", padding_mode, "zeros"), ("align_corners", align_corners, False)):
-            if given != only:
+        defaults = PLAIN._asdict()
+        chosen: dict[str, Any] = {"padding_mode": padding_mode, "align_corners": align_corners}
+        for name, given in chosen.items():
+            if given != defaults[name]:
                 raise ValueError(
-                    f"{name}: expected {only!r} with interpolation='nearest', which always clamps the index "
+                    f"{name}: expected {defaults[name]!r} with interpolation='nearest', which always clamps the index "
                     f"int(location * size + 0.5) into the level, got {given!r}"
                 )
     if num_points is not None:
@@ -178,7 +186,10 @@ def read_variant(variant: Variant, L: int) -> Variant:
 
 
 def equal_points(variant: Variant, P: int = 0) -> tuple[Variant, int]:
-    """`variant` as in a :class:`Problem`, and P: equal numbers of points per level have the layout of L, P."""
+    """`variant` as in a :class:`Problem`, and its P.
+
+    Equal numbers of points per level have the layout of [L, P]: then `num_points` becomes None.
+    """
     if variant.num_points is None:
         return variant, P
     if len(set(variant.num_points)) > 1:
@@ -197,13 +208,13 @@ def _check_dtypes(views: dict[str, View], names: ArgumentNames) -> None:
                 f"{name}: expected dtype {' or '.join(allowed)} with a {value} value, got {views[name].dtype}"
             )
     if names.weights in views and views[names.weights].dtype != views[names.locations].dtype:
-        wanted, got = views[names.locations].dtype, views[names.weights].dtype
-        raise TypeError(f"{names.weights}: expected the dtype of {names.locations}, {wanted}, got {got}")
+        expected, got = views[names.locations].dtype, views[names.weights].dtype
+        raise TypeError(f"{names.weights}: expected the dtype of {names.locations}, {expected}, got {got}")
     if "grad_output" in views and views["grad_output"].dtype != value:
         raise TypeError(f"grad_output: expected the dtype of value, {value}, got {views['grad_output'].dtype}")
 
 
-def _check_together(views: dict[str, View]) -> None:
+def _check_frameworks_and_devices(views: dict[str, View]) -> None:
     first = views["value"]
     for name, view in views.items():
         if view.framework is not first.framework:
@@ -228,7 +239,7 @@ def _check_shape(name: str, view: View, symbols: str, expected: tuple[int, ...])
 
 
 def _read_metadata(name: str, metadata: Any) -> View:
-    """A View of integer metadata; Python sequences become NumPy arrays."""
+    """The view of integer metadata; Python sequences become NumPy arrays."""
     if isinstance(metadata, (list, tuple)):
         try:
             array = np.asarray(metadata)
@@ -253,7 +264,7 @@ def _read_starts(level_start_index: Any, L: int) -> View | None:
 
 
 def _read_lengths(query_lengths: Any, N: int, Q: int, device: Device) -> View:
-    """A View of the number of queries per image. On the host it is checked; on a GPU the kernels clamp it."""
+    """The view of the number of queries per image. On the host it is checked; on a GPU the kernels clamp it."""
     lengths = _read_metadata("query_lengths", query_lengths)
     if lengths.shape != (N,):
         raise ValueError(f"query_lengths: expected shape [N] with N = {N}, got {list(lengths.shape)}")
@@ -265,17 +276,18 @@ def _read_lengths(query_lengths: Any, N: int, Q: int, device: Device) -> View:
     return lengths
 
 
-def _strides(value: View) -> ValueStrides | None:
-    """Strides of a value that is not contiguous but whose D channels are; None otherwise."""
+def _strides_of(value: View) -> ValueStrides | None:
+    """Strides of a value that is not contiguous but whose value vectors are; None otherwise."""
     N, S, M, D = value.shape
     image, pixel, head, channel = value.strides
     if value.contiguous or (D > 1 and channel != 1) or min(value.strides) < 0:
         return None
-    # The stride of a dimension of one has no meaning.
+    # A dimension of size 1 may have any stride: it becomes that of a contiguous array.
     return ValueStrides(image if N > 1 else 0, pixel if S > 1 else M * D, head if M > 1 else D)
 
 
-def _levels(shapes: View, starts: View | None, S: int) -> tuple[tuple[int, int, int], ...]:
+def _read_levels(shapes: View, starts: View | None, S: int) -> tuple[tuple[int, int, int], ...]:
+    """(H, W, start) of each level; metadata on a GPU is read back."""
     sizes = arrays.to_numpy(shapes).tolist()
     firsts = contiguous_starts(sizes) if starts is None else arrays.to_numpy(starts).tolist()
     for level, ((h, w), start) in enumerate(zip(sizes, firsts, strict=True)):
@@ -285,7 +297,7 @@ def _levels(shapes: View, starts: View | None, S: int) -> tuple[tuple[int, int, 
             raise ValueError(f"level_start_index: expected starts of at least 0, got {start} for level {level}")
         if start + h * w > S:
             raise ValueError(
-                f"spatial_shapes: expected level {level} of {h} x {w} pixels from row {start} to fit into S = {S}, "
+                f"spatial_shapes: expected level {level} of {h} x {w} pixels from pixel {start} to fit into S = {S}, "
                 f"got an end of {start + h * w}"
             )
     return tuple((h, w, start) for (h, w), start in zip(sizes, firsts, strict=True))

@@ -33,7 +33,7 @@ PLACED_SAMPLES = 1 << 16
 ALL_LEVELS_SAMPLES = 1 << 16
 
 
-def backward(inputs: Inputs, wanted: Wanted) -> Gradients:
+def plain_backward(inputs: Inputs, wanted: Wanted) -> Gradients:
     """Gradients of value, locations and weights, each in the storage dtype of its input."""
     problem = inputs.problem
     assert inputs.weights is not None

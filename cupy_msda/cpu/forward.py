@@ -18,7 +18,7 @@ GATHERED_BYTES = 2 << 20
 LOCATED_SAMPLES = 1 << 15
 
 
-def forward(inputs: Inputs) -> np.ndarray:
+def plain_forward(inputs: Inputs) -> np.ndarray:
     """Output [N, Q, M*D] in the storage dtype of value."""
     problem = inputs.problem
     output = np.zeros((problem.N, problem.Q, problem.M, problem.D), inputs.value.dtype)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..call import Problem, Wanted
-from .backward import backward as plain_backward
-from .forward import forward as plain_forward
+from .backward import plain_backward
+from .forward import plain_forward
 from .sampling import from_accumulator, to_accumulator
 from .tasks import Gradients, Inputs
 
@@ -29,14 +29,14 @@ class Samples(NamedTuple):
     box_fraction: np.ndarray  # [K, 1]
 
 
-def forward(inputs: Inputs) -> np.ndarray:
+def fused_forward(inputs: Inputs) -> np.ndarray:
     """Output [N, Q, M*D] in the storage dtype of value."""
     if inputs.problem.empty:
         return np.zeros(inputs.problem.output_shape, inputs.value.dtype)
     return plain_forward(_plain_inputs(inputs, materialise(inputs)))
 
 
-def backward(inputs: Inputs, wanted: Wanted) -> Gradients:
+def fused_backward(inputs: Inputs, wanted: Wanted) -> Gradients:
     """Gradients of value, offsets, logits and references, each in the storage dtype of its input.
 
     Where offsets and logits are one array, so are their gradients, in the place of that of the offsets.

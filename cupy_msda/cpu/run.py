@@ -9,10 +9,9 @@ import numpy as np
 from .. import arrays
 from ..arrays import View
 from ..call import Call
-from .backward import backward as plain_backward
-from .forward import forward as plain_forward
-from .fused import backward as fused_backward
-from .fused import forward as fused_forward
+from .backward import plain_backward
+from .forward import plain_forward
+from .fused import fused_backward, fused_forward
 from .tasks import Inputs
 
 

@@ -41,7 +41,7 @@ WRONG = {
     "other P": ({"weights": WEIGHTS[..., :1]}, ValueError, r"attn_weight: .*N, Q, M, L, P"),
     "other Q": ({"weights": WEIGHTS[:, :3]}, ValueError, r"attn_weight: .*\[2, 5, 2, 2, 2\].*\[2, 3"),
     "level beyond S": ({"shapes": np.array([[6, 7], [4, 4]])}, ValueError, r"spatial_shapes: .*level 1.*S = 54.*58"),
-    "start beyond S": ({"starts": np.array([0, 43])}, ValueError, r"spatial_shapes: .*level 1.*row 43"),
+    "start beyond S": ({"starts": np.array([0, 43])}, ValueError, r"spatial_shapes: .*level 1.*pixel 43"),
     "product beyond 64 bits": ({"shapes": np.array([[2**62, 4], [3, 4]])}, ValueError, r"spatial_shapes: .*level 0"),
     "zero height": ({"shapes": np.array([[0, 7], [3, 4]])}, ValueError, r"spatial_shapes: .*positive.*\(0, 7\)"),
     "negative width": ({"shapes": np.array([[6, 7], [3, -4]])}, ValueError, r"spatial_shapes: .*\(3, -4\) for level 1"),
@@ -56,8 +56,8 @@ WRONG = {
     "shapes missing": ({"shapes": None}, TypeError, r"spatial_shapes: expected an array.*NoneType"),
     "integer value": ({"value": VALUE.astype(np.int32)}, TypeError, r"value: .*float16.*float64.*int32"),
     "complex value": ({"value": VALUE.astype(np.complex64)}, TypeError, r"value: .*float16.*complex64"),
-    "float64 beside float32": ({"locations": LOCATIONS.astype(np.float64)}, TypeError, r"loc: .*float32 .*float64"),
-    "float32 beside float64": ({"value": VALUE.astype(np.float64)}, TypeError, r"sampling_loc: .*float64 .*float32"),
+    "float64 locations": ({"locations": LOCATIONS.astype(np.float64)}, TypeError, r"loc: .*float32 .*float64"),
+    "float64 value": ({"value": VALUE.astype(np.float64)}, TypeError, r"sampling_loc: .*float64 .*float32"),
     "float16 locations": ({"locations": LOCATIONS.astype(np.float16)}, TypeError, r"sampling_loc: .*float32.*float16"),
     "float16 weights": ({"weights": WEIGHTS.astype(np.float16)}, TypeError, r"attn_weight: .*float32.*float16"),
     "grad_output of other shape": ({"grad_output": GRAD[:, :4]}, ValueError, r"grad_output: .*= \[2, 5, 16\]"),
@@ -159,11 +159,11 @@ WRONG_VARIANTS = {
     "other padding": ({"padding_mode": "reflection"}, ValueError, r"padding_mode: .*zeros.*border.*reflection"),
     "padding of None": ({"padding_mode": None}, ValueError, r"padding_mode: .*None"),
     "align_corners of 1": ({"align_corners": 1}, TypeError, r"align_corners: expected True or False, got int"),
-    "border beside nearest": (
-        {"interpolation": "nearest", "padding_mode": "border"}, ValueError, r"padding_mode: expected 'zeros' beside"
+    "border with nearest": (
+        {"interpolation": "nearest", "padding_mode": "border"}, ValueError, r"padding_mode: expected 'zeros' with"
     ),
-    "align_corners beside nearest": (
-        {"interpolation": "nearest", "align_corners": True}, ValueError, r"align_corners: expected False beside"
+    "align_corners with nearest": (
+        {"interpolation": "nearest", "align_corners": True}, ValueError, r"align_corners: expected False with"
     ),
     "points of another L": ({"num_points": [1, 2, 1]}, ValueError, r"num_points: .*L = 2, got \[1, 2, 1\]"),
     "points of 0": ({"num_points": [4, 0]}, ValueError, r"num_points: expected a positive int, got 0"),

@@ -263,7 +263,7 @@ def test_shapes_that_do_not_fit_are_named(message):
 
 def test_dtypes_that_do_not_fit_are_named():
     inputs = fused_inputs(CASE)
-    with pytest.raises(TypeError, match="reference_points: expected dtype float32 beside a float32 value, got float16"):
+    with pytest.raises(TypeError, match="reference_points: expected dtype float32 with a float32 value, got float16"):
         call(backends.NumPyBackend(), inputs._replace(references=inputs.references.astype(np.float16)))
     with pytest.raises(TypeError, match="reference_points: expected an array"):
         call(backends.NumPyBackend(), inputs._replace(references=[0.5]))
