@@ -10,15 +10,15 @@ from .cli import check, demo, info
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 when all is well, 1 when a check misses, 2 for a request that cannot be met."""
+    """Run one command. Returns 0 for success, 1 for a check that fails, 2 for a request that cannot be met."""
     parser = argparse.ArgumentParser(prog="python -m cupy_msda", description="Multi-scale deformable attention")
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("demo", help="attend to a photograph, forward and backward, and draw what happened")
-    show.add_argument("image", nargs="?", type=Path, default=demo.PHOTOGRAPH, help="PNG, JPEG or anything Pillow reads")
-    show.add_argument("--out", type=Path, default=Path("msda_demo.png"), help="picture to write (msda_demo.png)")
-    show.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto")
-    commands.add_parser("info", help="versions, GPU, kernel cache, and what is missing")
-    commands.add_parser("check", help="the golden cases on every backend of this machine")
+    of_demo = commands.add_parser("demo", help="run the operator on a photograph, forward and backward, and draw it")
+    of_demo.add_argument("image", nargs="?", type=Path, default=demo.PHOTOGRAPH, help="any image that Pillow reads")
+    of_demo.add_argument("--out", type=Path, default=Path("msda_demo.png"), help="picture to write (msda_demo.png)")
+    of_demo.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto")
+    commands.add_parser("info", help="print versions, GPU, kernel cache, and what is missing")
+    commands.add_parser("check", help="run the golden cases on every backend of this machine")
     options = parser.parse_args(arguments)
 
     if options.command == "info":
@@ -43,14 +43,14 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _check() -> int:
-    missed = 0
-    print(f"{'case':22}{'backend':9}{'dtype':9}{'error':>9}  tolerance  worst in")
+    failed = 0
+    print(f"{'case':22}{'backend':9}{'dtype':9}{'error':>9}  tolerance  worst output")
     for row in check.run_all():
-        verdict = "" if row.passed else "  MISSED"
-        limit = check.TOLERANCE[row.dtype]
-        print(f"{row.case:22}{row.backend:9}{row.dtype:9}{row.error:9.1e}  {limit:9.0e}  {row.what}{verdict}")
-        missed += not row.passed
-    return 1 if missed else 0
+        verdict = "" if row.passed else "  FAILED"
+        tolerance = check.TOLERANCE[row.dtype]
+        print(f"{row.case:22}{row.backend:9}{row.dtype:9}{row.error:9.1e}  {tolerance:9.0e}  {row.worst}{verdict}")
+        failed += not row.passed
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

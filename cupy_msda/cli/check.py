@@ -1,6 +1,7 @@
-"""Golden cases: small inputs with float64 outputs and gradients, checked on every backend of this machine.
+"""``python -m cupy_msda check``: golden cases on every backend of this machine.
 
-Their numbers are exact in every dtype (8 significant bits), so one file serves float16 to float64.
+A golden case is a file of small inputs with float64 outputs and gradients. The inputs have 8 significant bits, which
+are exact in every dtype, so that one file serves float16 to float64.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from .. import api, arrays
 
-# The one tolerance table, of tests and benchmarks too: ||out - ref|| / ||ref|| for the output and each gradient.
+# Limit of ||out - ref|| / ||ref|| for the output and each gradient, also in the tests and benchmarks.
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 6e-4, "bfloat16": 5e-3}
 OUTPUTS = ("output", "grad_value", "grad_sampling_loc", "grad_attn_weight")
 
@@ -29,14 +30,14 @@ def folder() -> Path:
 
 
 def relative_error(out: np.ndarray, reference: np.ndarray) -> float:
-    """||out - reference|| / ||reference||, the measure of the tolerance table; NaN where either has one."""
+    """||out - reference|| / ||reference||, which TOLERANCE limits; NaN where either has one."""
     scale = np.linalg.norm(reference)
     return float(np.linalg.norm(out.astype(np.float64) - reference) / (scale if scale > 0 else 1.0))
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to run the operator: `put` makes its arrays from NumPy's, `get` the reverse."""
+    """Arrays that the operator runs on: `put` makes them from NumPy arrays, `get` makes NumPy arrays from them."""
 
     name: str
     put: Callable[[np.ndarray], Any]
@@ -45,13 +46,13 @@ class Backend:
 
 @dataclass(frozen=True)
 class Row:
-    """Error of one golden case on one backend: the worst of the output and the three gradients."""
+    """Error of one golden case on one backend: the largest of the output and the three gradients."""
 
     case: str
     backend: str
     dtype: str
     error: float
-    what: str
+    worst: str
 
     @property
     def passed(self) -> bool:
@@ -67,22 +68,22 @@ def backends() -> Iterator[Backend]:
 
 
 def run_case(path: Path, backend: Backend, dtype: str) -> Row:
-    """Forward and backward of the case in `path`; bfloat16 is not a NumPy dtype and is left to the tests."""
+    """Forward and backward of the case in `path`. bfloat16 is no NumPy dtype: only the tests check it."""
     with np.load(path) as case:
         floats = {
             name: backend.put(case[name].astype(dtype))
             for name in ("value", "sampling_loc", "attn_weight", "grad_output")
         }
-        arguments = (floats["value"], case["spatial_shapes"], case["level_start_index"])
-        points = (floats["sampling_loc"], floats["attn_weight"])
+        levels = (case["spatial_shapes"], case["level_start_index"])
+        value, samples = floats["value"], (floats["sampling_loc"], floats["attn_weight"])
         results = (
-            api.ms_deform_attn_forward(*arguments, *points, 64),
-            *api.ms_deform_attn_backward(*arguments, *points, floats["grad_output"], 64),
+            api.ms_deform_attn_forward(value, *levels, *samples, im2col_step=64),
+            *api.ms_deform_attn_backward(value, *levels, *samples, floats["grad_output"], 64),
         )
         errors = {}
         for name, result in zip(OUTPUTS, results, strict=True):
             error = relative_error(backend.get(result), case[name])
-            errors[name] = float("inf") if np.isnan(error) else error  # the worst, also for max
+            errors[name] = float("inf") if np.isnan(error) else error  # max ignores NaN
     worst = max(errors, key=errors.__getitem__)
     return Row(path.stem, backend.name, dtype, errors[worst], worst)
 

@@ -1,9 +1,8 @@
 """``python -m cupy_msda demo``: deformable attention on a photograph, forward and backward, and a picture of it.
 
-Every pixel of the finest level asks a question. Its heads look along and across the edge that it lies on, P points
-on each level of a pyramid, and weigh what they see by how close its colour is to their own: the attended output is
-the photograph smoothed along its edges. The loss compares that output with the photograph, and its gradient comes
-back to the pixels of every level.
+Every pixel of the finest level is a query. Its heads sample P points in each level of an image pyramid, along and
+across the edge at this pixel. The weight of a sample depends on how close its colour is to that of the query. So the
+output is the photograph, smoothed along its edges. The loss compares the output with the photograph.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from .check import relative_error
 PHOTOGRAPH = Path(__file__).parent.parent / "data" / "chelsea.jpg"
 LONGEST_SIDE = 256
 LEVELS, POINTS, HEADS, CHANNELS = 4, 4, 4, 8
-STEP = 1.3  # pixels of a level from one point to the next; no multiple of it is a whole pixel
+STEP = 1.3  # pixels from one point to the next; the points are at no whole pixels
 COLOUR_SCALE = 0.15
 REPEATS = 5
 
 
 class DemoError(Exception):
-    """What the user can mend, in one sentence."""
+    """An error that the user can correct, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out, and how long it took."""
+    """Results, times and errors of one run."""
 
     backend: str
     output: np.ndarray
@@ -72,7 +71,7 @@ def load_photograph(path: Path) -> np.ndarray:
 
 
 def make_scene(photograph: np.ndarray) -> Scene:
-    """Pyramid, offsets along the edges and attention by colour."""
+    """An image pyramid, locations along and across the edges, and weights by colour."""
     pyramid = [photograph]
     while len(pyramid) < LEVELS:
         pyramid.append(_halve(pyramid[-1]))
@@ -89,12 +88,12 @@ def make_scene(photograph: np.ndarray) -> Scene:
     y, x = np.mgrid[:H, :W]
     reference = np.stack(((x + 0.5) / W, (y + 0.5) / H), -1).reshape(-1, 1, 1, 1, 2)
     size = np.array([(w, h) for h, w in shapes])[:, None]
-    # Zeros from outside the photograph would darken its border. Not exactly onto the outermost pixel centres, where
-    # the gradient of a location jumps.
+    # Zeros from outside the photograph would darken its border. Locations keep off the outermost pixel centres, where
+    # their gradient jumps.
     locations = np.clip(reference + offsets / size, 0.51 / size, 1 - 0.51 / size)[None].astype(np.float32)
 
-    seen = _nearest(pyramid, locations[0])
-    distance = ((seen - photograph.reshape(-1, 1, 1, 1, 3)) ** 2).sum(-1)
+    colours = _nearest(pyramid, locations[0])
+    distance = ((colours - photograph.reshape(-1, 1, 1, 1, 3)) ** 2).sum(-1)
     logits = -distance / COLOUR_SCALE**2 - 0.5 * np.arange(LEVELS)[:, None]
     logits = logits.reshape(H * W, HEADS, LEVELS * POINTS)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
@@ -103,7 +102,7 @@ def make_scene(photograph: np.ndarray) -> Scene:
 
 
 def choose_backend(name: str) -> str:
-    """``auto``, ``cpu`` or ``cuda`` to ``cpu`` or ``cuda``."""
+    """``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``."""
     if name == "cpu":
         return "cpu"
     reason = arrays.cuda_unavailable()
@@ -114,32 +113,38 @@ def choose_backend(name: str) -> str:
 
 def run(scene: Scene, backend: str) -> Outcome:
     """Forward and backward, timed after one warm-up call, and their errors against the NumPy path in float64."""
-    put, get, wait = _moves(backend)
-    value, locations, weights = (put(a) for a in (scene.value, scene.locations, scene.weights))
-    arguments = (value, scene.shapes, None, locations, weights)
+    put, get, synchronize = _array_functions(backend)
+    value, locations, weights = (put(array) for array in (scene.value, scene.locations, scene.weights))
 
     def forward() -> Any:
-        return ms_deform_attn_forward(*arguments, 64)
+        return ms_deform_attn_forward(value, scene.shapes, None, locations, weights, 64)
 
     output = get(forward())
     grad_output = _grad_output(scene, output)
     grad_on_device = put(grad_output)
 
     def backward() -> Any:
-        return ms_deform_attn_backward(*arguments, grad_on_device, 64)
+        return ms_deform_attn_backward(value, scene.shapes, None, locations, weights, grad_on_device, 64)
 
     grads = [get(grad) for grad in backward()]
-    in_float64 = [a.astype(np.float64) for a in (scene.value, scene.locations, scene.weights)]
-    exact = (in_float64[0], scene.shapes, None, *in_float64[1:])
-    want_grads = ms_deform_attn_backward(*exact, grad_output.astype(np.float64), 64)
-    errors = {"output": relative_error(output, ms_deform_attn_forward(*exact, 64))}
-    for name, grad, want in zip(("grad_value", "grad_locations", "grad_weights"), grads, want_grads, strict=True):
-        errors[name] = relative_error(grad, want)
-    return Outcome(backend, output, grads[0], _seconds(forward, wait), _seconds(backward, wait), errors)
+    references = _float64_results(scene, grad_output)
+    names = ("output", "grad_value", "grad_locations", "grad_weights")
+    errors = {
+        name: relative_error(result, reference)
+        for name, result, reference in zip(names, (output, *grads), references, strict=True)
+    }
+    return Outcome(
+        backend=backend,
+        output=output,
+        grad_value=grads[0],
+        forward_seconds=_median_seconds(forward, synchronize),
+        backward_seconds=_median_seconds(backward, synchronize),
+        errors=errors,
+    )
 
 
 def table(scene: Scene, outcome: Outcome) -> str:
-    """What was computed, on what, how fast and how exactly."""
+    """Backend, sizes, times and errors, one per line."""
     levels = ", ".join(f"{h}x{w}" for h, w in scene.shapes)
     N, S, M, D = scene.value.shape
     rows = [
@@ -155,7 +160,7 @@ def table(scene: Scene, outcome: Outcome) -> str:
 
 
 def draw(scene: Scene, outcome: Outcome, path: Path) -> None:
-    """The photograph with queries and samples, what they saw, and the gradient that came back."""
+    """Write a picture of queries and samples, the output, the loss and the gradient of value."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -168,11 +173,11 @@ def draw(scene: Scene, outcome: Outcome, path: Path) -> None:
     _draw_samples(axes[0, 0], scene)
     attended = outcome.output.reshape(H, W, HEADS, CHANNELS).mean(2)[..., :3]
     axes[0, 1].imshow(np.clip(attended, 0, 1))
-    axes[0, 1].set_title("Attended output: each pixel's weighted mean along and across its edge")
+    axes[0, 1].set_title("Output: each pixel's weighted mean along and across its edge")
     axes[1, 0].imshow(np.abs(attended - scene.photograph).mean(-1), cmap="gray_r", vmin=0)
-    axes[1, 0].set_title("What the loss sees: |output - photograph|")
+    axes[1, 0].set_title("Loss: |output - photograph|")
     shown = axes[1, 1].imshow(_gradient_image(scene, outcome.grad_value), cmap="magma", vmin=0)
-    axes[1, 1].set_title("Gradient that came back to the pixels, all levels")
+    axes[1, 1].set_title("Gradient of value, all levels")
     figure.colorbar(shown, ax=axes[1, 1], shrink=0.8, label="|gradient| per pixel of the finest level")
     try:
         figure.savefig(path, dpi=110)
@@ -221,7 +226,7 @@ def _grad_output(scene: Scene, output: np.ndarray) -> np.ndarray:
 
 
 def _features(level: np.ndarray) -> np.ndarray:
-    """Eight channels of a pixel: its colour, its luminance, its gradients, and a constant."""
+    """Eight channels per pixel: colour, luminance, its gradients and their length, and a constant."""
     luminance = level.mean(-1)
     slopes = [np.gradient(luminance, axis=a) if luminance.shape[a] > 1 else 0 * luminance for a in (0, 1)]
     rest = (luminance, *slopes, np.hypot(*slopes), np.ones_like(luminance))
@@ -235,28 +240,37 @@ def _halve(level: np.ndarray) -> np.ndarray:
 
 
 def _nearest(pyramid: list[np.ndarray], locations: np.ndarray) -> np.ndarray:
-    """Colours [Q, M, L, P, 3] of the pixels closest to `locations`."""
-    seen = []
+    """Colours [Q, M, L, P, 3] of the pixels nearest to `locations`."""
+    colours = []
     for level, image in enumerate(pyramid):
         size = np.array(image.shape[1::-1])
         x, y = np.moveaxis(np.clip((locations[:, :, level] * size).astype(int), 0, size - 1), -1, 0)
-        seen.append(image[y, x])
-    return np.stack(seen, 2)
+        colours.append(image[y, x])
+    return np.stack(colours, 2)
 
 
-def _moves(backend: str) -> tuple[Any, Any, Any]:
+def _float64_results(scene: Scene, grad_output: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Output and gradients by the NumPy path in float64."""
+    arrays_32 = (scene.value, scene.locations, scene.weights, grad_output)
+    value, locations, weights, grad = (array.astype(np.float64) for array in arrays_32)
+    output = ms_deform_attn_forward(value, scene.shapes, None, locations, weights, 64)
+    return output, *ms_deform_attn_backward(value, scene.shapes, None, locations, weights, grad, 64)
+
+
+def _array_functions(backend: str) -> tuple[Any, Any, Any]:
+    """NumPy to the backend's arrays, back to NumPy, and waiting for the device."""
     if backend == "cpu":
         return np.asarray, np.asarray, lambda: None
     cupy = arrays.require_cupy("the backend cuda")
     return cupy.asarray, cupy.asnumpy, cupy.cuda.Device().synchronize
 
 
-def _seconds(call: Any, wait: Any) -> float:
+def _median_seconds(call: Any, synchronize: Any) -> float:
     times = []
     for _ in range(REPEATS):
-        wait()
+        synchronize()
         begin = time.perf_counter()
         call()
-        wait()
+        synchronize()
         times.append(time.perf_counter() - begin)
     return sorted(times)[REPEATS // 2]

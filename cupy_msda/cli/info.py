@@ -1,4 +1,4 @@
-"""``python -m cupy_msda info``: what this machine offers, what is missing, and the command that adds it."""
+"""``python -m cupy_msda info``: versions, GPU and kernel cache of this machine, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import __version__, arrays
 
-# Distribution names, and the command for one that is missing.
+# Distributions, of which one is enough, the name to print, and the command that installs one.
 _OPTIONAL = (
     (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "CuPy", arrays.INSTALL_CUPY),
     (("torch",), "torch", "pip install 'cupy-msda[torch]'"),
@@ -21,7 +21,7 @@ _OPTIONAL = (
 
 
 def describe() -> list[tuple[str, str]]:
-    """Rows of (what, value)."""
+    """The printed rows: (name, text)."""
     rows = [
         ("cupy_msda", __version__),
         ("Python", platform.python_version()),

@@ -1,4 +1,4 @@
-"""The command line: what it prints and writes, and one clear sentence with exit code 2 for a bad request."""
+"""The command line: its output and files, and one sentence with exit code 2 for a request that cannot be met."""
 
 import sys
 
@@ -18,7 +18,7 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def test_demo_draws_and_reports(capsys, tmp_path):
+def test_demo_writes_a_picture_and_prints_errors_and_times(capsys, tmp_path):
     from PIL import Image
 
     picture = tmp_path / "out.png"
@@ -37,7 +37,7 @@ def test_demo_draws_and_reports(capsys, tmp_path):
     assert pixels.std() > 30
 
 
-def test_demo_takes_any_photograph(capsys, tmp_path):
+def test_demo_takes_any_image(capsys, tmp_path):
     from PIL import Image
 
     path = tmp_path / "tall.png"
@@ -47,7 +47,7 @@ def test_demo_takes_any_photograph(capsys, tmp_path):
     assert "90x40, 45x20, 23x10, 12x5" in out
 
 
-def test_demo_attends_to_similar_colours():
+def test_demo_smooths_the_photograph_along_its_edges():
     scene = demo.make_scene(demo.load_photograph(demo.PHOTOGRAPH))
     outcome = demo.run(scene, "cpu")
     H, W = scene.shapes[0]
@@ -68,7 +68,7 @@ def test_demo_attends_to_similar_colours():
         (["--out", "{folder}/picture.xyz", "--backend", "cpu"], "cannot write the picture"),
     ],
 )
-def test_demo_refuses(capsys, tmp_path, arguments, words):
+def test_demo_refuses_bad_requests(capsys, tmp_path, arguments, words):
     names = {"folder": tmp_path, "text": tmp_path / "text.png", "empty": tmp_path / "empty.jpg"}
     names["text"].write_text("not an image")
     names["empty"].touch()
@@ -109,14 +109,14 @@ def test_info_names_what_is_missing(capsys, monkeypatch):
     assert "kernel cache" in rows
 
 
-def test_check_prints_a_row_a_case(capsys):
+def test_check_prints_a_row_per_case_backend_and_dtype(capsys):
     code, out, _ = run(capsys, "check")
     assert code == 0
     backends = sum(1 for _ in check.backends())
     assert len(out.splitlines()) == 1 + backends * 3 * len(list(check.folder().glob("*.npz")))
 
 
-def test_check_fails_on_a_miss(capsys, monkeypatch, tmp_path):
+def test_check_fails_where_a_gradient_is_wrong(capsys, monkeypatch, tmp_path):
     for path in check.folder().glob("o*.npz"):
         with np.load(path) as case:
             arrays = dict(case)
@@ -125,4 +125,4 @@ def test_check_fails_on_a_miss(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(check, "folder", lambda: tmp_path)
     code, out, _ = run(capsys, "check")
     assert code == 1
-    assert "grad_value  MISSED" in out
+    assert "grad_value  FAILED" in out

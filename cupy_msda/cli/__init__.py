@@ -1,0 +1,1 @@
+"""The commands of ``python -m cupy_msda``, one file each."""
