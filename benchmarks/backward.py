@@ -1,8 +1,10 @@
-"""python -m benchmarks.backward: the ways of the backward on a GPU, beside the baseline's.
+"""python -m benchmarks.backward: the backward on a GPU by its options, and torch-ms-deform-attn.
 
-For every workload and dtype: time with all gradients, deterministic or not, and with only some of them; time where
-all samples fall on one pixel, half of the queries are padded to (0, 0), or all lie outside; memory beside the
-gradients; and whether 50 deterministic runs beside other work on the GPU gave the same bits.
+For every workload and dtype:
+- the time with all gradients, deterministic or not, and with some of the gradients;
+- the time with skewed locations: all samples on one pixel, half of the queries at (0, 0), or all samples outside;
+- the memory in addition to the gradients;
+- whether 50 deterministic runs gave the same bits while the GPU did other work.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from . import cases, implementations
 from .cases import Inputs
 from .provenance import provenance
 from .run import DTYPES
-from .timing import summaries
+from .timing import interleaved
 
-# Which gradients, where not all of them.
-SOME = {
+# Requests for some of the gradients; "samples" are locations and weights.
+PARTIAL_GRADIENTS = {
     "value": Wanted(True, False, False),
     "locations": Wanted(False, True, False),
     "weights": Wanted(False, False, True),
@@ -33,12 +35,13 @@ SOME = {
     "value, weights": Wanted(True, False, True),
     "value, locations": Wanted(True, True, False),
 }
-SKEWS = ("one pixel", "half padded", "outside")
-RUNS = 50
+# Skewed locations, and how a plot calls them.
+SKEWS = {"one pixel": "all on one pixel", "half padded": "half at (0, 0)", "outside": "all outside"}
+DETERMINISTIC_RUNS = 50
 
 
-def ours(inputs: Inputs, *, deterministic: bool, wanted: Wanted = ALL) -> Callable[[], tuple]:
-    """The backward alone, for the gradients that are wanted."""
+def prepare_backward(inputs: Inputs, *, deterministic: bool, wanted: Wanted = ALL) -> Callable[[], tuple]:
+    """A function that runs only the backward, for the wanted gradients."""
     value, shapes, starts, *samples = inputs[:5]
     arguments = Arguments(value, shapes, starts, None, *samples, deterministic=deterministic)
     call = validate.read(arguments, inputs.grad_output, wanted)
@@ -46,7 +49,7 @@ def ours(inputs: Inputs, *, deterministic: bool, wanted: Wanted = ALL) -> Callab
 
 
 def skewed(inputs: Inputs, kind: str) -> Inputs:
-    """The same inputs with other locations."""
+    """The same inputs with the locations of one of :data:`SKEWS`."""
     locations = inputs.sampling_locations.clone()
     if kind == "one pixel":
         locations[:] = 0.4012
@@ -57,8 +60,8 @@ def skewed(inputs: Inputs, kind: str) -> Inputs:
     return inputs._replace(sampling_locations=locations)
 
 
-def memory(call: Callable[[], tuple]) -> dict[str, int]:
-    """Bytes of the gradients, and the most that the call held beside them."""
+def peak_memory(call: Callable[[], tuple]) -> dict[str, int]:
+    """Bytes of the gradients, and the peak memory of the call in addition to them."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -70,12 +73,12 @@ def memory(call: Callable[[], tuple]) -> dict[str, int]:
 
 
 def same_bits(call: Callable[[], tuple]) -> bool:
-    """Whether every run gives the same, on two streams in turn, with products of matrices on a third."""
+    """Whether all runs give the same bits, on two alternating streams with matrix products on a third one."""
     first = call()
     busy, other = torch.cuda.Stream(), torch.cuda.Stream()
     work = torch.randn(2048, 2048, device="cuda")
     torch.cuda.synchronize()
-    for run in range(RUNS):
+    for run in range(DETERMINISTIC_RUNS):
         with torch.cuda.stream(busy):
             torch.mm(work, work)
         with torch.cuda.stream(other if run % 2 else torch.cuda.default_stream()):
@@ -86,48 +89,48 @@ def same_bits(call: Callable[[], tuple]) -> bool:
     return True
 
 
-def measure(workload: cases.Workload, dtype: str, rounds: int) -> dict[str, Any]:
-    """One record."""
+def measure_backward(workload: cases.Workload, dtype: str, repeats: int) -> dict[str, Any]:
+    """The record of one workload and dtype."""
     sets = cases.input_sets(workload, DTYPES[dtype], "cuda")
-    ways = {
-        "default": [ours(inputs, deterministic=False) for inputs in sets],
-        "deterministic": [ours(inputs, deterministic=True) for inputs in sets],
+    calls = {
+        "default": [prepare_backward(inputs, deterministic=False) for inputs in sets],
+        "deterministic": [prepare_backward(inputs, deterministic=True) for inputs in sets],
     }
-    for name, wanted in SOME.items():
-        ways[name] = [ours(inputs, deterministic=False, wanted=wanted) for inputs in sets]
+    for name, wanted in PARTIAL_GRADIENTS.items():
+        calls[name] = [prepare_backward(inputs, deterministic=False, wanted=wanted) for inputs in sets]
     for kind in SKEWS:
         inputs = skewed(sets[0], kind)
-        ways[f"default, {kind}"] = [ours(inputs, deterministic=False)]
-        ways[f"deterministic, {kind}"] = [ours(inputs, deterministic=True)]
+        calls[f"default, {kind}"] = [prepare_backward(inputs, deterministic=False)]
+        calls[f"deterministic, {kind}"] = [prepare_backward(inputs, deterministic=True)]
     baseline = implementations.torch_ms_deform_attn()
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         if baseline.unavailable("cuda") is None:
-            ways["baseline"] = [baseline.prepare_backward(inputs) for inputs in sets]
-        times = summaries(ways, "cuda", stream, rounds)
-    record: dict[str, Any] = {"workload": workload.name, "dtype": dtype, "ways": times}
+            calls["baseline"] = [baseline.prepare_backward(inputs) for inputs in sets]
+        times = interleaved(calls, "cuda", stream, repeats)
+    record: dict[str, Any] = {"workload": workload.name, "dtype": dtype, "times": times}
     record["memory"] = {
-        name: memory(ways[name][0]) for name in ("default", "deterministic", "baseline") if name in ways
+        name: peak_memory(calls[name][0]) for name in ("default", "deterministic", "baseline") if name in calls
     }
-    record["same_bits"] = same_bits(ways["deterministic"][0])
+    record["same_bits"] = same_bits(calls["deterministic"][0])
     return record
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.backward", description=__doc__)
-    parser.add_argument("--workloads", nargs="+", help="names out of workloads.json; default: all")
+    parser.add_argument("--workloads", nargs="+", help="names from workloads.json; default: all")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="samples per time")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     workloads = cases.load(cases.WORKLOADS)
-    result: dict[str, Any] = {"provenance": provenance("cuda"), "runs": RUNS, "records": []}
+    result: dict[str, Any] = {"provenance": provenance("cuda"), "runs": DETERMINISTIC_RUNS, "records": []}
     for name in options.workloads or workloads:
         for dtype in options.dtypes:
-            record = measure(workloads[name], dtype, options.rounds)
+            record = measure_backward(workloads[name], dtype, options.repeats)
             result["records"].append(record)
-            times = {way: round(found["median_us"], 1) for way, found in record["ways"].items()}
+            times = {name: round(found["median_us"], 1) for name, found in record["times"].items()}
             print(name, dtype, times, "same bits" if record["same_bits"] else "NOT THE SAME BITS", flush=True)
             if options.out:
                 options.out.write_text(json.dumps(result, indent=1) + "\n")

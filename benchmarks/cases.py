@@ -1,4 +1,4 @@
-"""Workloads: a JSON file of sizes in, inputs as torch tensors out."""
+"""Workloads: sizes from a JSON file, and inputs of these sizes as torch tensors."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Inputs(NamedTuple):
     grad_output: Tensor
 
 
-class FrontInputs(NamedTuple):
-    """One set of arguments of the operator with its front end, offsets in pixels."""
+class FusedInputs(NamedTuple):
+    """One set of arguments of the fused operator, offsets in pixels."""
 
     value: Tensor
     spatial_shapes: Tensor
@@ -66,36 +66,36 @@ class FrontInputs(NamedTuple):
     grad_output: Tensor
 
 
-AnyInputs = TypeVar("AnyInputs", Inputs, FrontInputs)
+AnyInputs = TypeVar("AnyInputs", Inputs, FusedInputs)
 
 
 def load(path: Path = WORKLOADS) -> dict[str, Workload]:
-    """The workloads of a file of the form of ``workloads.json``."""
-    found = {}
+    """The workloads of a file in the form of ``workloads.json``."""
+    workloads = {}
     for name, fields in json.loads(Path(path).read_text())["workloads"].items():
         levels = tuple(tuple(level) for level in fields.pop("levels"))
-        found[name] = Workload(name=name, levels=levels, **fields)
-    return found
+        workloads[name] = Workload(name=name, levels=levels, **fields)
+    return workloads
 
 
-# Images a call on the CPU, where that is not one.
-_ON_CPU = {"rtdetr_640": 2}
+# Images per call on the CPU; one where a workload is not listed.
+_CPU_IMAGES = {"rtdetr_640": 2}
 
 
 def on_cpu(workload: Workload) -> Workload:
-    """The same workload with the N that the CPU is measured at."""
-    return replace(workload, N=_ON_CPU.get(workload.name, 1))
+    """The same workload with the number of images that is measured on a CPU."""
+    return replace(workload, N=_CPU_IMAGES.get(workload.name, 1))
 
 
 def make_inputs(workload: Workload, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-    """Inputs drawn as the workload file describes, all in `dtype`."""
+    """Random inputs as the workload file describes them, all in `dtype`."""
     draw = _Draw(device, seed)
     N, Q, M, P, L = workload.N, workload.Q, workload.M, workload.P, len(workload.levels)
     shapes = torch.tensor(workload.levels, device=device)
     if workload.sampling == "uniform":
         locations = draw.uniform(N, Q, M, L, P, 2)
     else:
-        reference = _references(workload, draw)
+        reference = _reference_points(workload, draw)
         locations = reference[..., None, None, None, :] + _offsets(workload, draw) / shapes.flip(-1)[:, None, :]
     weights = draw.normal(N, Q, M, L * P).softmax(-1).view(N, Q, M, L, P)
     value, grad_output = draw.normal(N, workload.S, M, workload.D), draw.normal(N, Q, M * workload.D)
@@ -103,10 +103,10 @@ def make_inputs(workload: Workload, dtype: torch.dtype, device: str, seed: int =
     return Inputs(value.to(dtype), shapes, _starts(shapes), *samples, grad_output.to(dtype))
 
 
-def make_front_inputs(
+def make_fused_inputs(
     workload: Workload, dtype: torch.dtype, device: str, seed: int = 0, *, boxes: bool = False
-) -> FrontInputs:
-    """The samples of `make_inputs`, all in `dtype`, as they come out of a model's projections."""
+) -> FusedInputs:
+    """Samples like those of `make_inputs` as a model's projections give them: offsets and logits, all in `dtype`."""
     draw = _Draw(device, seed)
     N, Q, M, P, L = workload.N, workload.Q, workload.M, workload.P, len(workload.levels)
     shapes = torch.tensor(workload.levels, device=device)
@@ -114,7 +114,7 @@ def make_front_inputs(
         references, offsets = draw.uniform(N, Q, 2), draw.uniform(N, Q, M, L, P, 2) - 0.5
         offsets = offsets * shapes.flip(-1)[:, None, :]
     else:
-        references, offsets = _references(workload, draw).expand(N, Q, 2), _offsets(workload, draw)
+        references, offsets = _reference_points(workload, draw).expand(N, Q, 2), _offsets(workload, draw)
     references = references[:, :, None].expand(N, Q, L, 2)
     if boxes:
         sizes = (0.05 + 0.2 * draw.uniform(N, Q, 1, 2)).expand(N, Q, L, 2)
@@ -122,11 +122,11 @@ def make_front_inputs(
     logits = draw.normal(N, Q, M, L, P)
     value, grad_output = draw.normal(N, workload.S, M, workload.D), draw.normal(N, Q, M * workload.D)
     samples = references.to(dtype).contiguous(), offsets.to(dtype), logits.to(dtype)
-    return FrontInputs(value.to(dtype), shapes, _starts(shapes), *samples, grad_output.to(dtype))
+    return FusedInputs(value.to(dtype), shapes, _starts(shapes), *samples, grad_output.to(dtype))
 
 
 class _Draw:
-    """Random numbers of a seed, on a device."""
+    """Random numbers on a device, from a seed."""
 
     def __init__(self, device: str, seed: int) -> None:
         self.device = device
@@ -139,14 +139,14 @@ class _Draw:
         return torch.rand(shape, generator=self._generator, device=self.device)
 
 
-def _references(workload: Workload, draw: _Draw) -> Tensor:
+def _reference_points(workload: Workload, draw: _Draw) -> Tensor:
     if workload.queries is None:
         return pixel_centres(workload.levels, draw.device)
     return draw.uniform(workload.N, workload.Q, 2)
 
 
 def _offsets(workload: Workload, draw: _Draw) -> Tensor:
-    """Of local sampling, in pixels."""
+    """Offsets of local sampling in pixels."""
     N, Q, M, P, L = workload.N, workload.Q, workload.M, workload.P, len(workload.levels)
     angle = torch.arange(M, device=draw.device) * (2 * math.pi / M)
     direction = torch.stack((angle.cos(), angle.sin()), -1)
@@ -161,22 +161,22 @@ def _starts(shapes: Tensor) -> Tensor:
     return sizes.cumsum(0) - sizes
 
 
-# Inputs that the calls of one timing take turns at come to this many bytes, more than any L2 cache holds.
-CACHE_FLUSH_BYTES = 256 << 20
+# Successive calls of a timing use different inputs, in all more bytes than any L2 cache holds.
+INPUT_SET_BYTES = 256 << 20
 
 
 def input_sets(
     workload: Workload, dtype: torch.dtype, device: str, make: Callable[..., AnyInputs] = make_inputs
 ) -> list[AnyInputs]:
-    """Inputs with seeds 0, 1, ...: as many as keep the L2 cache cold on a GPU, six at most, and one on a CPU."""
+    """Inputs with seeds 0, 1, ...: on a GPU up to six, enough to keep the L2 cache cold; on a CPU one."""
     first = make(workload, dtype, device)
     size = sum(t.numel() * t.element_size() for t in first)
-    count = 1 if device == "cpu" else max(1, min(6, -(-CACHE_FLUSH_BYTES // size)))
+    count = 1 if device == "cpu" else max(1, min(6, -(-INPUT_SET_BYTES // size)))
     return [first] + [make(workload, dtype, device, seed) for seed in range(1, count)]
 
 
 def pixel_centres(levels: Iterable[Sequence[int]], device: str | torch.device) -> Tensor:
-    """Normalised (x, y) of the pixels [1, S, 2] of levels of (H, W), in their order."""
+    """Normalised centres (x, y) of all pixels [1, S, 2], level by level; `levels` are (H, W)."""
     centres = []
     for h, w in levels:
         y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")

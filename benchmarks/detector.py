@@ -1,7 +1,7 @@
-"""python -m benchmarks.detector: a small detector trains with our operator and with the grid_sample composition.
+"""python -m benchmarks.detector: trains a small detector with this operator and with the grid_sample composition.
 
-Images with three coloured boxes; a convolutional pyramid, one encoder layer and two decoder layers of MSDeformAttn.
-Both runs start from the same weights and see the same images, so their loss curves should agree up to rounding.
+The images show three coloured boxes. The model is a convolutional pyramid with one encoder layer and two decoder layers
+of MSDeformAttn. Both runs start from the same weights and see the same images, so their losses agree up to rounding.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def synthetic_batch(generator: torch.Generator, N: int) -> tuple[Tensor, Tensor,
 
 
 class Detector(nn.Module):
-    """Predicts `queries` boxes [N, queries, 4] and logits of their colours, the last of "nothing"."""
+    """Predicts `queries` boxes [N, queries, 4] and logits of their colours; the last logit means "no object"."""
 
     def __init__(self, C: int = 64, M: int = 4, P: int = 4, queries: int = 12) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Detector(nn.Module):
 
 
 def detection_loss(boxes: Tensor, logits: Tensor, true_boxes: Tensor, colours: Tensor) -> Tensor:
-    """L1 of the boxes and cross entropy of the colours under the cheapest assignment of objects to queries."""
+    """L1 loss of boxes plus cross entropy of colours, for the cheapest assignment of objects to queries."""
     distance = torch.cdist(boxes, true_boxes, p=1)  # [N, queries, objects]
     likelihood = logits.softmax(-1).gather(2, colours[:, None].expand(-1, boxes.shape[1], -1))
     cost = (5 * distance - likelihood).detach()
@@ -104,7 +104,7 @@ def _assignments(queries: int, device: torch.device) -> Tensor:
 def train(
     name: str, steps: int, device: str, amp: torch.dtype | None = None, N: int = 8, seed: int = 0
 ) -> dict[str, Any]:
-    """Losses of each step with the operator called `name` in :data:`CURVES`, under autocast to `amp` if given."""
+    """The loss of each step with the operator that :data:`CURVES` calls `name`, under autocast to `amp` if given."""
     torch.manual_seed(seed)
     model = Detector().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
@@ -132,8 +132,8 @@ def smoothed(losses: list[float], window: int = 25) -> list[float]:
     return [sum(losses[i : i + window]) / window for i in range(0, len(losses) - window + 1, window)]
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Loss curves, one panel a precision."""
+def plot_losses(result: dict[str, Any], path: Path) -> None:
+    """Loss curves, one panel per precision."""
     from matplotlib.figure import Figure
 
     precisions = list(dict.fromkeys(record["amp"] for record in result["records"]))

@@ -1,4 +1,4 @@
-"""Times that no implementation can beat on a device, from counted bytes and measured rates."""
+"""Lower bounds of the time on a device, from counted bytes and measured rates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ L1_BYTES_PER_CLOCK = 128
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second of a large device-to-device copy, read plus written."""
+    """Bytes per second of a large device-to-device copy, read plus written."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     times = []
@@ -28,12 +28,12 @@ def copy_bandwidth() -> float:
 
 
 def floors(workload: Workload, itemsize: int, bandwidth: float, device: dict[str, Any]) -> dict[str, float]:
-    """Microseconds of the forward and backward by compulsory HBM traffic, and of the forward by rows through L1.
+    """Bounds in microseconds: HBM traffic for forward and backward, L1 traffic for the forward.
 
-    Compulsory: every input read once and every output written once; of value, the rows that samples can be expected to
-    reach when they spread evenly over their level, which leaves few queries fewer rows than there are.
-    L1: the bytes of four rows a sample, 128 a clock and multiprocessor. (Two rows of 64 bytes come in one clock if they
-    lie in different halves of their lines.)
+    HBM: every input is read once and every output is written once. Of value, only the vectors count that samples are
+    expected to reach when they spread evenly over their level.
+    L1: four value vectors per sample, 128 bytes per clock and multiprocessor. Two vectors of 64 bytes take one clock if
+    they lie in different halves of their cache lines.
     """
     channels = workload.M * workload.D * itemsize
     pixels = [h * w for h, w in workload.levels]

@@ -1,6 +1,7 @@
-"""What is compared. An adapter is any object with the members of :class:`Implementation`.
+"""The implementations that are compared.
 
-``--adapter FILE.py`` adds another one: the file defines ``IMPLEMENTATIONS``, a list of such objects.
+``--adapter FILE.py`` adds others: the file defines ``IMPLEMENTATIONS``, a list of objects with the members of
+:class:`Implementation`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 import cupy_msda
-from cupy_msda.torch.reference import grid_sample_composition
+from cupy_msda.torch.reference import grid_sample_attention
 
 from .cases import Inputs
 
@@ -22,18 +23,18 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Implementation(Protocol):
-    """`name` labels the rows. Everything runs on torch's current stream and returns torch tensors."""
+    """`name` labels the records. Everything runs on torch's current stream and returns torch tensors."""
 
     name: str
 
     def unavailable(self, device: str) -> str | None:
-        """Why it cannot run here, or None."""
+        """The reason why it cannot run here, or None."""
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """The output [N, Q, M*D], recording no gradient."""
+        """The output [N, Q, M*D], without recording a gradient."""
 
     def prepare_backward(self, inputs: Inputs) -> Callable[[], Gradients]:
-        """A function that does the backward alone: gradients of value, locations and weights."""
+        """A function that runs only the backward: gradients of value, locations and weights."""
 
 
 class CupyMsda:
@@ -50,7 +51,7 @@ class CupyMsda:
 
 
 class Autograd:
-    """An implementation that is one differentiable function of (value, shapes, starts, locations, weights)."""
+    """A differentiable function of (value, shapes, starts, locations, weights)."""
 
     def __init__(self, name: str, function: Callable[..., Tensor] | None, reason: str | None = None) -> None:
         self.name, self.function, self.reason = name, function, reason
@@ -70,11 +71,11 @@ class Autograd:
 
 
 class GridSample(Autograd):
-    """The composition takes the shapes as Python numbers; they are read once, outside the timing."""
+    """A composition that takes the shapes as Python numbers. They are read once, outside the timing."""
 
     def __init__(self, name: str, function: Callable[..., Tensor]) -> None:
         super().__init__(name, None)
-        # By identity; the tensor is kept, so that its id is not given to another.
+        # By id; the tensor is kept so that no other tensor gets its id.
         self.shapes: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
 
         def call(value: Tensor, shapes: Tensor, _starts: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class GridSample(Autograd):
 
 
 def torch_ms_deform_attn() -> Autograd:
-    """The PyPI package, where it is installed."""
+    """The PyPI package torch-ms-deform-attn, if it is installed."""
     name = "torch-ms-deform-attn"
     if importlib.util.find_spec("torch_ms_deform_attn") is None:
         return Autograd(name, None, "torch_ms_deform_attn is not installed")
@@ -106,10 +107,10 @@ def load_adapter(path: str) -> list[Implementation]:
 
 
 def known() -> list[Implementation]:
-    """Every implementation that the benchmark knows of."""
+    """All implementations without adapters."""
     return [
         CupyMsda(),
         torch_ms_deform_attn(),
-        GridSample("grid_sample", grid_sample_composition),
-        GridSample("grid_sample compiled", torch.compile(grid_sample_composition)),
+        GridSample("grid_sample", grid_sample_attention),
+        GridSample("grid_sample compiled", torch.compile(grid_sample_attention)),
     ]

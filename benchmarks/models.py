@@ -1,8 +1,8 @@
-"""python -m benchmarks.models: detectors of transformers from end to end, as they are and served by this operator.
+"""python -m benchmarks.models: whole detectors of transformers, original and patched to use this operator.
 
-Random weights, images of the size that each model is used at, float32 (TF32 where the GPU has it) and bfloat16
-autocast, eager and compiled. Writes images a second, the GPU's time of a call, peak memory and the share of the time
-spent in the operator; and how far outputs and the gradients of all parameters are from those of the model as it is.
+Random weights, images of each model's usual size, float32 (with TF32 if the GPU has it) and bfloat16 autocast, eager
+and compiled. Writes images per second, GPU time per call, peak memory and the operator's share of the time; and the
+differences of outputs and of the gradients of all parameters from those of the original model.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from cupy_msda.torch import transformers as serve
+from cupy_msda.torch import transformers as integration
 from cupy_msda.torch.integrations.patch import Patch
 
 from .provenance import provenance
 from .timing import summary
 
 MODES = ("eager", "gradients", "compiled")
-WARM_CALLS = 3
-RANGE = "multi-scale deformable attention"
+WARM_UP_CALLS = 3
+OPERATOR_RANGE = "multi-scale deformable attention"
 
 
 class Detector(NamedTuple):
-    """A model, the folder of transformers that it is from, and how it is used."""
+    """A model, its folder in transformers, and the images of one call."""
 
     family: str
     make: Callable[[], nn.Module]
@@ -58,42 +58,42 @@ DETECTORS = {
 
 
 @contextlib.contextmanager
-def marked(family: str, model: nn.Module) -> Iterator[None]:
-    """While this lasts, the operator of `model`, whoever computes it, is a range of the profiler."""
+def operator_as_profiler_range(family: str, model: nn.Module) -> Iterator[None]:
+    """Make the operator of `model`, original or patched, a range of the profiler within the context."""
     modeling = sys.modules[f"transformers.models.{family}.modeling_{family}"]
 
-    def mark(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def in_range(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(function)
-        def in_range(*arguments: Any, **options: Any) -> Tensor:
-            with torch.profiler.record_function(RANGE):
+        def call(*arguments: Any, **options: Any) -> Tensor:
+            with torch.profiler.record_function(OPERATOR_RANGE):
                 return function(*arguments, **options)
 
-        return in_range
+        return call
 
     with Patch() as patch:
         if hasattr(modeling, "MultiScaleDeformableAttention"):
             layer = modeling.MultiScaleDeformableAttention
-            patch.replace(layer, "forward", mark(layer.forward))
+            patch.replace(layer, "forward", in_range(layer.forward))
         for name in ("multi_scale_deformable_attention", "multi_scale_deformable_attention_v2"):
             if hasattr(modeling, name):
-                patch.replace(modeling, name, mark(getattr(modeling, name)))
+                patch.replace(modeling, name, in_range(getattr(modeling, name)))
         for layer in model.modules():
             if hasattr(layer, "ms_deformable_attn_core"):
-                patch.replace(layer, "ms_deformable_attn_core", mark(layer.ms_deformable_attn_core))
+                patch.replace(layer, "ms_deformable_attn_core", in_range(layer.ms_deformable_attn_core))
         yield
 
 
-def times_of(call: Callable[[], Any], device: str) -> dict[str, float]:
-    """Microseconds of `call` by name: of the GPU, "all" those of every kernel, or of the CPU."""
+def profile(call: Callable[[], Any], device: str) -> dict[str, float]:
+    """Microseconds on the device by the profiler's names; "all" is the whole call, on a GPU the sum of its kernels."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities) as profiler:
         with torch.profiler.record_function("all"):
             call()
         if device == "cuda":
             torch.cuda.synchronize()
-    events = profile.key_averages()
+    events = profiler.key_averages()
     if device == "cpu":
         return {event.key: event.cpu_time_total for event in events}
     kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
@@ -101,27 +101,27 @@ def times_of(call: Callable[[], Any], device: str) -> dict[str, float]:
     return times | {"all": sum(kernel.self_device_time_total for kernel in kernels)}
 
 
-def share(times: Mapping[str, float]) -> float:
-    """Part of the time that passes in the operator."""
-    # The profiler gives no range what CuPy launches: our kernels go by their names.
-    ours = sum(time for key, time in times.items() if key.startswith("msda_"))
-    return (times.get(RANGE, 0.0) + ours) / times["all"]
+def operator_share(times: Mapping[str, float]) -> float:
+    """The operator's part of the time."""
+    # The profiler assigns kernels that CuPy launches to no range, so this project's kernels are found by name.
+    by_name = sum(time for key, time in times.items() if key.startswith("msda_"))
+    return (times.get(OPERATOR_RANGE, 0.0) + by_name) / times["all"]
 
 
 class Subject:
-    """A model on its device, as it is or served; `setting` is what its calls run in."""
+    """A model on its device, original or patched. Its calls run inside the context `setting`."""
 
-    def __init__(self, detector: Detector, dtype: str, served: bool, device: str) -> None:
+    def __init__(self, detector: Detector, dtype: str, patched: bool, device: str) -> None:
         torch.manual_seed(0)
-        self.detector, self.dtype, self.served, self.device = detector, dtype, served, device
+        self.detector, self.dtype, self.patched, self.device = detector, dtype, patched, device
         self.model = self.called = detector.make().to(device).eval()
         self.images = torch.randn(detector.N, 3, *detector.size, device=device)
 
     @contextlib.contextmanager
     def setting(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            if self.served:
-                stack.enter_context(serve.patch(self.detector.family))
+            if self.patched:
+                stack.enter_context(integration.patch(self.detector.family))
             if self.dtype == "bfloat16":
                 stack.enter_context(torch.autocast(self.device, torch.bfloat16))
             yield
@@ -131,6 +131,7 @@ class Subject:
         return [t for t in found if torch.is_tensor(t) and t.is_floating_point()]
 
     def seconds(self) -> float:
+        """Wall-clock seconds of one call."""
         begin = time.perf_counter()
         self.outputs()
         if self.device == "cuda":
@@ -138,33 +139,32 @@ class Subject:
         return time.perf_counter() - begin
 
 
-def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """The largest ||a - b|| / ||b|| of pairs of tensors, but for those whose norm is infinite or zero.
+def largest_difference(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """The largest ||a - b|| / ||b|| of pairs of tensors. Pairs with an infinite or zero norm do not count.
 
-    D-FINE marks anchors outside the image by the largest number that there is.
+    D-FINE marks anchors outside the image by the largest finite number, whose norm is infinite.
     """
-    pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
+    pairs = [(a.double(), b.double()) for a, b in zip(tensors, others, strict=True)]
     return max(float((a - b).norm() / b.norm()) for a, b in pairs if 0 < b.norm() < float("inf"))
 
 
 @torch.no_grad()
-def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds: int) -> list[dict[str, Any]]:
-    """Two records: of the model as it is, and served.
+def measure_model(detector: Detector, dtype: str, compiled: bool, device: str, repeats: int) -> list[dict[str, Any]]:
+    """Two records: of the original model and of the patched one.
 
-    Eager models are timed in turn, because their time is the host's and drifts; compiled ones one after the other,
-    because torch's compiler keeps code by class: a served model would run what was compiled for the other. Where the
-    host is the limit such times do not compare (Mask2Former in bfloat16, the same code in one process: 27 to 43 ms a
-    call); the GPU's time does.
+    Samples of eager models alternate, because the host limits them and its speed drifts. Compiled models are timed one
+    after the other, because torch's compiler caches code by class: the patched model would run the original's code.
+    Where the host is the limit, only the GPU time compares: the wall-clock time of the same code varies by half.
     """
     subjects, records, exact = [], [], []
-    for served in (False, True):
+    for patched in (False, True):
         held = torch.cuda.memory_allocated() if device == "cuda" else 0
-        subject = Subject(detector, dtype, served, device)
-        record: dict[str, Any] = {"served": served}
+        subject = Subject(detector, dtype, patched, device)
+        record: dict[str, Any] = {"patched": patched}
         with subject.setting():
             if compiled:
                 subject.called = torch.compile(subject.model)
-            for _ in range(WARM_CALLS if device == "cuda" else 1):
+            for _ in range(WARM_UP_CALLS if device == "cuda" else 1):
                 outputs = subject.outputs()
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -173,16 +173,16 @@ def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds:
                 torch.cuda.synchronize()
                 record["peak_bytes"] = torch.cuda.max_memory_allocated() - held
             if compiled:
-                record["time"] = summary([subject.seconds() for _ in range(rounds)])
-            with contextlib.nullcontext() if compiled else marked(detector.family, subject.model):
-                times = times_of(subject.outputs, device)
+                record["time"] = summary([subject.seconds() for _ in range(repeats)])
+            with contextlib.nullcontext() if compiled else operator_as_profiler_range(detector.family, subject.model):
+                times = profile(subject.outputs, device)
             if device == "cuda":
                 record["gpu_us"] = times["all"]
-            # What is compiled has no range around the operator, but our kernels have names.
-            if not compiled or (served and device == "cuda"):
-                record["share_of_operator"] = share(times)
-        if served:
-            record["largest_difference"] = difference(outputs, exact)
+            # Compiled code has no range around the operator; this project's kernels are found by name.
+            if not compiled or (patched and device == "cuda"):
+                record["share_of_operator"] = operator_share(times)
+        if patched:
+            record["largest_difference"] = largest_difference(outputs, exact)
         exact = outputs
         subjects.append(subject)
         records.append(record)
@@ -191,7 +191,7 @@ def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds:
     if not compiled:
         samples: list[list[float]] = [[], []]
         pairs = list(zip(subjects, samples, strict=True))
-        for turn in range(rounds):
+        for turn in range(repeats):
             for subject, found in pairs if turn % 2 else reversed(pairs):
                 with subject.setting():
                     found.append(subject.seconds())
@@ -203,27 +203,27 @@ def measure(detector: Detector, dtype: str, compiled: bool, device: str, rounds:
 
 
 def compare_gradients(detector: Detector, device: str) -> dict[str, Any]:
-    """How far the gradients of all parameters in float32 are from those of the model as it is in float64.
+    """Errors of the float32 gradients of all parameters, of the original and the patched model.
 
-    Served and as it is. Products of matrices in float32, not TF32: its rounding would be all that one sees.
+    The reference is the original model in float64. Matrix products are float32: the error of TF32 would hide all else.
     """
     exact, exact_outputs = _gradients(detector, torch.float64, False, device)
     record: dict[str, Any] = {"parameters": len(exact)}
     every = torch.cat([grad.flatten() for grad in exact.values()])
-    for served in (False, True):
-        grads, outputs = _gradients(detector, torch.float32, served, device)
-        name = "served" if served else "as_it_is"
-        record[f"output_error_{name}"] = difference(outputs, exact_outputs)
-        record[f"gradient_error_{name}"] = difference([torch.cat([grads[n].flatten() for n in exact])], [every])
+    for patched in (False, True):
+        grads, outputs = _gradients(detector, torch.float32, patched, device)
+        name = "patched" if patched else "original"
+        record[f"output_error_{name}"] = largest_difference(outputs, exact_outputs)
+        record[f"gradient_error_{name}"] = largest_difference([torch.cat([grads[n].flatten() for n in exact])], [every])
     return record
 
 
 def _gradients(
-    detector: Detector, dtype: torch.dtype, served: bool, device: str
+    detector: Detector, dtype: torch.dtype, patched: bool, device: str
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Those of every parameter, and the outputs, of one call."""
-    subject = Subject(detector, "float32", served, device)
-    _condition(subject.model)
+    """The gradients of all parameters by name, and the outputs, of one call."""
+    subject = Subject(detector, "float32", patched, device)
+    _make_gradients_robust(subject.model)
     subject.model.to(dtype)
     subject.images = subject.images.to(dtype)
     with subject.setting(), _float32_products():
@@ -235,11 +235,11 @@ def _gradients(
 
 
 @torch.no_grad()
-def _condition(model: nn.Module) -> None:
-    """Parameters at which rounding does not decide the gradients.
+def _make_gradients_robust(model: nn.Module) -> None:
+    """Change parameters so that rounding errors do not decide the gradients.
 
-    Untrained offsets are whole pixels, so that every sample of an encoder lies on a centre, where rounding picks the
-    slope: they are moved. Small convolutions make the activations of a deep backbone vanish: they get He's weights.
+    Untrained offsets are whole pixels: every sample of an encoder lies on a pixel centre, where rounding picks the
+    one-sided derivative. The offsets are moved. Convolutions get He's weights, with smaller ones activations vanish.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("sampling_offsets.bias"):
@@ -266,11 +266,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("H", "W"), help="other images than the model's usual ones"
+        "--size", nargs=2, type=int, metavar=("H", "W"), help="another image size than the model's usual one"
     )
-    parser.add_argument("--batch", type=int, help="another number of images")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="folder for a JSON file a model, models_NAME.json")
+    parser.add_argument("--batch", type=int, help="another number of images per call")
+    parser.add_argument("--repeats", type=int, default=20, help="samples per time")
+    parser.add_argument("--out", type=Path, help="folder for models_NAME.json, one file per model")
     options = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -279,8 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
         detector = DETECTORS[name]
         detector = detector._replace(size=tuple(options.size or detector.size), N=options.batch or detector.N)
         result: dict[str, Any] = {"provenance": provenance(options.device), "records": []}
-        for about, found in _records(detector, options):
-            record = {"model": name, **about, "size": detector.size, "N": detector.N, **found}
+        for settings, measured in _records(detector, options):
+            record = {"model": name, **settings, "size": detector.size, "N": detector.N, **measured}
             failed = failed or "failed" in record
             result["records"].append(record)
             print(json.dumps(record), flush=True)
@@ -291,18 +291,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _records(detector: Detector, options: argparse.Namespace) -> Iterator[tuple[dict, dict]]:
-    """What each record is about, and what was found or went wrong."""
+    """The settings of each record, and its measurements or its error."""
     for mode in options.modes:
         for dtype in options.dtypes if mode != "gradients" else ["float32"]:
-            about = {"dtype": dtype, "mode": mode}
+            settings = {"dtype": dtype, "mode": mode}
             try:
                 if mode == "gradients":
-                    yield about, compare_gradients(detector, options.device)
+                    yield settings, compare_gradients(detector, options.device)
                     continue
-                for record in measure(detector, dtype, mode == "compiled", options.device, options.rounds):
-                    yield about, record
+                for record in measure_model(detector, dtype, mode == "compiled", options.device, options.repeats):
+                    yield settings, record
             except (RuntimeError, TypeError, ValueError) as error:
-                yield about, {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+                yield settings, {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
             torch.compiler.reset()
 
 

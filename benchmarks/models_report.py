@@ -1,4 +1,4 @@
-"""The README's table and the plot of whole models, from what ``benchmarks.models`` recorded."""
+"""The README's table and plot of whole models, from the records of ``benchmarks.models``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+# Keys of records from before 28 November 2026, and those of today.
+OLD_KEYS = {
+    "served": "patched",
+    "gradient_error_served": "gradient_error_patched",
+    "gradient_error_as_it_is": "gradient_error_original",
+}
+MODELS = {False: "original", True: "patched"}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    result = json.loads(path.read_text())
+    result["records"] = [{OLD_KEYS.get(key, key): item for key, item in r.items()} for r in result["records"]]
+    return result
 
 
 def _row(record: Record) -> tuple[str, str, str]:
@@ -15,9 +28,9 @@ def _row(record: Record) -> tuple[str, str, str]:
 
 
 def newest(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
-    """The newest records of each model, dtype and mode, in the results that they are from, oldest first."""
+    """The newest records of each model, dtype and mode, by the result that holds them, oldest first."""
     results = sorted(
-        ((path, json.loads(path.read_text())) for path in paths),
+        ((path, _load(path)) for path in paths),
         key=lambda pair: (pair[1]["provenance"]["date"], pair[0].name),
     )
     found = {_row(record): path for path, result in results for record in result["records"]}
@@ -26,11 +39,11 @@ def newest(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
 
 
 def by_row(results: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], dict[bool, Record]]:
-    """Records by (model, dtype, mode), and whether they are served by this operator; only what was measured twice."""
+    """Records by (model, dtype, mode) and whether the model is patched; only where both were measured."""
     rows: dict[tuple[str, str, str], dict[bool, Record]] = {}
     for record in (record for result in results for record in result["records"]):
         if "images_per_second" in record:
-            rows.setdefault(_row(record), {})[record["served"]] = record
+            rows.setdefault(_row(record), {})[record["patched"]] = record
     # A model's rows may come from several files.
     order = sorted(rows, key=lambda row: (row[0], row[1] != "float32", row[2] != "eager"))
     return {row: rows[row] for row in order if len(rows[row]) == 2}
@@ -42,71 +55,71 @@ def host_bound(record: Record) -> bool:
 
 
 def _rate(record: Record) -> str:
-    """Images a second, in italics where they say more about the host than about the GPU."""
+    """Images per second, in italics where the host is the limit."""
     rate = f"{record['images_per_second']:.1f}"
     return f"*{rate}*" if host_bound(record) else rate
 
 
-def table(results: Collection[dict[str, Any]], recorded: str) -> str:
-    """Markdown: images a second, the GPU's time, memory and the operator's share, as the model is and served."""
-    heads = ["images", "images / s", "served", "GPU, ms a call", "served", "peak MiB", "served"]
-    heads += ["operator's share of the GPU's time", "served"]
+def models_table(results: Collection[dict[str, Any]], recorded: str) -> str:
+    """Markdown: images per second, GPU time, memory and the operator's share, of original and patched models."""
+    columns = ("images / s", "GPU, ms per call", "peak MiB", "operator's share of the GPU time")
+    heads = ["images", *(f"{column}, {model}" for column in columns for model in MODELS.values())]
     lines = [f"| model | {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 1)}"]
     rows = by_row(results)
     for (model, dtype, mode), pair in rows.items():
         H, W = pair[False]["size"]
         cells = [f"{pair[False]['N']} of {H}x{W}"]
-        cells += [_rate(pair[served]) for served in (False, True)]
-        cells += [f"{t / 1e3:.1f}" if (t := pair[served].get("gpu_us")) else "" for served in (False, True)]
-        cells += [f"{pair[served]['peak_bytes'] / 2**20:.0f}" for served in (False, True)]
-        shares = (pair[served].get("share_of_operator") for served in (False, True))
+        cells += [_rate(pair[patched]) for patched in MODELS]
+        cells += [f"{t / 1e3:.1f}" if (t := pair[patched].get("gpu_us")) else "" for patched in MODELS]
+        cells += [f"{pair[patched]['peak_bytes'] / 2**20:.0f}" for patched in MODELS]
+        shares = (pair[patched].get("share_of_operator") for patched in MODELS)
         cells += ["" if share is None else f"{100 * share:.1f} %" for share in shares]
         lines.append(f"| {model}, {dtype}, {mode} | {' | '.join(cells)} |")
-    apart = [pair[True]["largest_difference"] for (_, *way), pair in rows.items() if way == ["float32", "eager"]]
+    differences = [pair[True]["largest_difference"] for row, pair in rows.items() if row[1:] == ("float32", "eager")]
     compared = [r for result in results for r in result["records"] if r["mode"] == "gradients" and "failed" not in r]
-    with_grads = ""
+    gradients = ""
     if compared:
-        served, as_it_is = (max(r[f"gradient_error_{way}"] for r in compared) for way in ("served", "as_it_is"))
-        with_grads = (
-            f"With float32 products the gradients of all parameters are at most {served:.0e} of their norm off those "
-            f"in float64, and {as_it_is:.0e} as the models are. "
+        original, patched = (max(r[f"gradient_error_{model}"] for r in compared) for model in MODELS.values())
+        gradients = (
+            "With float32 products, the gradients of all parameters differ from those in float64 by at most "
+            f"{patched:.0e} of their norm in patched models and by {original:.0e} in original ones. "
         )
     lines += [
         "",
-        "Models of transformers with random weights, as they are and inside `cupy_msda.torch.transformers.patch()`; "
-        "float32 is TF32 in matrix products. In eager float32 no output differs by more than "
-        f"{max(apart):.0e} of its norm. {with_grads}In italics: the GPU waits for the host for more than a third "
-        "of a call, and the host's time for the same code varied twofold within minutes; compare the GPU's time there. "
+        "Models of transformers with random weights, original and inside `cupy_msda.torch.transformers.patch()`. "
+        f"Matrix products in float32 use TF32. In eager float32 no output differs by more than {max(differences):.0e} "
+        f"of its norm. {gradients}In italics: the GPU waits for the host during more than a third of a call. The "
+        "host's time for the same code varied twofold within minutes, so compare the GPU time there. "
         f"{recorded}",
     ]
     return "\n".join(lines)
 
 
-def plot(results: Iterable[dict[str, Any]], path: Path) -> None:
-    """Images a second, the GPU's time, peak memory and the operator's share, as the models are and served."""
+def plot_models(results: Iterable[dict[str, Any]], path: Path) -> None:
+    """Images per second, GPU time, peak memory and the operator's share, of original and patched models."""
     from matplotlib.figure import Figure
 
     rows = by_row(results)
     labels = [f"{model}\n{dtype}, {mode}" for model, dtype, mode in rows]
     figure = Figure(figsize=(16, 0.5 * len(rows) + 1), layout="constrained")
     panels = (
-        ("images a second", lambda r: r["images_per_second"]),
-        ("GPU, ms a call", lambda r: r.get("gpu_us", float("nan")) / 1e3),
+        ("images per second", lambda r: r["images_per_second"]),
+        ("GPU, ms per call", lambda r: r.get("gpu_us", float("nan")) / 1e3),
         ("peak memory, GiB", lambda r: r["peak_bytes"] / 2**30),
-        ("operator's share of the GPU's time, %", lambda r: 100 * r.get("share_of_operator", float("nan"))),
+        ("operator's share of the GPU time, %", lambda r: 100 * r.get("share_of_operator", float("nan"))),
     )
     for ax, (title, number) in zip(figure.subplots(1, 4, sharey=True), panels, strict=True):
-        for served, label in ((False, "as it is"), (True, "served")):
-            places = [y + 0.4 * served for y in range(len(rows))]
-            bars = ax.barh(places, [number(pair[served]) for pair in rows.values()], 0.4, label=label)
+        for patched, label in MODELS.items():
+            places = [y + 0.4 * patched for y in range(len(rows))]
+            bars = ax.barh(places, [number(pair[patched]) for pair in rows.values()], 0.4, label=label)
             ax.bar_label(bars, fmt="%.1f", padding=2, fontsize="small")
         ax.set_title(title)
         ax.set_yticks([y + 0.2 for y in range(len(rows))], labels, fontsize="small")
         ax.margins(x=0.15)
     figure.axes[0].invert_yaxis()
-    for served, bars in enumerate(figure.axes[0].containers):
+    for patched, bars in enumerate(figure.axes[0].containers):
         for bar, pair in zip(bars, rows.values(), strict=True):
-            bar.set_alpha(0.4 if host_bound(pair[served]) else 1)
+            bar.set_alpha(0.4 if host_bound(pair[patched]) else 1)
     figure.axes[0].set_xlabel("pale: the GPU waits for the host")
     figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=80)

@@ -1,4 +1,4 @@
-"""Where and when a result was measured, and with what."""
+"""Provenance of a result: machine, versions, commit and date."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _output(*command: str) -> str | None:
         result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip().partition("\n")[0]  # of the first GPU
+    return result.stdout.strip().partition("\n")[0]  # nvidia-smi prints a line per GPU; the first is used
 
 
 def _cpu() -> str:

@@ -1,7 +1,7 @@
-"""python -m benchmarks.scaling: time on the CPU against the work, over Q, N, P and threads.
+"""python -m benchmarks.scaling: CPU time over Q, N, P and the number of threads.
 
-Ours and the grid_sample composition side by side, each called several times in a row: threads that one leaves spinning
-are not charged to the other.
+This operator and the grid_sample composition, each called several times in a row: threads that one of them leaves
+spinning must not slow down the other.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ AXES: dict[str, list[dict[str, int]]] = {
     "threads": [{"threads": threads} for threads in (1, 2)],
 }
 DIRECTIONS = ("forward", "backward")
-# What is compared, and how it is drawn.
+# The compared implementations and their line styles.
 MARKERS = {"cupy_msda": "o-", "grid_sample": "s--"}
 
 
 def samples(workload: cases.Workload) -> int:
-    """N * Q * M * L * P, which the cost should be proportional to."""
+    """N * Q * M * L * P; the time should be proportional to it."""
     return workload.N * workload.Q * workload.M * len(workload.levels) * workload.P
 
 
 def milliseconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median of `repeats` calls after two that are not timed."""
+    """Median of `repeats` calls, after two untimed ones."""
     times = []
     for index in range(repeats + 2):
         begin = time.perf_counter()
@@ -51,8 +51,8 @@ def milliseconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def measure(workload: cases.Workload, threads: int, repeats: int) -> list[dict[str, Any]]:
-    """One record an implementation."""
+def measure_cpu(workload: cases.Workload, threads: int, repeats: int) -> list[dict[str, Any]]:
+    """One record per implementation."""
     inputs = cases.make_inputs(workload, torch.float32, "cpu")
     torch.set_num_threads(threads)
     os.environ["CUPY_MSDA_NUM_THREADS"] = str(threads)
@@ -68,8 +68,8 @@ def measure(workload: cases.Workload, threads: int, repeats: int) -> list[dict[s
     return records
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Time against samples for each axis, and a line of cost in proportion to the work."""
+def plot_scaling(result: dict[str, Any], path: Path) -> None:
+    """Time over the number of samples for each axis, and a line of proportional time."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
@@ -83,7 +83,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 x, y = [p["samples"] for p in points], [p[f"{direction}_ms"] for p in points]
                 ax.plot(x, y, marker, label=name)
                 if name == "cupy_msda":
-                    ax.plot(x, [y[-1] * value / x[-1] for value in x], ":", color="grey", label="in proportion")
+                    ax.plot(x, [y[-1] * value / x[-1] for value in x], ":", color="grey", label="proportional")
             ax.set_xscale("log")
             ax.set_yscale("log")
             ax.xaxis.set_minor_formatter(NullFormatter())
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         for change in AXES[axis]:
             threads = change.get("threads", options.threads)
             workload = replace(BASE, **{k: v for k, v in change.items() if k != "threads"})
-            for record in measure(workload, threads, options.repeats):
+            for record in measure_cpu(workload, threads, options.repeats):
                 records.append({"axis": axis, **change, **record})
                 print(f"{axis:8}{next(iter(change.values())):6} {record['implementation']:12}"
                       f"{record['forward_ms']:10.2f}{record['backward_ms']:10.2f} ms", flush=True)  # fmt: skip

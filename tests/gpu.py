@@ -43,7 +43,7 @@ ONE_THREAD = dict.fromkeys(
 )
 # Every array in an allocation of its own: inside a pool the sanitizer takes a neighbour's bytes for the array's.
 EXACT_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUPY_MSDA_TEST_EXACT_ALLOCATIONS": "1"}
-SUMMARY = (" passed", " failed", " error", "ERROR SUMMARY", "RACECHECK SUMMARY")
+SUMMARY = (" passed", " failed", " skipped", " error", "ERROR SUMMARY", "RACECHECK SUMMARY")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def test_snippets_run():
         "docs/demo.jpg",
         "benchmarks/results/benchmark.png",
         "benchmarks/results/backward.png",
-        "benchmarks/results/front_end.png",
+        "benchmarks/results/fused.png",
         "benchmarks/results/models.png",
         "benchmarks/results/overhead.png",
         "benchmarks/results/detector.png",

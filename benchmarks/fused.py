@@ -1,9 +1,9 @@
-"""python -m benchmarks.front_end: the front end in the kernel, and torch's softmax and arithmetic before the operator.
+"""python -m benchmarks.fused: the fused operator, and torch's softmax and location arithmetic before the plain one.
 
-For every workload and dtype the times of forward and backward (without the gradient of reference points, which models
-do not want of an encoder), and the most memory of a training step beside its inputs and their gradients. In 16 bits
-the models' arithmetic is done in two ways: in 16 bits, which is fastest and loses the place of a sample in a wide
-level, and in float32.
+For every workload and dtype: the times of forward and backward, and the peak memory of a training step in addition to
+its inputs and gradients. The backward leaves out the gradient of reference points, which encoders do not need. With
+16-bit inputs torch's arithmetic is measured twice: in 16 bits, which is fastest but too inexact for the locations of a
+wide level, and in float32.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from cupy_msda import api, validate
 from cupy_msda.call import ALL, FUSED_NAMES, Arguments
 
 from . import cases
-from .cases import FrontInputs
+from .cases import FusedInputs
 from .provenance import provenance
 from .run import DTYPES
-from .timing import summaries
+from .timing import interleaved
 
-SIXTEEN_BIT = ("float16", "bfloat16")
+SIXTEEN_BIT_DTYPES = ("float16", "bfloat16")
 
 
 class Unfused:
-    """What a model computes before the operator, and what autograd computes after it, call by call."""
+    """A model's softmax and location arithmetic in `dtype`, then the plain operator; and the backward of both."""
 
-    def __init__(self, inputs: FrontInputs, dtype: torch.dtype) -> None:
+    def __init__(self, inputs: FusedInputs, dtype: torch.dtype) -> None:
         self.inputs, self.dtype = inputs, dtype
         self.normalizer = inputs.spatial_shapes.flip(-1).to(dtype)[:, None]
 
     def samples(self) -> tuple[Tensor, Tensor]:
-        """Locations and weights."""
+        """Locations and weights from reference points, offsets and logits."""
         references, offsets, logits = (tensor.to(self.dtype) for tensor in self.inputs[3:6])
         weights = F.softmax(logits.flatten(3), -1).view_as(logits)
         references = references[:, :, None, :, None, :]
@@ -52,8 +52,8 @@ class Unfused:
         locations, weights = self.samples()
         return api.forward(validate.read(Arguments(*self.inputs[:3], None, locations, weights)))
 
-    def backward(self) -> Callable[[], tuple[Tensor, ...]]:
-        """The gradients of value, offsets and logits, from locations and weights that the forward has left."""
+    def prepare_backward(self) -> Callable[[], tuple[Tensor, ...]]:
+        """A function that computes the gradients of value, offsets and logits, given locations and weights."""
         value, shapes, starts, references, offsets, logits, grad_output = self.inputs
         locations, weights = self.samples()
         flat = weights.flatten(3)
@@ -73,9 +73,9 @@ class Unfused:
 
 
 class Fused:
-    """The front end in the kernel."""
+    """The fused operator; with `packed`, offsets and logits are in one array."""
 
-    def __init__(self, inputs: FrontInputs, packed: bool = False) -> None:
+    def __init__(self, inputs: FusedInputs, packed: bool = False) -> None:
         value, shapes, starts, references, offsets, logits, grad_output = inputs
         if packed:
             offsets, logits = torch.cat((offsets.flatten(3), logits.flatten(3)), -1), None
@@ -85,26 +85,26 @@ class Fused:
     def forward(self) -> Tensor:
         return api.forward(self.call)
 
-    def backward(self) -> Callable[[], tuple[Tensor, ...]]:
+    def prepare_backward(self) -> Callable[[], tuple[Tensor, ...]]:
         return lambda: api.backward(self.call)
 
 
-def ways_of(workload: cases.Workload, dtype: str) -> dict[str, list[Any]]:
-    """Each way, one object a set of inputs."""
-    ways: dict[str, list[Any]] = {}
-    for form in ("points", "boxes"):
-        make = functools.partial(cases.make_front_inputs, boxes=form == "boxes")
+def calls_by_name(workload: cases.Workload, dtype: str) -> dict[str, list[Unfused | Fused]]:
+    """What is timed: for each name one object per set of inputs."""
+    calls: dict[str, list[Unfused | Fused]] = {}
+    for references in ("points", "boxes"):
+        make = functools.partial(cases.make_fused_inputs, boxes=references == "boxes")
         inputs = cases.input_sets(workload, DTYPES[dtype], "cuda", make)
-        ways[f"{form}, unfused"] = [Unfused(one, DTYPES[dtype]) for one in inputs]
-        if dtype in SIXTEEN_BIT:
-            ways[f"{form}, unfused in float32"] = [Unfused(one, torch.float32) for one in inputs]
-        ways[f"{form}, fused"] = [Fused(one) for one in inputs]
-        ways[f"{form}, fused, packed"] = [Fused(one, packed=True) for one in inputs]
-    return ways
+        calls[f"{references}, unfused"] = [Unfused(one, DTYPES[dtype]) for one in inputs]
+        if dtype in SIXTEEN_BIT_DTYPES:
+            calls[f"{references}, unfused in float32"] = [Unfused(one, torch.float32) for one in inputs]
+        calls[f"{references}, fused"] = [Fused(one) for one in inputs]
+        calls[f"{references}, fused, packed"] = [Fused(one, packed=True) for one in inputs]
+    return calls
 
 
-def step_memory(inputs: FrontInputs, fused: bool) -> int:
-    """Bytes of a forward and a backward at their peak, beside inputs and gradients."""
+def step_memory(inputs: FusedInputs, fused: bool) -> int:
+    """Peak bytes of a forward and a backward, in addition to inputs and gradients."""
     value, shapes, starts, references, offsets, logits, grad_output = inputs
     leaves = [tensor.clone().requires_grad_() for tensor in (value, offsets, logits)]
 
@@ -130,41 +130,39 @@ def step_memory(inputs: FrontInputs, fused: bool) -> int:
     return torch.cuda.max_memory_allocated() - before - size
 
 
-def measure(workload: cases.Workload, dtype: str, rounds: int) -> dict[str, Any]:
-    """One record."""
+def measure_fused(workload: cases.Workload, dtype: str, repeats: int) -> dict[str, Any]:
+    """The record of one workload and dtype."""
     record: dict[str, Any] = {"workload": workload.name, "dtype": dtype}
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        ways = ways_of(workload, dtype)
-        for direction in ("forward", "backward"):
-            calls = {
-                name: [one.forward if direction == "forward" else one.backward() for one in objects]
-                for name, objects in ways.items()
-            }
-            record[direction] = summaries(calls, "cuda", stream, rounds)
-    inputs = cases.make_front_inputs(workload, DTYPES[dtype], "cuda")
+        named = calls_by_name(workload, dtype)
+        forwards = {name: [one.forward for one in calls] for name, calls in named.items()}
+        backwards = {name: [one.prepare_backward() for one in calls] for name, calls in named.items()}
+        record["forward"] = interleaved(forwards, "cuda", stream, repeats)
+        record["backward"] = interleaved(backwards, "cuda", stream, repeats)
+    inputs = cases.make_fused_inputs(workload, DTYPES[dtype], "cuda")
     record["step_bytes"] = {name: step_memory(inputs, name == "fused") for name in ("unfused", "fused")}
     return record
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.front_end", description=__doc__)
-    parser.add_argument("--workloads", nargs="+", help="names out of workloads.json; default: all")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fused", description=__doc__)
+    parser.add_argument("--workloads", nargs="+", help="names from workloads.json; default: all")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="samples per time")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     workloads = cases.load(cases.WORKLOADS)
     result: dict[str, Any] = {"provenance": provenance("cuda"), "records": []}
     for name in options.workloads or workloads:
         for dtype in options.dtypes:
-            record = measure(workloads[name], dtype, options.rounds)
+            record = measure_fused(workloads[name], dtype, options.repeats)
             result["records"].append(record)
             for direction in ("forward", "backward"):
-                times = {way: round(found["median_us"], 1) for way, found in record[direction].items()}
+                times = {call: round(found["median_us"], 1) for call, found in record[direction].items()}
                 print(name, dtype, direction, times, flush=True)
-            print(name, dtype, "bytes of a step", record["step_bytes"], flush=True)
+            print(name, dtype, "bytes per step", record["step_bytes"], flush=True)
             if options.out:
                 options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
