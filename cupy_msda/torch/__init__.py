@@ -1,7 +1,6 @@
 """Multi-scale deformable attention as an operator of torch, on the CPU and on CUDA."""
 
-from .functional import MSDeformAttnFunction, decomposed, ms_deform_attn
-from .fused import ms_deform_attn_fused
+from .functional import MSDeformAttnFunction, decomposed, ms_deform_attn, ms_deform_attn_fused
 from .modules import MSDeformAttn, MultiScaleDeformableAttention
 
 __all__ = [

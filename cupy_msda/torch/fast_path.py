@@ -1,10 +1,9 @@
-"""Plain CUDA tensors, again: a call whose layout was seen before costs its outputs, its launches and little more.
+"""Repeated CUDA calls: a call whose layout is known costs its outputs, its launches and little more.
 
-The first call of a layout (shapes, dtypes, devices, host metadata; everything contiguous) goes the general way: its
-tensors are handed over by DLPack and validated, its kernel is planned and compiled. It leaves a :class:`Recipe`.
-Whatever validation looks at is part of the recipe's key, so a later call with that key needs only the addresses. Those
-come from ``Tensor.data_ptr``: reading five ``DLTensor`` through DLPack's C functions took 10 us a call, ``data_ptr``
-takes 0.5 (on the host of an H100; benchmarks/NOTES.md). What has no key goes the general way every time.
+The first call of a layout (shapes, dtypes, devices, strides, host metadata) is validated, planned and compiled, and
+leaves a :class:`LaunchPlan` in the plan cache. The key of the cache holds all that validation looks at, so a later call
+with that key needs addresses alone. They come from ``Tensor.data_ptr``, which is much faster than DLPack. What has no
+key takes the general path every time. ``docs/performance`` has the measurements.
 """
 
 from __future__ import annotations
@@ -17,23 +16,26 @@ import torch
 from torch import Tensor
 
 from .. import api, arrays, validate
-from ..call import FUSED_NAMES, OPERATOR_NAMES, PLAIN, ArgumentNames, Arguments, Call, Problem, Variant, Wanted
-from ..cuda import plan
+from ..call import PLAIN, Arguments, Call, Problem, Variant, Wanted
+from ..cuda import plan as planner
 from ..cuda import run as cuda
+from . import compat
 
-# What the vectors of the kernels want, and what torch's allocator gives.
-_ALIGNMENT = 16
-# A model comes back to few layouts; one that never does must not fill the memory.
-_MOST_RECIPES = 4096
+# What vector loads of the kernels need, and what torch's allocator gives.
+ALIGNMENT = 16
+# A model comes back to few layouts. One that never does must not fill the memory.
+_MOST_PLANS = 4096
 
-# Of value, locations, weights and reference points. With those, offsets stand in for locations and logits for weights,
-# here and throughout, and weights are None where both are one array.
+# Of value, locations, weights and reference points, the order of `Wanted`. In a fused call, locations are offsets and
+# weights are logits; weights are None where one array holds both.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class Recipe:
-    """How to repeat the calls of one layout. The repeating functions are closures: their variables are at hand faster
-    than attributes, and in the backward, which runs in a thread of the autograd engine, every look-up is a cold one.
+class LaunchPlan:
+    """How to repeat the calls of one layout.
+
+    The repeating functions are closures, whose variables are faster than attributes. This counts most in the backward:
+    it runs in a thread of the autograd engine, where every lookup misses the caches.
 
     Attributes
     ----------
@@ -44,36 +46,50 @@ class Recipe:
         The words of metadata that came from the host; empty where it is on the device.
     """
 
-    __slots__ = ("backwards", "deterministic", "forward", "levels", "problem", "strides")
+    __slots__ = ("_backwards", "_settings", "_strides", "deterministic", "forward", "levels", "problem")
 
-    def __init__(self, found: Problem, value: Tensor, deterministic: bool | None) -> None:
-        self.problem, self.deterministic = found, deterministic
-        self.strides = None if value.is_contiguous() else value.stride()
-        self.levels = () if found.levels is None else cuda.levels_by_value(found.levels)
-        self.backwards: dict[tuple[Wanted, bool], Callable[..., Gradients | None]] = {}
-        # One element, seen as an output: `empty_like` of it is 1 us cheaper than `new_empty`.
-        self.forward = self._forward(value.detach().new_empty(()).expand(found.output_shape))
+    def __init__(self, problem: Problem, arguments: Arguments) -> None:
+        value = arguments.value
+        self.problem, self.deterministic = problem, arguments.deterministic
+        self.levels = () if problem.levels is None else cuda.levels_by_value(problem.levels)
+        self._settings = replace(
+            arguments, value=None, spatial_shapes=None, level_start_index=None, reference_points=None, locations=None,
+            weights=None,
+        )  # fmt: skip
+        self._strides = None if value.is_contiguous() else value.stride()
+        self._backwards: dict[tuple[Wanted, bool], Callable[..., Gradients | None]] = {}
+        # One element, expanded to an output: `empty_like` of it is faster than `new_empty`.
+        self.forward = self._forward(value.detach().new_empty(()).expand(problem.output_shape))
+
+    def arguments(
+        self, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Any, references: Tensor | None
+    ) -> Arguments:
+        """The arguments of a call of this layout."""
+        return replace(
+            self._settings, value=value, spatial_shapes=shapes, level_start_index=starts, locations=locations,
+            weights=weights, reference_points=references,
+        )  # fmt: skip
 
     def backward(self, wanted: Wanted) -> Callable[..., Gradients | None]:
         """``backward(grad_output, value, shapes, starts, locations, weights, references=None)`` -> the gradients that
         are wanted, or None where a saved tensor came back with strides, or an address is not aligned.
         """
-        fixed_order = self.deterministic
-        if fixed_order is None:  # torch's own switch, as it stands when the backward runs
-            fixed_order = _wants_determinism()
-        key = (wanted, fixed_order)
-        repeat = self.backwards.get(key)
+        deterministic = self.deterministic
+        if deterministic is None:  # torch's own switch, as it stands when the backward runs
+            deterministic = _wants_determinism()
+        key = (wanted, deterministic)
+        repeat = self._backwards.get(key)
         if repeat is None:
-            repeat = self.backwards[key] = self._backward(*key)
+            repeat = self._backwards[key] = self._backward(*key)
         return repeat
 
     def _forward(self, like_output: Tensor) -> Callable[..., Tensor | None]:
-        levels, sizes, device = self.levels, plan.size_words(self.problem), self.problem.device[1]
+        levels, sizes, device = self.levels, planner.size_words(self.problem), self.problem.device[1]
         packed, to_logits = _packing(self.problem)
-        get_device, set_device = _device_functions()
-        empty_like, stream_of = torch.empty_like, torch._C._cuda_getCurrentRawStream
+        get_device, set_device = device_functions()
+        empty_like, stream_of = torch.empty_like, compat.current_stream
         with cuda.on_device(device):
-            run = cuda.prepare_forward(self.problem, _ALIGNMENT, stream_of(device)).run
+            run = cuda.prepare_forward(self.problem, ALIGNMENT, stream_of(device)).run
 
         def forward(
             value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Any, references: Tensor | None = None
@@ -81,7 +97,7 @@ class Recipe:
             at_value, at_locations = value.data_ptr(), locations.data_ptr()
             at_weights = 0 if packed else weights.data_ptr()
             at_references = 0 if references is None else references.data_ptr()
-            if (at_value | at_locations | at_weights | at_references) % _ALIGNMENT:
+            if (at_value | at_locations | at_weights | at_references) % ALIGNMENT:
                 return None
             if packed:
                 at_weights = at_locations + to_logits
@@ -102,17 +118,17 @@ class Recipe:
 
         return forward
 
-    def _backward(self, wanted: Wanted, fixed_order: bool) -> Callable[..., Gradients | None]:
+    def _backward(self, wanted: Wanted, deterministic: bool) -> Callable[..., Gradients | None]:
         levels, device = self.levels, self.problem.device[1]
-        found = replace(self.problem, deterministic=fixed_order)
-        packed, to_logits = _packing(found)
-        wanted = found.computed(wanted)
-        get_device, set_device = _device_functions()
-        empty_like, empty, stream_of = torch.empty_like, torch.empty, torch._C._cuda_getCurrentRawStream
+        problem = replace(self.problem, deterministic=deterministic)
+        packed, to_logits = _packing(problem)
+        wanted = problem.computed(wanted)
+        get_device, set_device = device_functions()
+        empty_like, empty, stream_of = torch.empty_like, torch.empty, compat.current_stream
         with cuda.on_device(device):
-            steps = cuda.prepare_backward(found, _ALIGNMENT, stream_of(device), wanted)
+            steps = cuda.prepare_backward(problem, ALIGNMENT, stream_of(device), wanted)
         run, need = steps.run, steps.workspace
-        strides, contiguous = self.strides, torch.contiguous_format
+        strides, contiguous = self._strides, torch.contiguous_format
         grad_value, grad_locations, grad_weights, grad_references = wanted
 
         def backward(
@@ -134,7 +150,7 @@ class Recipe:
             at_value, at_locations, at_grad_output = value.data_ptr(), locations.data_ptr(), grad_output.data_ptr()
             at_weights = 0 if packed else weights.data_ptr()
             at_references = 0 if references is None else references.data_ptr()
-            if (at_value | at_locations | at_weights | at_references | at_grad_output) % _ALIGNMENT:
+            if (at_value | at_locations | at_weights | at_references | at_grad_output) % ALIGNMENT:
                 return None
             of_value = of_locations = of_weights = of_references = None
             at_grad_value = at_grad_locations = at_grad_weights = at_grad_references = at_workspace = 0
@@ -153,7 +169,7 @@ class Recipe:
             elif grad_weights:
                 of_weights = empty_like(weights)
                 at_grad_weights = of_weights.data_ptr()
-            if grad_references:
+            if grad_references and references is not None:
                 of_references = empty_like(references)
                 at_grad_references = of_references.data_ptr()
             metadata = levels or (shapes.data_ptr(), starts.data_ptr())
@@ -172,80 +188,104 @@ class Recipe:
         return backward
 
 
-def _packing(found: Problem) -> tuple[bool, int]:
+def _packing(problem: Problem) -> tuple[bool, int]:
     """Whether offsets and logits are one array, and the bytes in it before the first logits."""
-    packed = found.fused is not None and found.fused.packed
-    return packed, 2 * found.K * arrays.item_size(found.location_dtype) if packed else 0
+    return problem.packed, 2 * problem.K * arrays.item_size(problem.location_dtype) if problem.packed else 0
 
 
 _wants_determinism = torch.are_deterministic_algorithms_enabled
 
 
-def _device_functions() -> tuple[Callable[[], int], Callable[[int], None]]:
+def device_functions() -> tuple[Callable[[], int], Callable[[int], None]]:
+    """CUDA's functions that get and set the current device."""
     runtime = arrays.require_cupy("a CUDA tensor").cuda.runtime
     return runtime.getDevice, runtime.setDevice
 
 
-# All recipes by key, and what was called last, newest first: (matches, recipe, im2col_step, deterministic, whether an
-# input requires a gradient). `matches` is one C call of torch's compiler, which compares types, dispatch keys, dtypes,
-# devices, sizes and strides: a third of the time of a key, which decides wherever nothing here matches. Calls with a
-# front end are apart, by whether they are packed: `matches` takes other tensors there.
-recipes: dict[tuple[Any, ...] | None, Recipe] = {}
-recent: tuple[tuple[Any, ...], ...] = ()
-recent_fused: dict[bool, tuple[tuple[Any, ...], ...]] = {False: (), True: ()}
+# The plan cache, by layout.
+plans: dict[tuple[Any, ...] | None, LaunchPlan] = {}
+# What was called last, newest first: (matches, plan, im2col_step, deterministic, whether an input requires a gradient).
+# `matches` is one C call that compares layouts; it costs a third of a key. Each form of call passes it other tensors.
+RecentCall = tuple[Callable[..., bool], LaunchPlan, Any, Any, bool]
+WITH_WEIGHTS, WITH_LOGITS, PACKED = "weights", "logits", "packed"
+recent: dict[str, tuple[RecentCall, ...]] = {WITH_WEIGHTS: (), WITH_LOGITS: (), PACKED: ()}
 # The layers of a model come back to about as many layouts.
 _MOST_RECENT = 4
 
 
-def recall(
-    key: tuple[Any, ...] | None,
-    value: Tensor,
-    locations: Tensor,
-    weights: Tensor | None,
-    shapes: Any,
-    starts: Any,
-    im2col_step: int,
-    deterministic: bool | None,
-    variant: Variant,
-    references: Tensor | None = None,
-) -> Recipe | None:
-    """The recipe of `key` if a call has left one; it is among the recent ones from then on."""
-    global recent
-    recipe = recipes.get(key)
-    if recipe is not None and not recipe.levels and _TensorGuards is not None and variant == PLAIN:
-        given = (value, locations, weights, references, shapes, starts)
-        tensors = [tensor for tensor in given if tensor is not None]
-        guards = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+def forward(arguments: Arguments, remember: bool = True) -> tuple[Tensor, LaunchPlan | None]:
+    """The output, recording no gradient, and the launch plan of the layout where there is one.
+
+    Where the plan cache has the layout and `remember` is True, the layout is among the recent ones from then on.
+    """
+    key = layout_key(arguments)
+    plan = plans.get(key)
+    if plan is not None:
+        if remember:
+            _remember(plan, arguments)
+        output = plan.forward(
+            arguments.value, arguments.spatial_shapes, arguments.level_start_index, arguments.locations,
+            arguments.weights, arguments.reference_points,
+        )  # fmt: skip
+        if output is not None:
+            return output, plan
+    call = validate.read(arguments)
+    output = api.forward(call)
+    if key is not None and plan is None and _repeatable(call):
+        if len(plans) >= _MOST_PLANS:
+            plans.clear()
+        plan = plans[key] = LaunchPlan(call.problem, arguments)
+    return output, plan
+
+
+def backward(arguments: Arguments, grad_output: Tensor, wanted: Wanted) -> Gradients:
+    """The gradients that are wanted."""
+    plan = plans.get(layout_key(arguments))
+    if plan is not None and grad_output.dtype is arguments.value.dtype:
+        grads = plan.backward(wanted)(
+            grad_output, arguments.value, arguments.spatial_shapes, arguments.level_start_index, arguments.locations,
+            arguments.weights, arguments.reference_points,
+        )  # fmt: skip
+        if grads is not None:
+            return grads
+    of_value, of_locations, of_weights, of_references = api.backward(validate.read(arguments, grad_output, wanted))
+    return of_value, of_locations, of_weights, of_references
+
+
+def _remember(plan: LaunchPlan, arguments: Arguments) -> None:
+    if plan.levels or arguments.variant != PLAIN:
+        return
+    given = (
+        arguments.value, arguments.locations, arguments.weights, arguments.reference_points, arguments.spatial_shapes,
+        arguments.level_start_index,
+    )  # fmt: skip
+    tensors = [tensor for tensor in given if tensor is not None]
+    matches = compat.layout_check(tensors)
+    if matches is not None:
         differentiable = any(tensor.requires_grad for tensor in tensors)
-        entry = (guards.check, recipe, im2col_step, deterministic, differentiable)
-        if references is None:
-            recent = (entry, *recent[: _MOST_RECENT - 1])
-        else:
-            packed = weights is None
-            recent_fused[packed] = (entry, *recent_fused[packed][: _MOST_RECENT - 1])
-    return recipe
+        entry = (matches, plan, arguments.im2col_step, arguments.deterministic, differentiable)
+        form = (PACKED if arguments.packed else WITH_LOGITS) if arguments.fused else WITH_WEIGHTS
+        recent[form] = (entry, *recent[form][: _MOST_RECENT - 1])
 
 
-_TensorGuards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
-
-
-def key_of(
-    value: Tensor,
-    locations: Tensor,
-    weights: Tensor | None,
-    shapes: Any,
-    starts: Any,
-    im2col_step: Any,
-    deterministic: Any,
-    variant: Variant,
-    references: Tensor | None = None,
-) -> tuple[Any, ...] | None:
-    """What a recipe for this call depends on; None where there can be none."""
+def layout_key(arguments: Arguments) -> tuple[Any, ...] | None:
+    """What a launch plan for these arguments depends on; None where there can be none."""
+    if arguments.validate or arguments.query_lengths is not None:
+        return None
+    value, locations, weights, references = (
+        arguments.value, arguments.locations, arguments.weights, arguments.reference_points
+    )  # fmt: skip
+    shapes, starts = arguments.spatial_shapes, arguments.level_start_index
+    im2col_step, deterministic, variant = arguments.im2col_step, arguments.deterministic, arguments.variant
     others = [(t.shape, t.dtype, t.get_device()) if t is not None else None for t in (weights, references)]
     if not (locations.is_contiguous() and all(t is None or t.is_contiguous() for t in (weights, references))):
         return None
+    # Equal is not enough: True == 1, and validation refuses one of them.
     if not (type(im2col_step) is int and (deterministic is None or type(deterministic) is bool)):
         return None
+    if variant is not PLAIN and not _hashable(variant):
+        return None
+    metadata: tuple[Any, ...] | None
     if type(shapes) is Tensor and type(starts) is Tensor:
         if not (shapes.is_contiguous() and starts.is_contiguous()):
             return None
@@ -263,6 +303,14 @@ def key_of(
     )  # fmt: skip
 
 
+def _hashable(variant: Variant) -> bool:
+    """Whether a variant can be part of a key: it has only types that validation accepts."""
+    num_points, interpolation, padding_mode, align_corners = variant
+    if not (type(interpolation) is str and type(padding_mode) is str and type(align_corners) is bool):
+        return False
+    return num_points is None or (type(num_points) is tuple and all(type(number) is int for number in num_points))
+
+
 def _host_metadata(shapes: Any, starts: Any) -> tuple[Any, ...] | None:
     """Metadata given as sequences of ints, as part of a key; None for anything else."""
     if type(shapes) not in (list, tuple) or not (starts is None or type(starts) in (list, tuple)):
@@ -276,110 +324,14 @@ def _host_metadata(shapes: Any, starts: Any) -> tuple[Any, ...] | None:
     return (*rows, starts is None)
 
 
-def forward(
-    value: Tensor,
-    shapes: Any,
-    starts: Any,
-    locations: Tensor,
-    weights: Tensor | None,
-    im2col_step: int = 64,
-    deterministic: bool | None = None,
-    variant: Variant = PLAIN,
-    lengths: Tensor | None = None,
-    references: Tensor | None = None,
-) -> Tensor:
-    """The output, recording no gradient; arguments and errors of :func:`cupy_msda.ms_deform_attn`."""
-    if lengths is not None:
-        return api.forward(
-            validate.read(
-                Arguments(
-                    value, shapes, starts, references, locations, weights, im2col_step, variant, lengths, deterministic,
-                    names=_names(references),
-                )
-            )
-        )  # fmt: skip
-    key = key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant, references)
-    call = (shapes, starts, locations, weights, im2col_step, deterministic, False, variant, references)
-    return follow(recipes.get(key), key, value, *call)
-
-
-def _names(references: Tensor | None) -> ArgumentNames:
-    return OPERATOR_NAMES if references is None else FUSED_NAMES
-
-
-def follow(recipe: Recipe | None, key: tuple[Any, ...] | None, value: Tensor, *others: Any) -> Tensor:
-    """The output by `recipe` where there is one that applies, else as :func:`first_forward`, whose arguments follow."""
-    if recipe is not None:
-        output = recipe.forward(value, *others[:4], *others[8:])
-        if output is not None:
-            return output
-    return first_forward(key, value, *others)
-
-
-def first_forward(
-    key: tuple[Any, ...] | None,
-    value: Tensor,
-    shapes: Any,
-    starts: Any,
-    locations: Tensor,
-    weights: Tensor | None,
-    im2col_step: int,
-    deterministic: bool | None,
-    checked: bool,
-    variant: Variant,
-    references: Tensor | None = None,
-) -> Tensor:
-    """The general way, which leaves a recipe for `key` where one is possible."""
-    arguments = Arguments(
-        value, shapes, starts, references, locations, weights, im2col_step, variant, None, deterministic, checked,
-        names=_names(references),
-    )  # fmt: skip
-    call = validate.read(arguments)
-    output = api.forward(call)
-    if key is not None and not checked and key not in recipes and _repeatable(call):
-        if len(recipes) >= _MOST_RECIPES:
-            recipes.clear()
-        recipes[key] = Recipe(call.problem, value, deterministic)
-    return output
-
-
-def backward(
-    grad_output: Tensor,
-    value: Tensor,
-    shapes: Any,
-    starts: Any,
-    locations: Tensor,
-    weights: Tensor | None,
-    im2col_step: int,
-    deterministic: bool | None,
-    variant: Variant,
-    lengths: Tensor | None,
-    wanted: Wanted,
-    references: Tensor | None = None,
-) -> Gradients:
-    """The gradients that are wanted."""
-    recipe = None
-    if lengths is None:
-        recipe = recipes.get(
-            key_of(value, locations, weights, shapes, starts, im2col_step, deterministic, variant, references)
-        )
-    if recipe is not None and grad_output.dtype is value.dtype:
-        repeat = recipe.backward(wanted)
-        grads = repeat(grad_output, value, shapes, starts, locations, weights, references)
-        if grads is not None:
-            return grads
-    arguments = Arguments(
-        value, shapes, starts, references, locations, weights, im2col_step, variant, lengths, deterministic,
-        names=_names(references),
-    )  # fmt: skip
-    return tuple(api.backward(validate.read(arguments, grad_output, wanted)))
-
-
 def _repeatable(call: Call) -> bool:
     """Whether launches need no more than addresses: no empty problem, no metadata to convert, and no value to copy."""
-    found, operands = call.problem, call.operands
-    if found.device[0] != "cuda" or found.empty or found.L > plan.MAX_LEVELS_BY_VALUE:
+    problem, operands = call.problem, call.operands
+    if problem.device[0] != "cuda" or problem.empty or problem.L > planner.MAX_LEVELS_BY_VALUE:
         return False
-    if not operands.value.contiguous and found.value_strides is None:
+    if not operands.value.contiguous and problem.value_strides is None:
         return False
-    return found.levels is not None or operands.shapes.dtype == operands.starts.dtype == "int64"
+    if problem.levels is not None:
+        return True
+    shapes, starts = operands.shapes, operands.starts
+    return shapes is not None and starts is not None and shapes.dtype == starts.dtype == "int64"

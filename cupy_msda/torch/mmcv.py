@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .dtypes import agreed_dtypes
 from .functional import ms_deform_attn
 from .integrations.patch import Patch
-from .operators import agreed_dtypes
 
 
 class MultiScaleDeformableAttnFunction:

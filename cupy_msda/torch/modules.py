@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import ms_deform_attn
-from .fused import ms_deform_attn_fused
-from .fused_operators import agreed_dtypes
+from .dtypes import agreed_dtypes
+from .functional import ms_deform_attn, ms_deform_attn_fused
 
 
 class MSDeformAttn(nn.Module):
@@ -99,7 +98,8 @@ class MSDeformAttn(nn.Module):
         value = value.view(N, -1, M, self.d_model // M)
         offsets = self.sampling_offsets(query).view(N, Q, M, L, P, 2)
         logits = self.attention_weights(query).view(N, Q, M, L, P)
-        references, offsets, logits = agreed_dtypes(value, reference_points, offsets, logits)
+        (references,) = agreed_dtypes(value, reference_points)
+        offsets, logits = agreed_dtypes(value, offsets, logits)
         attended = ms_deform_attn_fused(
             value, input_spatial_shapes, input_level_start_index, references, offsets, logits, self.im2col_step
         )

@@ -1,304 +1,258 @@
-"""``cupy_msda::ms_deform_attn`` and its backward as operators of torch's dispatcher.
+"""The operators in torch's dispatcher: ``cupy_msda::ms_deform_attn``, ``ms_deform_attn_fused`` and their backwards.
 
-What a built-in operator has: a schema, kernels for the CPU and CUDA, shapes without data (fake tensors: torch.compile,
-torch.export), gradients of first and second order, rules for autocast and for vmap.
+Schemas, kernels for the CPU and CUDA, shapes without data (fake tensors: torch.compile, torch.export) and the rules of
+autocast. Gradients and the rules of vmap are in :mod:`.autograd`. Exported programs hold the names and schemas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..call import PLAIN, Variant, Wanted
-from ..validate import read_variant
-from . import fast_path
-from .reference import gather_composition, without_padding
+from ..call import ALL, FUSED_NAMES, OPERATOR_NAMES, ArgumentNames, Arguments, Variant, Wanted
+from . import compat, fast_path
+from .dtypes import agreed_dtypes
 
-FORWARD, BACKWARD = "cupy_msda::ms_deform_attn", "cupy_msda::ms_deform_attn_backward"
 _INPUTS = (
     "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, "
     "Tensor attention_weights, int im2col_step"
 )
+# `level_sizes` has H, W of every level and replaces spatial_shapes, in compiled code that has them as numbers.
 _VARIANT = (
     'int[]? num_points=None, str interpolation="bilinear", str padding_mode="zeros", bool align_corners=False, '
     "Tensor? query_lengths=None, SymInt[]? level_sizes=None"
 )
-# What the variant is followed by: lengths, and H, W of every level in the place of spatial_shapes, for compiled code.
-torch.library.define(FORWARD, f"({_INPUTS}=64, bool? deterministic=None, {_VARIANT}) -> Tensor")
-# Entries of the result that output_mask leaves out are empty tensors.
-torch.library.define(
-    BACKWARD,
-    f"(Tensor grad_output, {_INPUTS}, bool? deterministic, bool[3] output_mask, {_VARIANT}) "
-    "-> (Tensor, Tensor, Tensor)",
+_FUSED_INPUTS = (
+    "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor reference_points, "
+    "Tensor sampling_offsets, Tensor? attention_logits, int im2col_step"
 )
-forward_operator = torch.ops.cupy_msda.ms_deform_attn.default
-backward_operator = torch.ops.cupy_msda.ms_deform_attn_backward.default
+_FUSED_VARIANT = (
+    "bool? deterministic, int[]? num_points, str interpolation, str padding_mode, bool align_corners, "
+    "Tensor? query_lengths, SymInt[]? level_sizes"
+)
+# Entries of a backward's result that output_mask leaves out are empty tensors, as is that of logits in the offsets'
+# array.
+_SCHEMAS = {
+    "ms_deform_attn": f"({_INPUTS}=64, bool? deterministic=None, {_VARIANT}) -> Tensor",
+    "ms_deform_attn_backward": (
+        f"(Tensor grad_output, {_INPUTS}, bool? deterministic, bool[3] output_mask, {_VARIANT}) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "ms_deform_attn_fused": f"({_FUSED_INPUTS}, {_FUSED_VARIANT}) -> Tensor",
+    "ms_deform_attn_fused_backward": (
+        f"(Tensor grad_output, {_FUSED_INPUTS}, {_FUSED_VARIANT}, bool[4] output_mask) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"cupy_msda::{_name}", _schema)
+
+# The last inputs of a forward, which a schema may leave out: im2col_step, deterministic, the variant, query_lengths,
+# level_sizes.
+_DEFAULTS: tuple[Any, ...] = (64, None, *Variant(), None, None)
+# Fields of Arguments, in the order of the fields of Wanted.
+DIFFERENTIABLE: tuple[str, ...] = ("value", "locations", "weights", "reference_points")
 
 
-@torch.library.impl(FORWARD, ("cpu", "cuda"))
-def _forward(value: Tensor, shapes: Tensor | None, *others: Any) -> Tensor:
-    """`others` are those of ``fast_path.forward`` and then the form's, without defaults at the end."""
-    shapes, variant, lengths = read_form(shapes, others[5:])
-    return fast_path.forward(value, shapes, *others[:5], variant=variant, lengths=lengths)
+class Operator(NamedTuple):
+    """A registered operator and its backward, so that one code serves both operators.
+
+    Attributes
+    ----------
+    forward, backward : OpOverload
+    name : str
+        The forward's in torch's dispatcher; the backward's ends in ``_backward``.
+    names : ArgumentNames
+        What error messages call the samples.
+    tensors : dict of str to int
+        The differentiable fields of Arguments, in the order of the backward's results: each one's place among the
+        forward's inputs.
+    mask_at : int
+        The place of output_mask among the backward's inputs after grad_output.
+    """
+
+    forward: Any
+    backward: Any
+    name: str
+    names: ArgumentNames
+    tensors: dict[str, int]
+    mask_at: int
 
 
-def read_form(shapes: Tensor | None, form: Sequence[Any]) -> tuple[Any, Variant, Tensor | None]:
-    """Level sizes, the variant, and the lengths of queries, out of an operator's shapes and what comes last in it."""
-    variant, lengths, sizes = form[:4], form[4] if len(form) > 4 else None, form[5] if len(form) > 5 else None
+ATTENTION = Operator(
+    torch.ops.cupy_msda.ms_deform_attn.default,
+    torch.ops.cupy_msda.ms_deform_attn_backward.default,
+    "cupy_msda::ms_deform_attn",
+    OPERATOR_NAMES,
+    {"value": 0, "locations": 3, "weights": 4},
+    mask_at=7,
+)
+FUSED_ATTENTION = Operator(
+    torch.ops.cupy_msda.ms_deform_attn_fused.default,
+    torch.ops.cupy_msda.ms_deform_attn_fused_backward.default,
+    "cupy_msda::ms_deform_attn_fused",
+    FUSED_NAMES,
+    {"value": 0, "reference_points": 3, "locations": 4, "weights": 5},
+    mask_at=14,
+)
+
+
+def operator_of(arguments: Arguments) -> Operator:
+    """The operator that computes a call with these arguments."""
+    return ATTENTION if arguments.reference_points is None else FUSED_ATTENTION
+
+
+def inputs_of(arguments: Arguments) -> tuple[Any, ...]:
+    """The inputs of the operator's forward."""
+    value, shapes = arguments.value, arguments.spatial_shapes
+    sizes: list[Any] | None = None
+    if torch.compiler.is_compiling() and isinstance(shapes, (list, tuple)):
+        # A tensor of numbers would be copied to the GPU in every call, and make the compiler give up its CUDA graphs.
+        sizes = [size for level in shapes for size in level]
+        shapes = None
+    samples: tuple[Any, ...] = (arguments.locations, arguments.weights)
+    if arguments.reference_points is not None:
+        samples = (arguments.reference_points, *samples)
+    return (
+        value, _metadata_tensor(shapes, value), _metadata_tensor(arguments.level_start_index, value), *samples,
+        arguments.im2col_step, arguments.deterministic, *arguments.variant,
+        _metadata_tensor(arguments.query_lengths, value), sizes,
+    )  # fmt: skip
+
+
+def _metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:
+    if metadata is None or isinstance(metadata, Tensor):
+        return metadata
+    # A compiled graph wants all on one device; elsewhere the host is better, because what is there is validated.
+    device = value.device if torch.compiler.is_compiling() else "cpu"
+    return torch.as_tensor(metadata, device=device)
+
+
+def arguments_of(operator: Operator, inputs: Sequence[Any]) -> Arguments:
+    """The arguments of a call, from the inputs of the operator's forward: the inverse of :func:`inputs_of`."""
+    value, shapes, starts, *others = inputs
+    references = others.pop(0) if operator is FUSED_ATTENTION else None
+    locations, weights, *settings = others
+    im2col_step, deterministic, num_points, *form, lengths, sizes = (*settings, *_DEFAULTS[len(settings) :])
     if sizes is not None:
         shapes = [[h, w] for h, w in zip(sizes[::2], sizes[1::2], strict=True)]
-    return shapes, read_variant(Variant(*variant), len(shapes)) if variant else PLAIN, lengths
+    variant = Variant(None if num_points is None else tuple(num_points), *form)
+    return Arguments(
+        value, shapes, starts, references, locations, weights, im2col_step, variant, lengths, deterministic,
+        names=operator.names,
+    )  # fmt: skip
 
 
-@torch.library.impl(BACKWARD, ("cpu", "cuda"))
-def _backward(
-    grad_output: Tensor,
-    value: Tensor,
-    shapes: Tensor | None,
-    starts: Tensor | None,
-    locations: Tensor,
-    weights: Tensor,
-    im2col_step: int,
-    deterministic: bool | None,
-    output_mask: list[bool],
-    *form: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes, *variant_and_lengths = read_form(shapes, form)
-    inputs, wanted = (starts, locations, weights), Wanted(*output_mask)
-    grads = fast_path.backward(
-        grad_output, value, shapes, *inputs, im2col_step, deterministic, *variant_and_lengths, wanted
-    )
-    return tuple(grad if wanted else value.new_empty(0) for grad, wanted in zip(grads[:3], output_mask, strict=True))
+def registered_backward(arguments: Arguments, grad_output: Tensor, wanted: Wanted) -> fast_path.Gradients:
+    """The gradients by the registered operator, which is differentiable in its turn."""
+    operator = operator_of(arguments)
+    mask = [getattr(wanted, ALL._fields[DIFFERENTIABLE.index(name)]) for name in operator.tensors]
+    grads = operator.backward(grad_output, *with_mask(operator, inputs_of(arguments), mask))
+    found = dict(zip(operator.tensors, grads, strict=True))
+    of_value, of_locations, of_weights, of_references = map(found.get, DIFFERENTIABLE)
+    return of_value, of_locations, of_weights, of_references
 
 
-@torch.library.register_fake(FORWARD)
-def _forward_fake(
-    value: Tensor,
-    shapes: Tensor | None,
-    starts: Tensor | None,
-    locations: Tensor,
-    weights: Tensor,
-    im2col_step: int = 64,
-    deterministic: bool | None = None,
-    num_points: list[int] | None = None,
-    *others: Any,
-) -> Tensor:
-    points = "L, P" if num_points is None else "sum(num_points)"
-    for name, tensor, symbols in (
-        ("value", value, "[N, S, M, D]"),
-        ("spatial_shapes", shapes, "[L, 2]"),
-        ("sampling_locations", locations, f"[N, Q, M, {points}, 2]"),
-        ("attention_weights", weights, f"[N, Q, M, {points}]"),
-    ):
-        check_ndim(name, tensor, symbols)
+def with_mask(operator: Operator, inputs: Sequence[Any], mask: Sequence[bool]) -> tuple[Any, ...]:
+    """The inputs of the operator's backward after grad_output, from those of the forward."""
+    return (*inputs[: operator.mask_at], mask, *inputs[operator.mask_at :])
+
+
+def without_mask(operator: Operator, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], Sequence[bool]]:
+    """The inputs of the forward and the mask, from the inputs of the operator's backward after grad_output."""
+    return (*inputs[: operator.mask_at], *inputs[operator.mask_at + 1 :]), inputs[operator.mask_at]
+
+
+# The dispatcher leaves out inputs that equal their defaults at the end of a schema.
+def _forward(operator: Operator, *inputs: Any) -> Tensor:
+    return fast_path.forward(arguments_of(operator, inputs), remember=False)[0]
+
+
+def _backward(operator: Operator, grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    inputs, mask = without_mask(operator, inputs)
+    asked = dict(zip(operator.tensors, mask, strict=True))
+    wanted = Wanted(*(asked.get(name, False) for name in DIFFERENTIABLE))
+    grads = fast_path.backward(arguments_of(operator, inputs), grad_output, wanted)
+    found = dict(zip(DIFFERENTIABLE, grads, strict=True))
+    return tuple(_or_empty(found[name] if asked[name] else None, grad_output) for name in operator.tensors)
+
+
+def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if grad is None else grad
+
+
+def _forward_fake(operator: Operator, *inputs: Any) -> Tensor:
+    arguments = arguments_of(operator, inputs)
+    value, shapes, locations = arguments.value, arguments.spatial_shapes, arguments.locations
+    _check_dimensions("value", value, "[N, S, M, D]")
+    if isinstance(shapes, Tensor):
+        _check_dimensions("spatial_shapes", shapes, "[L, 2]")
+    if operator is FUSED_ATTENTION:
+        _check_dimensions("reference_points", arguments.reference_points, "[N, Q, L, 2]")
+    else:
+        _check_samples(arguments)
     N, _, M, D = value.shape
-    Q = locations.shape[1]
-    L = len(others[4]) // 2 if shapes is None else shapes.shape[0]
-    samples = (L, locations.shape[4]) if num_points is None else (sum(num_points),)
-    for name, tensor, symbols, expected in (
-        ("sampling_locations", locations, f"[N, Q, M, {points}, 2]", (N, Q, M, *samples, 2)),
-        ("attention_weights", weights, f"[N, Q, M, {points}]", (N, Q, M, *samples)),
-    ):
-        for have, want in zip(tensor.shape, expected, strict=True):
-            torch._check(
-                have == want,
-                lambda n=name, s=symbols, e=expected, t=tensor: f"{n}: expected shape {s} = {e}, got {list(t.shape)}",
-            )
-    return value.new_empty((N, Q, M * D))
+    return value.new_empty((N, locations.shape[1], M * D))
 
 
-def check_ndim(name: str, tensor: Tensor | None, symbols: str) -> None:
-    """An error that names the tensor, where there is one, unless it has the dimensions that `symbols` list."""
-    torch._check(
-        tensor is None or tensor.ndim == symbols.count(",") + 1,
+def _check_samples(arguments: Arguments) -> None:
+    """RuntimeError for locations and weights whose shapes do not go with value's."""
+    locations, weights, num_points = arguments.locations, arguments.weights, arguments.variant.num_points
+    points = "L, P" if num_points is None else "sum(num_points)"
+    _check_dimensions("sampling_locations", locations, f"[N, Q, M, {points}, 2]")
+    _check_dimensions("attention_weights", weights, f"[N, Q, M, {points}]")
+    N, _, M, _ = arguments.value.shape
+    samples = (len(arguments.spatial_shapes), locations.shape[4]) if num_points is None else (sum(num_points),)
+    expected = (N, locations.shape[1], M, *samples)
+    _check_shape("sampling_locations", locations, f"[N, Q, M, {points}, 2]", (*expected, 2))
+    _check_shape("attention_weights", weights, f"[N, Q, M, {points}]", expected)
+
+
+def _check_dimensions(name: str, tensor: Tensor, symbols: str) -> None:
+    compat.check(
+        tensor.ndim == symbols.count(",") + 1,
         lambda: f"{name}: expected shape {symbols}, got {list(tensor.shape)}",
     )
 
 
-@torch.library.register_fake(BACKWARD)
-def _backward_fake(
-    grad_output: Tensor,
-    value: Tensor,
-    shapes: Tensor | None,
-    starts: Tensor | None,
-    locations: Tensor,
-    weights: Tensor,
-    im2col_step: int,
-    deterministic: bool | None,
-    output_mask: list[bool],
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check_shape(name: str, tensor: Tensor, symbols: str, expected: tuple[Any, ...]) -> None:
+    for have, want in zip(tensor.shape, expected, strict=True):
+        compat.check(have == want, lambda: f"{name}: expected shape {symbols} = {expected}, got {list(tensor.shape)}")
+
+
+def _backward_fake(operator: Operator, grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    inputs, mask = without_mask(operator, inputs)
+    tensors = [inputs[place] for place in operator.tensors.values()]
     return tuple(
-        tensor.new_empty(tensor.shape) if wanted else value.new_empty(0)
-        for tensor, wanted in zip((value, locations, weights), output_mask, strict=True)
+        _or_empty(tensor.new_empty(tensor.shape) if asked and tensor is not None else None, grad_output)
+        for tensor, asked in zip(tensors, mask, strict=True)
     )
 
 
-def save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, shapes, starts, locations, weights, ctx.im2col_step, ctx.deterministic, *ctx.form = inputs
-    ctx.save_for_backward(value, shapes, starts, locations, weights)
+def _forward_autocast(operator: Operator, *inputs: Any) -> Tensor:
+    agreed = list(inputs)
+    value, *_ = inputs
+    places = dict(operator.tensors)
+    del places["value"]
+    if "reference_points" in places:
+        place = places.pop("reference_points")
+        (agreed[place],) = agreed_dtypes(value, inputs[place])
+    samples = [place for place in places.values() if inputs[place] is not None]
+    for place, tensor in zip(samples, agreed_dtypes(value, *(inputs[place] for place in samples)), strict=True):
+        agreed[place] = tensor
+    with compat.without_autocast():
+        return operator.forward(*agreed)
 
 
-def differentiate_forward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad
-    mask = [needs[0], needs[3], needs[4]]
-    operator = _transformed_backward if under_transform() else backward_operator
-    grads = operator(grad_output, *ctx.saved_tensors, ctx.im2col_step, ctx.deterministic, mask, *ctx.form)
-    of_value, of_locations, of_weights = (grad if wanted else None for grad, wanted in zip(grads, mask, strict=True))
-    return of_value, None, None, of_locations, of_weights, None, None, *(None for _ in ctx.form)
-
-
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_output, value, shapes, starts, locations, weights, _, _, ctx.mask, *ctx.form = inputs
-    ctx.save_for_backward(grad_output, value, shapes, starts, locations, weights)
-
-
-def _differentiate_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Second order, through a composition that torch differentiates twice: rarely needed, so its speed is secondary.
-
-    It holds the four rows of every sample, 4 * N * Q * M * L * P * D numbers, several times over.
-    """
-    grad_output, value, shapes, starts, locations, weights = ctx.saved_tensors
-    shapes, variant, lengths = read_form(shapes, ctx.form)
-    shapes = torch.as_tensor(shapes, device=value.device)
-
-    def output_of(value: Tensor, *samples: Tensor) -> Tensor:
-        return gather_composition(value, shapes, starts, *without_padding(*samples, lengths), variant)
-
-    of_output, of_value, of_locations, of_weights = differentiate_twice(
-        output_of, (grad_output, value, locations, weights), grads, ctx.mask
-    )
-    none = (None for _ in ctx.form)
-    return of_output, of_value, None, None, of_locations, of_weights, None, None, None, *none
-
-
-def differentiate_twice(
-    output_of: Callable[..., Tensor], sources: Sequence[Tensor], grads: Sequence[Tensor | None], mask: Sequence[bool]
-) -> list[Tensor]:
-    """Gradients of `sources`, the output's gradient and the inputs of `output_of`, from `grads`, those of the inputs'
-    gradients. What `mask` leaves out counts for nothing.
-    """
-    dtype = torch.float64 if sources[1].dtype == torch.float64 else torch.float32
-
-    def gradients(grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        _, pull_back = torch.func.vjp(output_of, *inputs)
-        return pull_back(grad_output)
-
-    first, pull_back = torch.func.vjp(gradients, *(tensor.to(dtype) for tensor in sources))
-    incoming = [
-        grad.to(dtype) if wanted and grad is not None else torch.zeros_like(of)
-        for grad, of, wanted in zip(grads, first, mask, strict=True)
-    ]
-    return [grad.to(source.dtype) for grad, source in zip(pull_back(tuple(incoming)), sources, strict=True)]
-
-
-torch.library.register_autograd(FORWARD, differentiate_forward, setup_context=save_forward)
-torch.library.register_autograd(BACKWARD, _differentiate_backward, setup_context=_save_backward)
-
-
-def dtypes_agree(value: Tensor, *together: Tensor) -> bool:
-    """Whether the contract allows value's dtype beside those of `together`, which have to be the same."""
-    dtype = together[0].dtype
-    return all(tensor.dtype is dtype for tensor in together) and (
-        dtype is value.dtype or (dtype is torch.float32 and value.dtype in SIXTEEN_BIT)
-    )
-
-
-def agreed_dtypes(value: Tensor, *together: Tensor) -> tuple[Tensor, ...]:
-    """`together`, such as locations and weights, in dtypes that go with value's: their own, else the widest that does.
-
-    The rule of autocast. It lowers nothing and never touches value, so it costs no copy in the usual case, where a
-    linear layer made value 16-bit, and softmax and the reference points made the others float32.
-    """
-    if dtypes_agree(value, *together):
-        return together
-    dtype = torch.float32 if value.dtype in SIXTEEN_BIT else value.dtype
-    return tuple(tensor.to(dtype) for tensor in together)
-
-
-SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCPU
-)
-
-
-def _forward_autocast(
-    value: Tensor, shapes: Tensor | None, starts: Tensor | None, locations: Tensor, weights: Tensor, *settings: Any
-) -> Tensor:
-    locations, weights = agreed_dtypes(value, locations, weights)
-    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
-        return forward_operator(value, shapes, starts, locations, weights, *settings)
-
-
-library = torch.library.Library("cupy_msda", "IMPL")
-for _key in ("AutocastCUDA", "AutocastCPU"):
-    library.impl("ms_deform_attn", _forward_autocast, _key)
-
-
-def _vmap_rule(operator: Callable[..., Any], metadata: tuple[int, int]) -> Callable[..., Any]:
-    """Makes the mapped dimension part of N; arguments at the places `metadata` must be the same for all."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        size, folded = info.batch_size, []
-        for place, (dim, argument) in enumerate(zip(in_dims, arguments, strict=True)):
-            if place in metadata and dim is not None:
-                raise ValueError(
-                    "spatial_shapes, level_start_index: expected the same for every sample of vmap, got a dimension to "
-                    f"map over, in_dims = {dim}"
-                )
-            if isinstance(argument, Tensor) and place not in metadata:
-                mapped = argument.expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
-                argument = mapped.flatten(0, 1)
-            folded.append(argument)
-        results = operator(*folded)
-        if isinstance(results, Tensor):
-            return _unfold(results, size), 0
-        return tuple(_unfold(result, size) for result in results), (0,) * len(results)
-
-    return rule
-
-
-def _unfold(tensor: Tensor, size: int) -> Tensor:
-    return tensor.view(size, tensor.shape[0] // size, *tensor.shape[1:])
-
-
-def under_transform() -> bool:
-    """Whether this runs inside vmap, grad or another transform of torch.func."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def transformable(
-    operator: Callable[..., Any],
-    name: str,
-    save: Callable[..., None],
-    differentiate: Callable[..., Any],
-    metadata: tuple[int, int],
-) -> Callable[..., Any]:
-    """`operator` for torch.func, whose transforms do not go through registered gradients but through a function's.
-
-    Its rule for vmap is that of the operator `name`, too; `metadata` are the places of the arguments that are the same
-    for all.
-    """
-    rule = _vmap_rule(operator, metadata)
-    if hasattr(torch.library, "register_vmap"):  # torch >= 2.5
-        torch.library.register_vmap(name, rule)
-
-    class Transformed(torch.autograd.Function):
-        @staticmethod
-        def forward(*arguments: Any) -> Any:
-            return operator(*arguments)
-
-        setup_context = staticmethod(save)
-        backward = staticmethod(differentiate)
-        vmap = staticmethod(rule)
-
-    return Transformed.apply
-
-
-transformed_forward = transformable(forward_operator, FORWARD, save_forward, differentiate_forward, metadata=(1, 2))
-_transformed_backward = transformable(
-    backward_operator, BACKWARD, _save_backward, _differentiate_backward, metadata=(2, 3)
-)
+_library = torch.library.Library("cupy_msda", "IMPL")
+for _operator in (ATTENTION, FUSED_ATTENTION):
+    torch.library.impl(_operator.name, ("cpu", "cuda"), partial(_forward, _operator))
+    torch.library.impl(f"{_operator.name}_backward", ("cpu", "cuda"), partial(_backward, _operator))
+    torch.library.register_fake(_operator.name, partial(_forward_fake, _operator))
+    torch.library.register_fake(f"{_operator.name}_backward", partial(_backward_fake, _operator))
+    for _key in ("AutocastCUDA", "AutocastCPU"):
+        _library.impl(_operator.name.partition("::")[2], partial(_forward_autocast, _operator), _key)

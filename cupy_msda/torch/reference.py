@@ -1,19 +1,56 @@
-"""The operator out of torch's own functions: for export, for second derivatives, and to compare with."""
+"""Reference implementations of pure torch functions: for export, for second derivatives, and to compare with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..call import PLAIN, Variant, contiguous_starts
+from ..call import PLAIN, Arguments, Variant, contiguous_starts
 
-Levels = Sequence[tuple[int, int]]
+Levels = Sequence[Sequence[int]]
 
 
-def grid_sample_composition(
+def exportable_attention(arguments: Arguments) -> Tensor:
+    """The operator by ``grid_sample``, with arithmetic in float32 or float64. The level sizes become constants."""
+    value, shapes, variant = arguments.value, arguments.spatial_shapes, arguments.variant
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    levels = shapes.tolist() if hasattr(shapes, "tolist") else shapes
+    starts = arguments.level_start_index
+    if hasattr(starts, "tolist"):
+        starts = starts.tolist()
+    locations = arguments.locations.to(dtype)
+    weights: Any = None if arguments.weights is None else arguments.weights.to(dtype)
+    if arguments.reference_points is not None:
+        sizes = torch.as_tensor(shapes, device=value.device)
+        locations, weights = locations_and_weights(
+            sizes, arguments.reference_points.to(dtype), locations, weights, variant=variant
+        )
+    locations, weights = ignore_padding(locations, weights, arguments.query_lengths)
+    # grid_sample promises nothing for NaN. What lies this far outside is the same as at infinity.
+    invalid = locations.isnan().any(-1)
+    locations = torch.where(invalid[..., None], -1, locations).clamp(-1, 2)
+    weights = torch.where(invalid, 0, weights)
+    return grid_sample_attention(value.to(dtype), levels, locations, weights, starts, variant).to(value.dtype)
+
+
+def differentiable_attention(arguments: Arguments) -> Tensor:
+    """The operator by ``gather``, differentiable any number of times. It does not read the metadata."""
+    value, shapes, variant = arguments.value, arguments.spatial_shapes, arguments.variant
+    locations, weights = arguments.locations, arguments.weights
+    shapes = torch.as_tensor(shapes, device=value.device)
+    if arguments.reference_points is not None:
+        locations, weights = locations_and_weights(
+            shapes, arguments.reference_points, locations, weights, variant=variant
+        )
+    locations, weights = ignore_padding(locations, weights, arguments.query_lengths)
+    return gather_attention(value, shapes, arguments.level_start_index, locations, weights, variant)
+
+
+def grid_sample_attention(
     value: Tensor,
     levels: Levels,
     locations: Tensor,
@@ -21,11 +58,11 @@ def grid_sample_composition(
     starts: Sequence[int] | None = None,
     variant: Variant = PLAIN,
 ) -> Tensor:
-    """One ``grid_sample`` a level: what models without the operator use.
+    """One ``grid_sample`` per level: what models without the operator use.
 
     value [N, S, M, D], levels of (H, W), locations [N, Q, M, L, P, 2], weights [N, Q, M, L, P] -> [N, Q, M*D], computed
-    in value's dtype. `starts` are the first rows of the levels; None: they are packed. A `variant` with points of their
-    own a level has all points in one dimension.
+    in value's dtype. `starts` are the first pixels of the levels; None: each level follows the one before it. With
+    `num_points` in `variant`, the points of all levels are one dimension.
     """
     N, _, M, D = value.shape
     Q = locations.shape[1]
@@ -54,17 +91,17 @@ def grid_sample_composition(
     return output.view(N, M * D, Q).transpose(1, 2).contiguous()
 
 
-def without_padding(locations: Tensor, weights: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+def ignore_padding(locations: Tensor, weights: Tensor, lengths: Any) -> tuple[Tensor, Tensor]:
     """Locations and weights by which the queries of each image from its number in `lengths` on give zeros."""
     if lengths is None:
         return locations, weights
     query = torch.arange(locations.shape[1], device=locations.device)
-    counts = query < lengths.to(locations.device)[:, None]
-    counts = counts.view(*counts.shape, *(1,) * (weights.ndim - 2))
-    return torch.where(counts[..., None], locations, 0.5), torch.where(counts, weights, 0)
+    valid = query < torch.as_tensor(lengths, device=locations.device)[:, None]
+    valid = valid.view(*valid.shape, *(1,) * (weights.ndim - 2))
+    return torch.where(valid[..., None], locations, 0.5), torch.where(valid, weights, 0)
 
 
-def front_end(
+def locations_and_weights(
     shapes: Tensor,
     references: Tensor,
     offsets: Tensor,
@@ -72,7 +109,7 @@ def front_end(
     *,
     variant: Variant = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """Locations and weights as the models make them."""
+    """Sampling locations and attention weights of a fused call, as the models compute them."""
     L = shapes.shape[0]
     if logits is None:
         K = offsets.shape[-1] // 3
@@ -94,7 +131,7 @@ def front_end(
     return locations, weights
 
 
-def gather_composition(
+def gather_attention(
     value: Tensor,
     shapes: Tensor,
     starts: Tensor | None,
@@ -102,7 +139,7 @@ def gather_composition(
     weights: Tensor,
     variant: Variant = PLAIN,
 ) -> Tensor:
-    """Four ``gather`` of rows: differentiable any number of times, which ``grid_sample`` is not.
+    """Four ``gather`` of value vectors: differentiable any number of times, which ``grid_sample`` is not.
 
     Arguments as for the operator, the metadata as tensors, which are not read; arithmetic in the dtype of the others.
     """
@@ -124,11 +161,11 @@ def gather_composition(
     else:
         x, y = x * w - 0.5, y * h - 0.5
     if variant.clamped:
-        counts = ~(x.isnan() | y.isnan())
+        valid = ~(x.isnan() | y.isnan())
         x, y = (torch.minimum(c.clamp_min(0), (size - 1).to(c.dtype)) for c, size in ((x, w), (y, h)))
     else:
-        counts = (x > -1) & (y > -1) & (x < w) & (y < h)
-    x, y = torch.where(counts, x, 0), torch.where(counts, y, 0)
+        valid = (x > -1) & (y > -1) & (x < w) & (y < h)
+    x, y = torch.where(valid, x, 0), torch.where(valid, y, 0)
     x0, y0 = x.detach().floor(), y.detach().floor()
     ax, ay = x - x0, y - y0
     heads = value.transpose(1, 2)
@@ -136,10 +173,10 @@ def gather_composition(
     for right in variant.neighbours:
         for below in variant.neighbours:
             column, row = x0.long() + right, y0.long() + below
-            inside = counts & (column >= 0) & (column < w) & (row >= 0) & (row < h)
+            inside = valid & (column >= 0) & (column < w) & (row >= 0) & (row < h)
             index = torch.where(inside, start + row * w + column, 0).transpose(1, 2).flatten(2)
-            rows = heads.gather(2, index[..., None].expand(N, M, Q * K, D)).view(N, M, Q, K, D)
+            vectors = heads.gather(2, index[..., None].expand(N, M, Q * K, D)).view(N, M, Q, K, D)
             weight = (ax if right else 1 - ax) * (ay if below else 1 - ay) * weights
             weight = torch.where(inside, weight, 0).transpose(1, 2)
-            output = output + (weight[..., None, :] @ rows).squeeze(-2)
+            output = output + (weight[..., None, :] @ vectors).squeeze(-2)
     return output.transpose(1, 2).reshape(N, Q, M * D)

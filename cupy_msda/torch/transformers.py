@@ -1,25 +1,24 @@
 """Hugging Face transformers served by this operator: its models as they are, with unchanged checkpoints.
 
 transformers computes multi-scale deformable attention in three forms: layers named ``MultiScaleDeformableAttention``, a
-function ``multi_scale_deformable_attention``, and ``multi_scale_deformable_attention_v2`` with points of their own a
-level. :func:`patch` replaces all three, in one call; :func:`register_kernel` is the way of the ``kernels`` package.
+function ``multi_scale_deformable_attention``, and ``multi_scale_deformable_attention_v2`` with a number of points per
+level. :func:`patch` replaces all three in one call. :func:`register_kernel` is for the ``kernels`` package.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from .dtypes import agreed_dtypes
 from .functional import ms_deform_attn
 from .integrations.patch import Patch
+from .integrations.transformers import KernelRepository, serve_function, serve_layer
 from .modules import MultiScaleDeformableAttention
-from .operators import agreed_dtypes
 
 FAMILIES = (
     "d_fine",
@@ -38,11 +37,7 @@ FAMILIES = (
     "rt_detr",
     "rt_detr_v2",
 )
-_LAYER = "MultiScaleDeformableAttention"
-# Under this name some layers keep the function that they found when they were made.
-_KEPT = "ms_deformable_attn_core"
-# And under this one, while they are served, the function that they answer with.
-_SERVED = "_cupy_msda_core"
+_LAYER = MultiScaleDeformableAttention.__name__
 _METHODS = {"default": "bilinear", "discrete": "nearest"}
 
 
@@ -83,9 +78,7 @@ def multi_scale_deformable_attention_v2(
     )
 
 
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    function.__name__: function for function in (multi_scale_deformable_attention, multi_scale_deformable_attention_v2)
-}
+_FUNCTIONS = (multi_scale_deformable_attention, multi_scale_deformable_attention_v2)
 
 
 def patch(*families: str) -> Patch:
@@ -126,77 +119,14 @@ def patch(*families: str) -> Patch:
                 continue
             module = importlib.import_module(name)
             if hasattr(module, _LAYER):
-                _serve_layer(done, getattr(module, _LAYER))
+                serve_layer(done, getattr(module, _LAYER), MultiScaleDeformableAttention)
             for function in _FUNCTIONS:
-                if hasattr(module, function):
-                    _serve_function(done, module, function)
+                if hasattr(module, function.__name__):
+                    serve_function(done, module, function)
     except BaseException:
         done.undo()
         raise
     return done
-
-
-def _serve_layer(done: Patch, layer: type[nn.Module]) -> None:
-    done.served.append(f"{layer.__module__}.{layer.__name__}")
-    if layer.forward is MultiScaleDeformableAttention.forward:
-        return  # an outer patch did
-    _check_signature(layer.forward, MultiScaleDeformableAttention.forward)
-    done.replace(layer, "forward", MultiScaleDeformableAttention.forward)
-
-
-def _serve_function(done: Patch, module: ModuleType, name: str) -> None:
-    original, ours = getattr(module, name), _FUNCTIONS[name]
-    done.served.append(f"{module.__name__}.{name}")
-    if original is ours:
-        return
-    _check_signature(original, ours)
-    done.replace(module, name, ours)
-    for layer in vars(module).values():
-        if isinstance(layer, type) and layer.__module__ == module.__name__ and _keeps_function(layer):
-            done.add(layer, _SERVED, staticmethod(ours))
-            done.add(layer, _KEPT, _served_attribute(original, ours))
-
-
-def _keeps_function(layer: type) -> bool:
-    return issubclass(layer, nn.Module) and _KEPT in layer.__init__.__code__.co_names
-
-
-def _served_attribute(original: Callable[..., Tensor], ours: Callable[..., Tensor]) -> property:
-    """An attribute of layers that keeps the original, and answers with ours, or with what it has been given since.
-
-    The answer has a name of its own: torch 2.11's compiler takes a look into ``layer.__dict__`` for this attribute, and
-    never ends.
-    """
-
-    def keep(layer: nn.Module, function: Callable[..., Tensor]) -> None:
-        layer.__dict__[_KEPT] = original if function is ours else function
-        if function in (original, ours):
-            layer.__dict__.pop(_SERVED, None)
-        else:
-            layer.__dict__[_SERVED] = function
-
-    return property(lambda layer: getattr(layer, _SERVED), keep)
-
-
-def _check_signature(theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
-    have, want = (list(inspect.signature(function).parameters) for function in (theirs, ours))
-    if have != want:
-        raise RuntimeError(
-            f"{theirs.__module__}.{theirs.__qualname__}: expected the parameters {', '.join(want)}, got "
-            f"{', '.join(have)}: this transformers is not known to cupy_msda"
-        )
-
-
-class _KernelRepository:
-    """The layer as the ``kernels`` package asks for it: loaded from here, not from a hub."""
-
-    layer_name = _LAYER
-
-    def load(self) -> type[nn.Module]:
-        return MultiScaleDeformableAttention
-
-    def __repr__(self) -> str:
-        return f"`cupy_msda.torch` (layer `{self.layer_name}`)"
 
 
 def register_kernel() -> None:
@@ -215,4 +145,4 @@ def register_kernel() -> None:
         raise ModuleNotFoundError("kernels is not installed: pip install kernels")
     kernels = importlib.import_module("kernels")
     device = kernels.Device(type="cuda", properties=kernels.CUDAProperties(min_capability=75, max_capability=999))
-    kernels.register_kernel_mapping({_LAYER: {device: _KernelRepository()}})
+    kernels.register_kernel_mapping({_LAYER: {device: KernelRepository(MultiScaleDeformableAttention)}})

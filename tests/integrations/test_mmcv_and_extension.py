@@ -11,8 +11,7 @@ from cupy_msda.torch import extension, mmcv, ms_deform_attn
 from tests.helpers import cases
 from tests.helpers.cases import Case
 from tests.helpers.tolerance import assert_close
-from tests.with_torch.test_registered_operator import assert_same
-from tests.with_torch.test_variants import results, tensors
+from tests.helpers.torch_calls import assert_same, results, tensors_of
 
 NAME = "MultiScaleDeformableAttention"
 CASE = Case("drop-in")
@@ -39,7 +38,7 @@ def test_extension_under_an_autograd_function_of_the_caller(installed):
             grads = installed.ms_deform_attn_backward(*ctx.saved_tensors, grad_output, ctx.step)
             return grads[0], None, None, grads[1], grads[2], None
 
-    have = results(lambda *a: Function.apply(*a, 2), tensors(CASE))
+    have = results(lambda *a: Function.apply(*a, 2), tensors_of(CASE))
     want_output, want = cases.expected(CASE.inputs())
     for tensor, exact in zip(have, (want_output, *want), strict=True):
         assert_close(tensor.numpy(), exact, "float32")
@@ -70,20 +69,20 @@ def test_installing_twice_is_once(installed):
 
 @pytest.mark.parametrize("step", [64, torch.tensor(64)], ids=["int", "tensor"])
 def test_mmcv_function(step):
-    arguments = tensors(CASE)
+    arguments = tensors_of(CASE)
     have = results(lambda *a: mmcv.MultiScaleDeformableAttnFunction.apply(*a, step), arguments)
     assert_same(have, results(ms_deform_attn, arguments))
 
 
 def test_mmcv_pytorch_function():
-    arguments = tensors(CASE)
+    arguments = tensors_of(CASE)
     have = results(lambda v, s, _, *samples: mmcv.multi_scale_deformable_attn_pytorch(v, s, *samples), arguments)
     assert_same(have, results(ms_deform_attn, arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_mmcv_function_keeps_float32_locations_beside_16_bits(dtype):
-    value, shapes, starts, locations, weights, _ = tensors(CASE, dtype=dtype, location_dtype=torch.float32)
+    value, shapes, starts, locations, weights, _ = tensors_of(CASE, dtype=dtype, location_dtype=torch.float32)
     have = mmcv.MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights.to(dtype), 64)
     assert torch.equal(have, ms_deform_attn(value, shapes, starts, locations, weights.to(dtype).float()))
 

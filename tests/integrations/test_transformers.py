@@ -11,8 +11,8 @@ pytest.importorskip("transformers")
 from cupy_msda.torch import modules, ms_deform_attn
 from cupy_msda.torch import transformers as serve
 from tests.helpers.cases import Case
+from tests.helpers.torch_calls import tensors_of
 from tests.helpers.transformers_models import MODELS
-from tests.with_torch.test_variants import tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -111,7 +111,7 @@ def gradients(output, inputs, grad_output):
 
 @pytest.mark.parametrize("family", families("MultiScaleDeformableAttention"))
 def test_layer(family):
-    *found, grad_output = tensors(Case("layer"), dtype=torch.float64)
+    *found, grad_output = tensors_of(Case("layer"), dtype=torch.float64)
     inputs = dict(zip(ARGUMENTS, found, strict=True))
     layer = modeling(family).MultiScaleDeformableAttention()
     sizes = [tuple(row) for row in inputs["value_spatial_shapes"].tolist()]
@@ -130,7 +130,7 @@ def test_layer(family):
 @pytest.mark.parametrize("family", families("multi_scale_deformable_attention"))
 @pytest.mark.parametrize("as_list", [True, False])
 def test_function(family, as_list):
-    *found, grad_output = tensors(Case("function"), dtype=torch.float64)
+    *found, grad_output = tensors_of(Case("function"), dtype=torch.float64)
     inputs = dict(zip(ARGUMENTS, found, strict=True))
     inputs.pop("level_start_index")
     if as_list:
@@ -150,7 +150,7 @@ def test_function(family, as_list):
 @pytest.mark.parametrize("points", [[3, 6], [4, 4]], ids=str)
 def test_function_with_points(family, method, points):
     variant = {"num_points": tuple(points)} | ({"interpolation": "nearest"} if method == "discrete" else {})
-    value, shapes, _, locations, weights, grad_output = tensors(Case("v2", variant=variant), dtype=torch.float64)
+    value, shapes, _, locations, weights, grad_output = tensors_of(Case("v2", variant=variant), dtype=torch.float64)
     arguments = (value, shapes.tolist(), locations, weights, points, method)
     leaves = [tensor for tensor in (value, locations, weights) if tensor.requires_grad]
 
@@ -165,13 +165,13 @@ def test_function_with_points(family, method, points):
 
 
 def test_discrete_gives_the_locations_no_gradient():
-    value, shapes, _, locations, weights, _ = tensors(Case("v2", variant={"num_points": (2, 2)}))
+    value, shapes, _, locations, weights, _ = tensors_of(Case("v2", variant={"num_points": (2, 2)}))
     output = serve.multi_scale_deformable_attention_v2(value, shapes, locations, weights, [2, 2], "discrete")
     assert torch.autograd.grad(output.sum(), locations, allow_unused=True) == (None,)
 
 
 def test_other_method_is_refused():
-    value, shapes, _, locations, weights, _ = tensors(Case("v2", variant={"num_points": (2, 2)}))
+    value, shapes, _, locations, weights, _ = tensors_of(Case("v2", variant={"num_points": (2, 2)}))
     with pytest.raises(ValueError, match="method: expected 'default' or 'discrete', got 'cubic'"):
         serve.multi_scale_deformable_attention_v2(value, shapes, locations, weights, [2, 2], "cubic")
 
@@ -259,7 +259,7 @@ def test_kernels_package_takes_the_layer(monkeypatch):
         kernels.register_kernel_mapping({"MultiScaleDeformableAttention": {"cuda": Other()}})
         for mode in (kernels.Mode.TRAINING, kernels.Mode.INFERENCE | kernels.Mode.TORCH_COMPILE):
             model = kernels.kernelize(torch.nn.Sequential(Layer()), mode=mode, device="cuda")
-            value, shapes, starts, locations, weights, _ = tensors(Case("layer"))
+            value, shapes, starts, locations, weights, _ = tensors_of(Case("layer"))
             output = model[0](value, shapes, shapes.tolist(), starts, locations, weights, 64)
             assert torch.equal(output, ms_deform_attn(value, shapes, starts, locations, weights))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cupy_msda.torch import decomposed, ms_deform_attn
-from tests.with_torch.test_layers import LEVELS, arguments, module, single
+from tests.helpers.torch_calls import LEVELS, attention_module, module_inputs, to_float32
 
 
 class Net(torch.nn.Module):
@@ -14,7 +14,7 @@ class Net(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer = module().float()
+        self.layer = attention_module().float()
 
     def forward(self, query, references, memory):
         return self.layer(query, references, memory, LEVELS, None)
@@ -38,7 +38,7 @@ def run(path, inputs):
 @pytest.mark.parametrize("metadata", ["numbers", "tensors"])
 def test_onnx_runtime_gives_the_same_numbers(tmp_path, dynamo, metadata):
     net = (Net if metadata == "numbers" else TensorNet)().eval()
-    inputs = single(arguments())[: 3 if metadata == "numbers" else 5]
+    inputs = to_float32(module_inputs())[: 3 if metadata == "numbers" else 5]
     path = tmp_path / "layer.onnx"
     torch.onnx.export(net, inputs, path, dynamo=dynamo, opset_version=18, verbose=False)
     with torch.no_grad():
@@ -48,18 +48,18 @@ def test_onnx_runtime_gives_the_same_numbers(tmp_path, dynamo, metadata):
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_with_dynamic_queries(tmp_path):
-    net, inputs = Net().eval(), single(arguments())[:3]
+    net, inputs = Net().eval(), to_float32(module_inputs())[:3]
     path = tmp_path / "layer.onnx"
     Q = torch.export.Dim("Q", max=1000)
     torch.onnx.export(net, inputs, path, dynamo=True, verbose=False, dynamic_shapes=({1: Q}, {1: Q}, {}))
-    more = single(arguments(Q=9))[:3]
+    more = to_float32(module_inputs(Q=9))[:3]
     with torch.no_grad():
         want = net(*more).numpy()
     np.testing.assert_allclose(run(path, more), want, rtol=1e-4, atol=1e-5)
 
 
 def test_export_inside_decomposed_knows_no_operator_of_ours():
-    net, inputs = Net().eval(), single(arguments())[:3]
+    net, inputs = Net().eval(), to_float32(module_inputs())[:3]
     with decomposed():
         program = torch.export.export(net, inputs)
     assert not any("cupy_msda" in str(node.target) for node in program.graph.nodes)

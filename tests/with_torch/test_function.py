@@ -12,14 +12,13 @@ import torch
 import cupy_msda
 from cupy_msda.cpu import run as cpu
 from cupy_msda.torch import MSDeformAttnFunction, ms_deform_attn
-from cupy_msda.torch.reference import grid_sample_composition
+from cupy_msda.torch.reference import grid_sample_attention
 from tests.helpers import cases
 from tests.helpers.cases import CASES, Case
 from tests.helpers.tolerance import assert_close, relative_error
+from tests.helpers.torch_calls import DEVICES
 
 pytestmark = pytest.mark.sanitizer
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def tensors(inputs, device, requires_grad=True):
@@ -35,7 +34,7 @@ def test_agrees_with_grid_sample_in_float64(case):
     if inputs.starts is not None:
         pytest.skip("the composition knows packed levels only")
     leaves, _, grad_output = tensors(inputs, "cpu")
-    output = grid_sample_composition(leaves[0], [tuple(s) for s in inputs.shapes.tolist()], *leaves[1:])
+    output = grid_sample_attention(leaves[0], [tuple(s) for s in inputs.shapes.tolist()], *leaves[1:])
     grads = [g.numpy() for g in torch.autograd.grad(output, leaves, grad_output)]
     want_output, want_grads = cases.expected(inputs)
     assert_close(want_output, output.detach().numpy(), "float64")

@@ -1,7 +1,6 @@
-"""The fused front end as a torch operator: gradients, transforms, compilation, export, autocast, repeated calls."""
+"""The fused operator in torch: gradients, transforms, compilation, export, autocast, repeated calls."""
 
 import itertools
-from types import SimpleNamespace
 
 import onnxruntime
 import pytest
@@ -14,15 +13,13 @@ torch = pytest.importorskip("torch")
 
 import cupy_msda
 from cupy_msda import validate
-from cupy_msda.call import PLAIN
-from cupy_msda.torch import decomposed, fast_path, ms_deform_attn, ms_deform_attn_fused
-from cupy_msda.torch import fused as functions
-from cupy_msda.torch.reference import front_end
-from tests.with_torch.test_registered_operator import DEVICES
+from cupy_msda.torch import decomposed, ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.torch.reference import locations_and_weights
+from tests.helpers.torch_calls import DEVICES
 
 pytestmark = pytest.mark.sanitizer
 
-CASE = Case("front", levels=((6, 7), (3, 4)), N=2, M=2, D=8, P=3)
+CASE = Case("fused", levels=((6, 7), (3, 4)), N=2, M=2, D=8, P=3)
 FORMS = list(itertools.product((2, 4), (None, 1), (False, True)))
 
 
@@ -44,7 +41,7 @@ def attend(shapes, value, *samples, **options):
 def test_equals_the_composition_with_all_gradients(device, form):
     shapes, leaves, grad = tensors(device, coordinates=form[0], levels=form[1], packed=form[2])
     output = attend(shapes, *leaves)
-    want = ms_deform_attn(leaves[0], shapes, None, *front_end(shapes, *leaves[1:]))
+    want = ms_deform_attn(leaves[0], shapes, None, *locations_and_weights(shapes, *leaves[1:]))
     torch.testing.assert_close(output, want)
     for got, other in zip(
         torch.autograd.grad(output, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True
@@ -221,33 +218,6 @@ def test_onnx_runtime_gives_the_same_numbers(tmp_path, dynamo, packed):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     named = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), inputs, strict=True)}
     torch.testing.assert_close(torch.from_numpy(session.run(None, named)[0]), Net()(*inputs), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_the_same_layout_is_the_same_call(monkeypatch, packed, requires_grad):
-    """A stand-in plays the recipe."""
-
-    def arguments(seed):
-        shapes, leaves, _ = tensors("cpu", packed=packed, seed=seed)
-        return shapes, torch.tensor([0, 42]), *(leaf.detach().requires_grad_(requires_grad) for leaf in leaves)
-
-    def call(shapes, starts, value, *samples):
-        return ms_deform_attn_fused(value, shapes, starts, *samples)
-
-    shapes, starts, value, references, *samples = arguments(0)
-    monkeypatch.setattr(fast_path, "recent_fused", {False: (), True: ()})
-    monkeypatch.setitem(fast_path.recipes, "key", SimpleNamespace(levels=(), forward=lambda *a: "again"))
-    monkeypatch.setattr(functions, "apply", lambda *inputs: inputs[-1][0].forward())
-    inputs = (value, samples[0], None if packed else samples[1])
-    fast_path.recall("key", *inputs, shapes, starts, 64, None, PLAIN, references)
-    assert call(*arguments(1)) == "again"
-    with torch.no_grad():
-        assert call(*arguments(2)) == "again"
-    _, _, *others = arguments(3)
-    monkeypatch.undo()
-    monkeypatch.setitem(fast_path.recipes, "key", None)
-    assert torch.is_tensor(ms_deform_attn_fused(others[0], shapes, None, *others[1:]))
 
 
 @pytest.mark.gpu

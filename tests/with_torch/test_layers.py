@@ -6,27 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from cupy_msda.torch import MSDeformAttn, MultiScaleDeformableAttention, decomposed, ms_deform_attn
-from tests.with_torch.test_registered_operator import DEVICES
-
-LEVELS = [(6, 7), (3, 4)]
-S = 6 * 7 + 3 * 4
-
-
-def module(seed=0, **sizes):
-    torch.manual_seed(seed)
-    made = MSDeformAttn(**({"d_model": 16, "n_levels": 2, "n_heads": 2, "n_points": 3} | sizes)).double()
-    for layer in (made.sampling_offsets, made.attention_weights):
-        nn.init.normal_(layer.weight, std=0.3)
-    return made
-
-
-def arguments(coordinates=2, N=2, Q=5):
-    torch.manual_seed(1)
-    query, memory = torch.randn(N, Q, 16).double(), torch.randn(N, S, 16).double()
-    return query, torch.rand(N, Q, 2, coordinates).double(), memory, torch.tensor(LEVELS), torch.tensor([0, 42])
+from tests.helpers.torch_calls import DEVICES, LEVELS, attention_module, module_inputs, to_float32
+from tests.helpers.torch_calls import PIXELS as S
 
 
 def test_parameters_are_those_of_deformable_detr():
@@ -60,7 +43,7 @@ def test_initial_values_are_those_of_the_paper():
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 def test_forward_is_the_formula(coordinates):
-    layer, (query, references, memory, shapes, starts) = module(), arguments(coordinates)
+    layer, (query, references, memory, shapes, starts) = attention_module(), module_inputs(coordinates)
     value = layer.value_proj(memory).view(2, S, 2, 8)
     offsets = layer.sampling_offsets(query).view(2, 5, 2, 2, 3, 2)
     weights = F.softmax(layer.attention_weights(query).view(2, 5, 2, 6), -1).view(2, 5, 2, 2, 3)
@@ -76,13 +59,13 @@ def test_forward_is_the_formula(coordinates):
 
 
 def test_level_sizes_as_numbers():
-    layer, (query, references, memory, shapes, starts) = module(), arguments()
+    layer, (query, references, memory, shapes, starts) = attention_module(), module_inputs()
     want = layer(query, references, memory, shapes, starts)
     torch.testing.assert_close(layer(query, references, memory, LEVELS, None), want, rtol=0, atol=0)
 
 
 def test_padding_counts_as_zero():
-    layer, (query, references, memory, shapes, starts) = module(), arguments()
+    layer, (query, references, memory, shapes, starts) = attention_module(), module_inputs()
     padding = torch.rand(2, S) < 0.5
     have = layer(query, references, memory, shapes, starts, padding)
     bias = layer.value_proj.bias
@@ -91,7 +74,7 @@ def test_padding_counts_as_zero():
 
 
 def test_gradients_reach_every_parameter_and_agree_with_the_composition():
-    layer, inputs = module(), arguments(4)
+    layer, inputs = attention_module(), module_inputs(4)
     grads = []
     for way in (torch.enable_grad, decomposed):
         layer.zero_grad()
@@ -106,7 +89,7 @@ def test_gradients_reach_every_parameter_and_agree_with_the_composition():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_locations_are_float32_under_autocast(dtype):
     """Half a pixel of a level of 1024 columns is less than 16 bits of a location tell apart."""
-    layer, (query, references, *_) = module(n_levels=1).float(), single(arguments())
+    layer, (query, references, *_) = attention_module(n_levels=1).float(), to_float32(module_inputs())
     memory, levels = torch.randn(2, 1024, 16), [(1, 1024)]
     references = references[:, :, :1] * 0.2 + 0.75
     with torch.autocast("cpu", dtype):
@@ -123,14 +106,10 @@ def test_locations_are_float32_under_autocast(dtype):
     assert (coarse - want).abs().max() > 0.1
 
 
-def single(inputs):
-    return tuple(t.float() if t.is_floating_point() else t for t in inputs)
-
-
 def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match=r"d_model: expected a multiple of n_heads = 3, got 16"):
-        module(n_heads=3)
-    layer, (query, references, *others) = module(), arguments()
+        attention_module(n_heads=3)
+    layer, (query, references, *others) = attention_module(), module_inputs()
     with pytest.raises(ValueError, match=r"reference_points: expected shape \[N, Q, L, 2\] for points or"):
         layer(query, references.repeat(1, 1, 1, 2)[..., :3], *others)
 
@@ -160,10 +139,10 @@ def test_kernel_layer_is_the_operator():
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_layer_compiles_into_one_graph_for_all_sizes(device, coordinates, mode):
     torch._dynamo.reset()
-    layer = module().float().to(device)
+    layer = attention_module().float().to(device)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, mode=mode)
     for Q in (5, 9, 7):
-        inputs = [t.to(device) for t in single(arguments(coordinates, Q=Q))]
+        inputs = [t.to(device) for t in to_float32(module_inputs(coordinates, Q=Q))]
         for _ in range(2):
             torch.testing.assert_close(compiled(*inputs), layer(*inputs), rtol=1e-4, atol=1e-5)
         grads = []
@@ -178,7 +157,7 @@ def test_layer_compiles_into_one_graph_for_all_sizes(device, coordinates, mode):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_layer_in_sixteen_bits_with_float32_references(device, dtype):
-    layer, inputs = module().to(device), [t.to(device) for t in arguments()]
+    layer, inputs = attention_module().to(device), [t.to(device) for t in module_inputs()]
     want = layer(*inputs)
     query, references, memory, *metadata = inputs
     have = layer.to(dtype)(query.to(dtype), references.float(), memory.to(dtype), *metadata)
@@ -189,7 +168,7 @@ def test_layer_in_sixteen_bits_with_float32_references(device, dtype):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_layer_trains_under_autocast(device, dtype):
-    layer, inputs = module().float().to(device), [t.to(device) for t in single(arguments(4))]
+    layer, inputs = attention_module().float().to(device), [t.to(device) for t in to_float32(module_inputs(4))]
     optimizer, losses = torch.optim.Adam(layer.parameters(), lr=0.03), []
     for _ in range(12):
         with torch.autocast(device, dtype):
@@ -203,6 +182,6 @@ def test_layer_trains_under_autocast(device, dtype):
 
 
 def test_layer_refuses_references_with_another_number_of_levels():
-    layer, (query, references, *others) = module(), arguments()
+    layer, (query, references, *others) = attention_module(), module_inputs()
     with pytest.raises(ValueError, match=r"reference_points: expected shape \[N, Q, L, 2\] = \[2, 5, 2, 2\]"):
         layer(query, references.repeat(1, 1, 2, 1)[:, :, :3], *others)

@@ -11,7 +11,7 @@ import torch
 import cupy_msda
 from cupy_msda import validate
 from cupy_msda.torch import ms_deform_attn
-from tests.with_torch.test_registered_operator import LEVELS, assert_same, results, tensors
+from tests.helpers.torch_calls import LEVELS, assert_same, results, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
 
@@ -72,10 +72,10 @@ def test_a_known_layout_with_strides_or_other_metadata_is_another():
 def test_forgets_layouts_when_there_are_too_many(monkeypatch):
     from cupy_msda.torch import fast_path
 
-    monkeypatch.setattr(fast_path, "_MOST_RECIPES", 3)
+    monkeypatch.setattr(fast_path, "_MOST_PLANS", 3)
     for queries in range(1, 9):
         ms_deform_attn(*tensors("cuda", requires_grad=False, starts=True, queries=queries)[:5])
-        assert len(fast_path.recipes) <= max(3, 1)
+        assert len(fast_path.plans) <= max(3, 1)
 
 
 def static_step(arguments):

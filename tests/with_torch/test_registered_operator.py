@@ -7,39 +7,18 @@ import torch
 
 from cupy_msda.torch import ms_deform_attn
 from tests.helpers import cases
-from tests.helpers.cases import CASES, Case
+from tests.helpers.cases import CASES
 from tests.helpers.tolerance import TOLERANCE, assert_close
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-operator = torch.ops.cupy_msda.ms_deform_attn.default
-backward_operator = torch.ops.cupy_msda.ms_deform_attn_backward.default
-LEVELS = ((6, 7), (3, 4))
-
-
-def tensors(device, dtype=torch.float32, location_dtype=None, requires_grad=True, starts=False, N=2, queries=5, seed=0,
-            levels=LEVELS):  # fmt: skip
-    """value, shapes, starts, locations, weights, grad_output."""
-    inputs = Case("torch", levels=levels, N=N, queries=queries).inputs(seed=seed)
-    value, locations, weights, grad_output = (
-        torch.from_numpy(inputs[i]).to(device, d)
-        for i, d in ((0, dtype), (3, location_dtype or dtype), (4, location_dtype or dtype), (5, dtype))
-    )
-    shapes = torch.tensor(levels, device=device)
-    first = (shapes.prod(1).cumsum(0) - shapes.prod(1)) if starts else None
-    leaves = [t.requires_grad_(requires_grad) for t in (value, locations, weights)]
-    return leaves[0], shapes, first, leaves[1], leaves[2], grad_output
-
-
-def results(function, arguments):
-    """Output and the three gradients of function(value, shapes, starts, locations, weights)."""
-    *inputs, grad_output = arguments
-    output = function(*inputs)
-    return [output.detach(), *torch.autograd.grad(output, (inputs[0], inputs[3], inputs[4]), grad_output)]
-
-
-def assert_same(have, want, rtol=1e-5):
-    for a, b in zip(have, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+from tests.helpers.torch_calls import (
+    DEVICES,
+    LEVELS,
+    assert_same,
+    backward_operator,
+    between_other_operations,
+    forward_operator,
+    results,
+    tensors,
+)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -47,7 +26,7 @@ def assert_same(have, want, rtol=1e-5):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_forward(device, starts, dtype):
     *inputs, _ = tensors(device, dtype, torch.float32, starts=starts)
-    torch.library.opcheck(operator, (*inputs, 64, None))
+    torch.library.opcheck(forward_operator, (*inputs, 64, None))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -63,7 +42,9 @@ def test_opcheck_backward(device, mask):
 @pytest.mark.parametrize("device", DEVICES)
 def test_operator_agrees_with_the_function(device):
     arguments = tensors(device)
-    assert_same(results(lambda *a: operator(*a, 64, None), arguments), results(ms_deform_attn, arguments), rtol=1e-6)
+    assert_same(
+        results(lambda *a: forward_operator(*a, 64, None), arguments), results(ms_deform_attn, arguments), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, False, False)], ids=str)
@@ -78,14 +59,9 @@ def test_fake_operator_names_the_wrong_shape():
     value, shapes, starts, locations, weights, _ = tensors("cpu", requires_grad=False)
     meta = [None if t is None else t.to("meta") for t in (value, shapes, starts, locations[:, :, :1], weights)]
     with pytest.raises(RuntimeError, match=r"sampling_locations: expected shape \[N, Q, M, L, P, 2\]"):
-        operator(*meta, 64, None)
+        forward_operator(*meta, 64, None)
     with pytest.raises(RuntimeError, match=r"value: expected shape \[N, S, M, D\]"):
-        operator(meta[0][0], *meta[1:], 64, None)
-
-
-def layer(value, shapes, starts, locations, weights):
-    """The operator with neighbours, so that there is something to compile."""
-    return ms_deform_attn(value * 2, shapes, starts, locations + 0.01, weights.softmax(-1)) * 3
+        forward_operator(meta[0][0], *meta[1:], 64, None)
 
 
 @pytest.fixture
@@ -102,8 +78,8 @@ def fresh_compiler():
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compile(device, dynamic, mode):
     arguments = tensors(device, starts=True)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, mode=mode)
-    want = results(layer, arguments)
+    compiled = torch.compile(between_other_operations, fullgraph=True, dynamic=dynamic, mode=mode)
+    want = results(between_other_operations, arguments)
     for _ in range(3):  # reduce-overhead warms up, records, replays
         assert_same([r.clone() for r in results(compiled, arguments)], want)
     with torch.no_grad():
@@ -117,10 +93,10 @@ def test_compile(device, dynamic, mode):
 @pytest.mark.usefixtures("fresh_compiler")
 def test_dynamic_compilation_serves_other_sizes(device):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(between_other_operations, fullgraph=True, dynamic=True, backend=counter)
     for queries, levels in ((5, LEVELS), (9, LEVELS), (7, ((8, 5), (4, 3))), (30, ((10, 12), (2, 9)))):
         arguments = tensors(device, queries=queries, levels=levels, starts=True)
-        assert_same(results(compiled, arguments), results(layer, arguments))
+        assert_same(results(compiled, arguments), results(between_other_operations, arguments))
     assert counter.frame_count == 1
 
 
@@ -135,8 +111,8 @@ def with_numbers(device, **sizes):
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compile_with_level_sizes_as_numbers(device, mode):
     arguments = with_numbers(device)
-    compiled = torch.compile(layer, fullgraph=True, mode=mode)
-    want = results(layer, arguments)
+    compiled = torch.compile(between_other_operations, fullgraph=True, mode=mode)
+    want = results(between_other_operations, arguments)
     for _ in range(3):
         assert_same([r.clone() for r in results(compiled, arguments)], want)
     if device == "cuda":
@@ -152,10 +128,10 @@ def test_numbers_become_no_tensor_of_compiled_code():
         return graph
 
     arguments = with_numbers("cpu")
-    torch.compile(layer, fullgraph=True, backend=keep)(*arguments[:5])
+    torch.compile(between_other_operations, fullgraph=True, backend=keep)(*arguments[:5])
     (graph,) = graphs
     called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    assert operator in called
+    assert forward_operator in called
     assert not {torch.as_tensor, torch.tensor} & set(called)
 
 
@@ -163,10 +139,10 @@ def test_numbers_become_no_tensor_of_compiled_code():
 @pytest.mark.usefixtures("fresh_compiler")
 def test_dynamic_compilation_serves_other_numbers(device):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(between_other_operations, fullgraph=True, dynamic=True, backend=counter)
     for queries, levels in ((5, LEVELS), (9, ((8, 5), (4, 3))), (30, ((10, 12), (2, 9)))):
         arguments = with_numbers(device, queries=queries, levels=levels)
-        assert_same(results(compiled, arguments), results(layer, arguments))
+        assert_same(results(compiled, arguments), results(between_other_operations, arguments))
     assert counter.frame_count == 1
 
 
@@ -175,12 +151,12 @@ def test_operator_with_level_sizes_as_numbers(device):
     value, shapes, _, locations, weights, _ = tensors(device, torch.float64, starts=False)
     sizes = [size for level in shapes.tolist() for size in level]
     arguments = (value, None, None, locations, weights, 64, None, None, "bilinear", "zeros", False, None, sizes)
-    torch.testing.assert_close(operator(*arguments), ms_deform_attn(value, shapes, None, locations, weights))
-    torch.library.opcheck(operator, arguments)
+    torch.testing.assert_close(forward_operator(*arguments), ms_deform_attn(value, shapes, None, locations, weights))
+    torch.library.opcheck(forward_operator, arguments)
     few = [t.detach().requires_grad_() for t in (value[:1], locations[:1, :2], weights[:1, :2])]
 
     def call(value, locations, weights):
-        return operator(value, None, None, locations, weights, *arguments[5:])
+        return forward_operator(value, None, None, locations, weights, *arguments[5:])
 
     assert torch.autograd.gradgradcheck(call, few, fast_mode=True)
 
@@ -201,7 +177,7 @@ def test_compile_under_autocast(device):
 
 class Module(torch.nn.Module):
     def forward(self, value, shapes, starts, locations, weights):
-        return layer(value, shapes, starts, locations, weights)
+        return between_other_operations(value, shapes, starts, locations, weights)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -210,13 +186,13 @@ def test_export_with_dynamic_sizes(device):
     N, Q = torch.export.Dim("N", max=64), torch.export.Dim("Q", max=100000)
     dynamic = ({0: N}, {}, {}, {0: N, 1: Q}, {0: N, 1: Q})
     program = torch.export.export(Module(), tuple(inputs), dynamic_shapes=dynamic)
-    assert any(node.target is operator for node in program.graph.nodes)
+    assert any(node.target is forward_operator for node in program.graph.nodes)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
     loaded = torch.export.load(file).module()
     *other, _ = tensors(device, requires_grad=False, starts=True, N=3, queries=11, seed=1)
-    assert_same([loaded(*other)], [layer(*other)])
+    assert_same([loaded(*other)], [between_other_operations(*other)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -355,6 +331,6 @@ def test_subclasses_and_modes_see_the_operator():
 def test_operator_against_the_reference(case):
     inputs = case.inputs("float64")
     put = [None if a is None else torch.from_numpy(a) for a in inputs]
-    output = operator(*put[:5], 64, None)
+    output = forward_operator(*put[:5], 64, None)
     assert TOLERANCE["float64"] < 1e-10
     assert_close(output.numpy(), cases.expected(inputs)[0], "float64")

@@ -10,21 +10,9 @@ from cupy_msda.torch import decomposed, ms_deform_attn
 from tests.helpers import cases
 from tests.helpers.cases import VARIANTS, Case
 from tests.helpers.tolerance import TOLERANCE, assert_close
-from tests.with_torch.test_registered_operator import DEVICES, assert_same, backward_operator, operator
+from tests.helpers.torch_calls import DEVICES, assert_same, backward_operator, forward_operator, results, tensors_of
 
 FORMS = VARIANTS[:7]
-
-
-def tensors(case, device="cpu", dtype=torch.float32, location_dtype=None, seed=0):
-    """value, shapes, starts, locations, weights, grad_output; with nearest, locations require no gradient."""
-    inputs = case.inputs(seed=seed)
-    shapes = torch.from_numpy(inputs.shapes).to(device)
-    starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
-    value, grad_output = (torch.from_numpy(inputs[i]).to(device, dtype) for i in (0, 5))
-    locations, weights = (torch.from_numpy(inputs[i]).to(device, location_dtype or dtype) for i in (3, 4))
-    for tensor in (value, weights, *(() if case.variant.get("interpolation") else (locations,))):
-        tensor.requires_grad_()
-    return value, shapes, starts, locations, weights, grad_output
 
 
 def positional(case):
@@ -33,18 +21,10 @@ def positional(case):
     return tuple((names | case.variant).values())
 
 
-def results(function, arguments):
-    """Output and the gradients of function(value, shapes, starts, locations, weights)."""
-    *inputs, grad_output = arguments
-    output = function(*inputs)
-    leaves = [tensor for tensor in (inputs[0], inputs[3], inputs[4]) if tensor.requires_grad]
-    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_gradients_against_the_reference(device, case):
-    arguments = tensors(case, device)
+    arguments = tensors_of(case, device)
     output, *grads = results(lambda *a: ms_deform_attn(*a, **case.variant), arguments)
     want_output, want = cases.expected(case.inputs(), **case.variant)
     assert_close(output.cpu().numpy(), want_output, "float32")
@@ -57,8 +37,8 @@ def test_gradients_against_the_reference(device, case):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_opcheck(device, case):
-    *inputs, grad_output = tensors(case, device)
-    torch.library.opcheck(operator, (*inputs, 64, None, *positional(case)), rtol=1e-5, atol=1e-5)
+    *inputs, grad_output = tensors_of(case, device)
+    torch.library.opcheck(forward_operator, (*inputs, 64, None, *positional(case)), rtol=1e-5, atol=1e-5)
     torch.library.opcheck(
         backward_operator,
         (grad_output, *inputs, 64, None, [True, inputs[3].requires_grad, True], *positional(case)),
@@ -72,7 +52,7 @@ def test_opcheck(device, case):
 def test_compile(device, case):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: ms_deform_attn(*a, **case.variant) * 2, fullgraph=True)
-    arguments = tensors(case, device)
+    arguments = tensors_of(case, device)
     assert_same(results(compiled, arguments), results(lambda *a: ms_deform_attn(*a, **case.variant) * 2, arguments))
 
 
@@ -82,7 +62,7 @@ def test_export(case):
         def forward(self, *inputs):
             return ms_deform_attn(*inputs, **case.variant)
 
-    inputs = tuple(tensor.detach() for tensor in tensors(case)[:5])
+    inputs = tuple(tensor.detach() for tensor in tensors_of(case)[:5])
     file = io.BytesIO()
     torch.export.save(torch.export.export(Net(), inputs), file)
     file.seek(0)
@@ -92,7 +72,7 @@ def test_export(case):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_second_order(device, case):
-    value, shapes, starts, locations, weights, _ = tensors(case, device, torch.float64)
+    value, shapes, starts, locations, weights, _ = tensors_of(case, device, torch.float64)
     leaves = [tensor for tensor in (value, locations, weights) if tensor.requires_grad]
 
     def function(value, *others):
@@ -106,7 +86,7 @@ def test_second_order(device, case):
 
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_composition_agrees(case):
-    arguments = tensors(case, dtype=torch.float64)
+    arguments = tensors_of(case, dtype=torch.float64)
     direct = results(lambda *a: ms_deform_attn(*a, **case.variant), arguments)
     with decomposed():
         assert_same(results(lambda *a: ms_deform_attn(*a, **case.variant), arguments), direct, 1e-9)
@@ -116,7 +96,7 @@ def test_composition_agrees(case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(device, dtype):
     case = FORMS[0]
-    value, shapes, starts, locations, weights, _ = tensors(case, device, dtype, torch.float32)
+    value, shapes, starts, locations, weights, _ = tensors_of(case, device, dtype, torch.float32)
     with torch.autocast(device, dtype):
         output = ms_deform_attn(value, shapes, starts, locations, weights.to(dtype), **case.variant)
     exact = ms_deform_attn(
@@ -131,7 +111,7 @@ def test_autocast(device, dtype):
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_one_level_is_grid_sample(padding_mode, align_corners):
     case = Case("square", levels=((5, 6),), N=2, M=1, D=4, P=1, queries=40)
-    value, shapes, starts, locations, weights, grad_output = tensors(case, dtype=torch.float64)
+    value, shapes, starts, locations, weights, grad_output = tensors_of(case, dtype=torch.float64)
     weights = torch.ones_like(weights)
     options = {"padding_mode": padding_mode, "align_corners": align_corners}
 
@@ -149,13 +129,13 @@ def test_one_level_is_grid_sample(padding_mode, align_corners):
 
 
 def test_equal_points_are_the_plain_operator():
-    value, shapes, starts, locations, weights, _ = tensors(Case("plain"))
+    value, shapes, starts, locations, weights, _ = tensors_of(Case("plain"))
     flat = ms_deform_attn(value, shapes, starts, locations.flatten(3, 4), weights.flatten(3), num_points=[2, 2])
     assert torch.equal(flat, ms_deform_attn(value, shapes, starts, locations, weights))
 
 
 def test_nearest_refuses_a_gradient_of_locations():
-    value, shapes, starts, locations, weights, _ = tensors(Case("plain"))
+    value, shapes, starts, locations, weights, _ = tensors_of(Case("plain"))
     with pytest.raises(ValueError, match=r"sampling_locations: .*nearest.*detach"):
         ms_deform_attn(value, shapes, starts, locations, weights, interpolation="nearest")
     with torch.no_grad():

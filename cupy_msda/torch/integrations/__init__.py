@@ -1,1 +1,1 @@
-"""What stands behind the drop-ins for other libraries: replacing attributes, and undoing it."""
+"""What is behind the integrations with other libraries: replacing their attributes, and undoing it."""

@@ -1,0 +1,114 @@
+"""Every private symbol of torch that this package uses, and what serves where a release of torch lacks it.
+
+A fallback uses public functions alone. Where torch has no public function that answers a question, the fallback assumes
+the answer that is always right: calls then go through the registered operators, which costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def _private(path: str) -> Any:
+    """What torch has at `path`, or None."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _assume_true() -> bool:
+    return True
+
+
+def _public_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+#: Address of the current stream of a CUDA device. The private function makes no stream object.
+current_stream: Callable[[int], int] = _private("_C._cuda_getCurrentRawStream") or _public_stream
+
+#: Truthy where a dispatch mode is active, or may be.
+dispatch_modes: Callable[[], Any] = _private("_C._len_torch_dispatch_stack") or _assume_true
+
+
+def _public_tracing() -> bool | None:
+    # torch.jit documents it, and its __all__ leaves it out.
+    return torch.jit.is_tracing() or None  # pyright: ignore[reportPrivateImportUsage]
+
+
+_tracing: Callable[[], Any] = _private("_C._get_tracing_state") or _public_tracing
+_profiler_enabled: Callable[[], bool] | None = _private("_C._autograd._profiler_enabled")
+_interpreter: Callable[[], Any] | None = _private("_C._functorch.peek_interpreter_stack")
+_TensorGuards: Any = _private("_C._dynamo.guards.TensorGuards")
+
+
+def _observed() -> bool:
+    return _profiler_enabled() or forward_ad._current_level >= 0  # type: ignore[misc]
+
+
+#: Whether a profiler or a level of forward-mode gradients is active, or may be: tensors do not show these.
+observed: Callable[[], bool] = _observed
+if _profiler_enabled is None or not hasattr(forward_ad, "_current_level"):
+    observed = _assume_true
+
+
+def under_transform() -> bool:
+    """Whether this runs inside vmap, grad or another transform of torch.func, or may."""
+    return _interpreter is None or _interpreter() is not None
+
+
+def eager() -> bool:
+    """Whether nothing but eager execution, with or without autograd, sees the calls of this thread."""
+    return not (dispatch_modes() or under_transform() or _tracing() is not None or observed())
+
+
+def layout_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """One C call that compares the layouts of other tensors with those of `tensors`; None without a public equivalent.
+
+    It compares Python types, dispatch keys, dtypes, devices, sizes, strides and whether a gradient is required.
+    """
+    if _TensorGuards is None:
+        return None
+    return _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its Python part, which prepares for the transforms of torch.func."""
+    if _private("autograd.function._SingleLevelFunction") is None:
+        return function.apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+_ExcludeKeys: Any = _private("_C._ExcludeDispatchKeyGuard")
+_KeySet: Any = _private("_C.DispatchKeySet")
+_Key: Any = _private("_C.DispatchKey")
+_AUTOCAST = None
+if _ExcludeKeys and _KeySet and _Key:
+    _AUTOCAST = _KeySet(_Key.AutocastCUDA) | _KeySet(_Key.AutocastCPU)
+
+
+def without_autocast() -> contextlib.AbstractContextManager[Any]:
+    """No rule of autocast applies inside this context."""
+    if _AUTOCAST is not None:
+        return _ExcludeKeys(_AUTOCAST)
+    stack = contextlib.ExitStack()
+    for device_type in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+    return stack
+
+
+def _public_check(condition: Any, message: Callable[[], str]) -> None:
+    if not condition:
+        raise RuntimeError(message())
+
+
+#: ``check(condition, message)`` raises RuntimeError, and becomes an assertion of programs with sizes from data.
+check: Callable[[Any, Callable[[], str]], None] = _private("_check") or _public_check
