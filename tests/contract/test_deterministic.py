@@ -1,4 +1,4 @@
-"""The gradient of value to the last bit: on the GPU, for every dtype and path, whatever else the GPU does."""
+"""With deterministic=True, grad_value has the same bits in every run on a GPU, for every dtype and kernel."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.helpers.tolerance import assert_close
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
 BACKEND = TorchBackend("cuda")
 
-# Few and many samples a row of value: a warp a bin and a block a bin.
+# Few and many samples per pixel: a warp and a block per bucket.
 LARGE = (
     Case("few samples", levels=((64, 90), (32, 45)), N=2, M=8, D=32, P=4, queries=100),
     Case("many samples", levels=((40, 50), (20, 25)), N=2, M=8, D=32, P=4, queries=None),
@@ -32,7 +32,7 @@ def bits(array):
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 @pytest.mark.parametrize("case", SMALL_CASES + VARIANTS, ids=str)
-def test_right_and_the_same_again(case, pair):
+def test_same_bits_again_and_close_to_the_reference(case, pair):
     inputs = case.inputs(*pair)
     put = [BACKEND.put(array) for array in inputs]
     want = cases.expected(inputs, **case.variant)[1]
@@ -45,7 +45,7 @@ def test_right_and_the_same_again(case, pair):
 
 @pytest.mark.parametrize("D", [1, 3, 30, 33, 64, 71, 128, 256, 1025])
 @pytest.mark.parametrize("queries", [4, 90], ids=["few", "many"])
-def test_channels(D, queries):
+def test_every_channel_count_agrees_with_the_reference(D, queries):
     case = Case(f"D{D}", levels=((14, 15), (2, 3)), N=1, M=2, D=D, queries=queries)
     inputs = case.inputs()
     got = gradients([BACKEND.put(array) for array in inputs], case)
@@ -56,7 +56,7 @@ def test_channels(D, queries):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("where", ["local", "one pixel", "outside"])
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_fifty_runs_beside_other_work(case, where, dtype):
+def test_same_bits_in_fifty_runs_on_a_busy_gpu(case, where, dtype):
     import torch
 
     inputs = case.inputs(dtype, seed=3)
@@ -67,16 +67,16 @@ def test_fifty_runs_beside_other_work(case, where, dtype):
     busy, stream = torch.cuda.Stream(), torch.cuda.Stream()
     work = torch.randn(2048, 2048, device="cuda")
     torch.cuda.synchronize()
-    for run in range(50):
+    for repeat in range(50):
         with torch.cuda.stream(busy):
             work @ work
-        with torch.cuda.stream(stream if run % 2 else torch.cuda.current_stream()):
+        with torch.cuda.stream(stream if repeat % 2 else torch.cuda.current_stream()):
             again = cupy_msda.ms_deform_attn_backward(*put, 64, deterministic=True)
         torch.cuda.synchronize()
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
-def test_groups_of_heads_and_slabs_of_rows_change_nothing(monkeypatch):
+def test_workspace_and_bucket_limits_do_not_change_the_bits(monkeypatch):
     from cupy_msda.cuda import run as cuda
 
     case = LARGE[1]
@@ -90,7 +90,7 @@ def test_groups_of_heads_and_slabs_of_rows_change_nothing(monkeypatch):
 
 @pytest.mark.no_sanitizer
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_graph_of_a_backward(case):
+def test_captured_backward_gives_the_same_bits(case):
     import torch
 
     put = [BACKEND.put(array) for array in case.inputs(seed=8)]
@@ -107,7 +107,7 @@ def test_graph_of_a_backward(case):
 @pytest.mark.parametrize("wanted", [ALL, *cases.PARTIAL_GRADIENTS], ids=cases.gradient_names)
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_only_the_gradients_that_are_wanted(case, deterministic, wanted):
+def test_only_wanted_gradients_are_computed(case, deterministic, wanted):
     import torch
 
     from cupy_msda.torch import ms_deform_attn
@@ -124,7 +124,7 @@ def test_only_the_gradients_that_are_wanted(case, deterministic, wanted):
             assert leaf.grad is None
 
 
-def test_torchs_own_switch(monkeypatch):
+def test_torchs_switch_is_followed(monkeypatch):
     import torch
 
     from cupy_msda.cuda import run as cuda
@@ -141,7 +141,7 @@ def test_torchs_own_switch(monkeypatch):
     def gradient(**options):
         return torch.autograd.grad(ms_deform_attn(value, *put[1:5], **options), value, put[5])[0]
 
-    for _ in range(2):  # the first call of a layout, and one that repeats it
+    for _ in range(2):  # the first call of a layout, and a repeated one
         gradient()
     try:
         torch.use_deterministic_algorithms(True)
@@ -157,7 +157,7 @@ def test_torchs_own_switch(monkeypatch):
 
 
 @pytest.mark.no_sanitizer
-def test_memory_between_the_launches_is_bounded():
+def test_temporary_memory_is_bounded():
     import torch
 
     case = LARGE[1]

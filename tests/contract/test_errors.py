@@ -1,4 +1,4 @@
-"""Every error rule of the contract, on every path: the kind of error, and a message that names the argument."""
+"""Every error rule of the contract, on every backend: the type of the error, and a message that names the argument."""
 
 import ml_dtypes
 import numpy as np
@@ -29,7 +29,7 @@ LOCATIONS = CASE.inputs().locations
 WEIGHTS = CASE.inputs().weights
 GRAD = CASE.inputs().grad_output
 
-# name: (changed arguments, error, words of the message in order)
+# name: (changed arguments, type of the error, pattern of the message)
 WRONG = {
     "value of rank 3": ({"value": VALUE[0]}, ValueError, r"value: .*\[N, S, M, D\].*\[54, 2, 8\]"),
     "locations of rank 5": ({"locations": LOCATIONS[0]}, ValueError, r"sampling_loc.*: .*\[N, Q, M, L, P, 2\]"),
@@ -73,7 +73,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_argument(main_backend, name):
+def test_wrong_argument_is_named(main_backend, name):
     changes, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         call(main_backend, **changes)
@@ -86,7 +86,7 @@ def test_every_function_names_its_own_parameters(main_backend, function):
         call(main_backend, function, locations=LOCATIONS[:, :, :, :, :, :1])
 
 
-def test_mixed_dtypes_of_sixteen_bits(main_backend):
+def test_mixed_sixteen_bit_dtypes_are_refused(main_backend):
     if main_backend.name == "numpy":
         value = VALUE.astype(ml_dtypes.bfloat16)
         with pytest.raises(TypeError, match=r"sampling_loc: .*bfloat16 or float32.*float16"):
@@ -96,7 +96,7 @@ def test_mixed_dtypes_of_sixteen_bits(main_backend):
 
 
 @pytest.mark.parametrize("other", BACKENDS, ids=lambda b: b.name)
-def test_mixed_frameworks(main_backend, other):
+def test_mixed_frameworks_are_refused(main_backend, other):
     if other.name.partition("-")[0] == main_backend.name.partition("-")[0]:
         pytest.skip("the same framework")
     inputs = CASE.inputs()
@@ -107,7 +107,7 @@ def test_mixed_frameworks(main_backend, other):
 
 
 @pytest.mark.gpu
-def test_mixed_devices():
+def test_mixed_devices_are_refused():
     import torch
 
     put = [None if a is None else torch.from_numpy(a) for a in CASE.inputs()]
@@ -117,19 +117,19 @@ def test_mixed_devices():
 
 
 @pytest.mark.parametrize("wrong", [1, "yes", 0.0], ids=str)
-def test_deterministic_is_a_bool(wrong):
+def test_deterministic_must_be_a_bool(wrong):
     inputs = CASE.inputs()
     with pytest.raises(TypeError, match=r"deterministic: expected True, False or None"):
         cupy_msda.ms_deform_attn(*inputs[:5], deterministic=wrong)
 
 
-def test_foreign_byte_order():
+def test_other_byte_order_is_refused():
     inputs = CASE.inputs()
     with pytest.raises(TypeError, match=r"value: expected an array in native byte order"):
         cupy_msda.ms_deform_attn(inputs.value.astype(">f4"), *inputs[1:5])
 
 
-def test_tensor_on_a_device_that_is_neither_cpu_nor_cuda():
+def test_tensor_on_another_device_is_refused():
     import torch
 
     put = [None if a is None else torch.from_numpy(a) for a in CASE.inputs()]
@@ -137,7 +137,7 @@ def test_tensor_on_a_device_that_is_neither_cpu_nor_cuda():
         cupy_msda.ms_deform_attn(put[0].to("meta"), *put[1:5])
 
 
-def test_traced_array():
+def test_jax_tracer_is_refused():
     import jax
 
     inputs = CASE.inputs()
@@ -145,7 +145,7 @@ def test_traced_array():
         jax.jit(lambda value: cupy_msda.ms_deform_attn(value, *inputs[1:5]))(inputs.value)
 
 
-def test_arguments_are_left_as_they_were(main_backend):
+def test_arguments_are_not_changed(main_backend):
     put = [main_backend.put(array) for array in CASE.inputs()]
     cupy_msda.ms_deform_attn(*put[:5])
     cupy_msda.ms_deform_attn_backward(*put, 64)
@@ -174,7 +174,7 @@ WRONG_VARIANTS = {
 
 
 @pytest.mark.parametrize("name", WRONG_VARIANTS)
-def test_wrong_variant(main_backend, name):
+def test_wrong_variant_is_named(main_backend, name):
     variant, error, message = WRONG_VARIANTS[name]
     put = [main_backend.put(a) if isinstance(a, np.ndarray) else a for a in CASE.inputs()]
     for function, count in ((cupy_msda.ms_deform_attn, 5), (cupy_msda.ms_deform_attn_backward, 6)):
@@ -182,7 +182,7 @@ def test_wrong_variant(main_backend, name):
             function(*put[:count], 64, **variant)
 
 
-def test_points_that_do_not_add_up(main_backend):
+def test_num_points_must_match_the_samples(main_backend):
     inputs = Case("points", variant={"num_points": (1, 3)}).inputs()
     put = [main_backend.put(a) if isinstance(a, np.ndarray) else a for a in inputs]
     with pytest.raises(ValueError, match=r"sum\(num_points\), 2\] = \[2, 5, 2, 5, 2\], got \[2, 5, 2, 4, 2\]"):

@@ -1,4 +1,4 @@
-"""Arrays of any framework in and out, without a copy."""
+"""Arrays of any framework are read without a copy, and results are in the same framework."""
 
 import sys
 
@@ -14,7 +14,7 @@ from tests.helpers.tolerance import assert_close
 
 
 class Producer:
-    """An array of a framework that this package has never heard of: DLPack and nothing else."""
+    """An array of an unknown framework that has DLPack and nothing else."""
 
     def __init__(self, array):
         self.array = array
@@ -27,7 +27,7 @@ class Producer:
 
 
 class NamedProducer(Producer):
-    """One that says which namespace it belongs to."""
+    """One that has an array namespace."""
 
     def __array_namespace__(self):
         class Namespace:
@@ -38,7 +38,7 @@ class NamedProducer(Producer):
 
 @pytest.mark.parametrize("backend", backends.CPU_BACKENDS, ids=lambda b: b.name)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cpu_arrays_are_handed_over_without_a_copy(backend, dtype):
+def test_cpu_arrays_are_not_copied(backend, dtype):
     array = np.arange(24, dtype=ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).reshape(2, 3, 4)
     theirs = backend.put(array)
     view = arrays.view("value", theirs)
@@ -52,7 +52,7 @@ def test_cpu_arrays_are_handed_over_without_a_copy(backend, dtype):
     np.testing.assert_array_equal(ours.view(array.dtype), array)
 
 
-def test_writing_through_the_view_is_seen_by_the_tensor():
+def test_view_shares_memory_with_the_tensor():
     import torch
 
     tensor = torch.zeros(3)
@@ -60,7 +60,7 @@ def test_writing_through_the_view_is_seen_by_the_tensor():
     assert tensor.tolist() == [0, 7, 0]
 
 
-def test_view_keeps_foreign_memory_alive():
+def test_view_keeps_memory_alive():
     import torch
 
     array = arrays.to_numpy(arrays.view("value", torch.full((1000,), 3.0)))
@@ -100,7 +100,7 @@ def test_torch_stream_functions_agree(monkeypatch):
 
 
 @pytest.mark.parametrize("producer", [Producer, NamedProducer])
-def test_any_dlpack_producer(producer):
+def test_any_dlpack_producer_is_accepted(producer):
     inputs = CASES[0].inputs()
     wrapped = [a if a is None or a.dtype.kind == "i" else producer(a) for a in inputs]
     output = cupy_msda.ms_deform_attn(*wrapped[:5])
@@ -110,7 +110,7 @@ def test_any_dlpack_producer(producer):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "reversed", "broadcast", "odd bytes"])
-def test_strides_of_any_kind(layout):
+def test_strides_of_any_kind_are_read(layout):
     array = np.arange(24, dtype=np.float32).reshape(4, 6)
     record = np.zeros(5, [("pad", "i1"), ("x", "<f4")])
     record["x"] = range(5)
@@ -123,7 +123,7 @@ def test_strides_of_any_kind(layout):
     np.testing.assert_array_equal(arrays.to_numpy(arrays.view("value", strided)), strided)
 
 
-def test_result_is_of_the_callers_framework(backend):
+def test_result_is_in_the_callers_framework_and_on_its_device(backend):
     put = [backend.put(array) for array in CASES[0].inputs()]
     for result in (cupy_msda.ms_deform_attn(*put[:5]), *cupy_msda.ms_deform_attn_backward(*put, 64)):
         assert arrays.framework_of(result) is arrays.framework_of(put[0])

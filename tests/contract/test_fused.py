@@ -1,4 +1,4 @@
-"""The fused front end on every backend: offsets from reference points and logits, forward and backward."""
+"""The fused front end agrees with the float64 reference on every backend: reference points, offsets and logits."""
 
 import itertools
 import re
@@ -11,12 +11,12 @@ from cupy_msda import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_fused
 from tests.helpers import backends, cases
 from tests.helpers.backends import BACKENDS, MAIN_BACKENDS
 from tests.helpers.cases import DTYPE_PAIRS, Case
+from tests.helpers.checks import FUSED_GRADIENTS, check_fused, fused_inputs, run_fused
 from tests.helpers.tolerance import assert_close
 
 pytestmark = pytest.mark.sanitizer
 
-CASE = Case("front", levels=((6, 7), (3, 4)), N=2, M=2, D=8, P=3)
-NAMES = ("grad_value", "grad_reference_points", "grad_sampling_offsets", "grad_attention_logits")
+CASE = Case("fused", levels=((6, 7), (3, 4)), N=2, M=2, D=8, P=3)
 FORMS = [
     pytest.param({"coordinates": c, "levels": levels, "packed": packed}, id=f"{c}-{levels or 'L'}-{packed}")
     for c, levels, packed in itertools.product((2, 4), (None, 1), (False, True))
@@ -32,64 +32,34 @@ VARIANTS = (
 )
 
 
-def fused_inputs(case, pair=("float32", "float32"), seed=0, **form):
-    inputs = case.inputs(*pair, seed=seed)
-    return cases.to_fused(inputs, num_points=case.variant.get("num_points"), seed=seed, **form)
-
-
-def call(backend, inputs, **options):
-    put = backend.put
-    value, references = put(inputs.value), put(inputs.references)
-    samples = [None if part is None else put(part) for part in (inputs.locations, inputs.weights)]
-    metadata = inputs.shapes, inputs.starts
-    output = ms_deform_attn_fused(value, *metadata, references, *samples, **options)
-    grads = ms_deform_attn_fused_backward(value, *metadata, references, *samples, put(inputs.grad_output), **options)
-    return backend.get(output), [None if grad is None else backend.get(grad) for grad in grads]
-
-
-def check(backend, case, pair=("float32", "float32"), seed=0, **form):
-    inputs = fused_inputs(case, pair, seed, **form)
-    want_output, (of_value, of_offsets, of_logits, of_references) = cases.expected_fused(inputs, **case.variant)
-    output, grads = call(backend, inputs, **case.variant)
-    assert output.dtype == inputs.value.dtype
-    assert_close(output, want_output, pair[0])
-    dtypes = (pair[0], inputs.references.dtype.name, pair[1], pair[1])
-    wanted = (of_value, of_references, of_offsets, of_logits)
-    for name, got, want, dtype in zip(NAMES, grads, wanted, dtypes, strict=True):
-        if want is None:
-            assert got is None
-        else:
-            assert got.dtype.name == dtype
-            assert_close(got, want, dtype, name)
-
-
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-def test_every_backend(backend):
-    check(backend, CASE)
+def test_every_backend_agrees_with_the_reference(backend):
+    check_fused(backend, CASE)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
-def test_forms(backend, form):
-    check(backend, CASE, **form)
+def test_points_and_boxes_separate_and_packed(backend, form):
+    check_fused(backend, CASE, **form)
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 @pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
-def test_dtypes(backend, coordinates, pair):
+def test_every_dtype_agrees_with_the_reference(backend, coordinates, pair):
     for reference_dtype in {pair[0], "float32" if pair[0] != "float64" else pair[0]}:
-        check(backend, CASE, pair, coordinates=coordinates, reference_dtype=reference_dtype)
+        check_fused(backend, CASE, pair, coordinates=coordinates, reference_dtype=reference_dtype)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
-def test_variants(backend, coordinates, variant):
-    check(backend, replace(CASE, variant=variant), coordinates=coordinates)
+def test_every_variant_agrees_with_the_reference(backend, coordinates, variant):
+    check_fused(backend, replace(CASE, variant=variant), coordinates=coordinates)
 
 
-# Queries are pixels and merged, tails, more samples than lanes, one sample, 16-bit pairs that are not aligned.
+# Encoders with block-level aggregation, an incomplete block, more samples than lanes, one sample, and 16-bit pairs that
+# are not aligned.
 @pytest.mark.parametrize(
     "case",
     [
@@ -104,34 +74,36 @@ def test_variants(backend, coordinates, variant):
 )
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
-def test_sizes(backend, packed, case):
+def test_every_size_agrees_with_the_reference(backend, packed, case):
     for pair in (("float32", "float32"), ("float16", "float16")):
-        check(backend, case, pair, packed=packed)
+        check_fused(backend, case, pair, packed=packed)
 
 
 @pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("packed", [False, True])
-def test_query_lengths(backend, packed):
+def test_padding_is_not_read_and_gets_zeros(backend, packed):
     inputs = fused_inputs(replace(CASE, N=3), packed=packed, coordinates=4)
     lengths = (2, 0, 5)
     padding = np.arange(5) >= np.array(lengths)[:, None]
-    full, full_grads = call(backend, inputs._replace(grad_output=np.where(padding[..., None], 0, inputs.grad_output)))
+    full, full_grads = run_fused(
+        backend, inputs._replace(grad_output=np.where(padding[..., None], 0, inputs.grad_output))
+    )
     for array in (inputs.locations, inputs.weights, inputs.references, inputs.grad_output):
         if array is not None:
             array[padding] = np.nan
-    output, grads = call(backend, inputs, query_lengths=lengths)
+    output, grads = run_fused(backend, inputs, query_lengths=lengths)
     assert not output[padding].any()
     np.testing.assert_array_equal(output[~padding], full[~padding])
-    for name, grad, want in zip(NAMES, grads, full_grads, strict=True):
+    for name, grad, want in zip(FUSED_GRADIENTS, grads, full_grads, strict=True):
         if grad is not None:
             np.testing.assert_allclose(grad, want, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
-def test_fixed_order_gives_the_same_numbers(backend):
+def test_deterministic_changes_the_sums_of_value_only(backend):
     inputs = fused_inputs(CASE, coordinates=4)
     _, want = cases.expected_fused(inputs)
-    _, grads = call(backend, inputs)
+    _, grads = run_fused(backend, inputs)
     put = backend.put
     arrays = (inputs.references, inputs.locations, inputs.weights, inputs.grad_output)
     ordered = ms_deform_attn_fused_backward(
@@ -145,7 +117,7 @@ def test_fixed_order_gives_the_same_numbers(backend):
 @pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("size", ["N", "Q", "S", "P"])
-def test_empty(backend, size, packed):
+def test_empty_dimension_gives_zeros(backend, size, packed):
     N, Q, S, P = (0 if name == size else n for name, n in (("N", 2), ("Q", 5), ("S", 8), ("P", 3)))
     shapes = np.array([[2, 4]] if S else np.empty((0, 2), np.int64))
     L = len(shapes)
@@ -155,7 +127,7 @@ def test_empty(backend, size, packed):
         offsets, logits = np.ones((N, Q, 2, 3 * L * P), np.float32), None
     references = np.ones((N, Q, L or 1, 2), np.float32)
     inputs = cases.FusedInputs(value, shapes, None, offsets, logits, grad_output, references)
-    output, grads = call(backend, inputs)
+    output, grads = run_fused(backend, inputs)
     assert output.shape == (N, Q, 8)
     assert not output.any()
     for grad, like in zip(grads, (value, references, offsets, logits), strict=True):
@@ -166,12 +138,12 @@ def test_empty(backend, size, packed):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
-def test_offsets_that_are_no_numbers_count_nothing(backend, bad):
+def test_offset_that_is_not_finite_gives_zero(backend, bad):
     inputs = fused_inputs(CASE)
     inputs.locations[:, :, :, 0] = bad
     far = inputs._replace(locations=np.where(np.abs(inputs.locations) < 1e3, inputs.locations, 1e3))
     want_output, want_grads = cases.expected_fused(far)
-    output, grads = call(backend, inputs)
+    output, grads = run_fused(backend, inputs)
     assert_close(output, want_output, "float32")
     for got, want in zip(grads, (want_grads[0], want_grads[3], *want_grads[1:3]), strict=True):
         assert_close(got, want, "float32")
@@ -185,23 +157,22 @@ def test_large_logits_do_not_overflow(backend):
     inputs.weights[0, 1, 0, 1, 1] = 3e38
     finite = inputs._replace(weights=np.where(np.isinf(inputs.weights), -1e6, inputs.weights))
     want_output, _ = cases.expected_fused(finite)
-    output, grads = call(backend, inputs)
+    output, grads = run_fused(backend, inputs)
     assert_close(output, want_output, "float32")
     assert all(np.isfinite(grad).all() for grad in grads)
 
 
 @pytest.mark.parametrize("backend", MAIN_BACKENDS, ids=lambda backend: backend.name)
-def test_a_logit_that_is_no_number_spoils_its_query_and_head_only(backend):
+def test_nan_logit_reaches_only_its_query_and_head(backend):
     inputs = fused_inputs(CASE)
     inputs.weights[1, 3, 0, 1, 2] = np.nan
-    output, _ = call(backend, inputs)
-    spoiled = np.zeros((2, 5, 2, 8), bool)
-    spoiled[1, 3, 0] = True
-    np.testing.assert_array_equal(np.isnan(output), spoiled.reshape(output.shape))
+    output, _ = run_fused(backend, inputs)
+    reached = np.zeros((2, 5, 2, 8), bool)
+    reached[1, 3, 0] = True
+    np.testing.assert_array_equal(np.isnan(output), reached.reshape(output.shape))
 
 
-def test_equals_the_unfused_operator_on_the_models_arithmetic():
-    """As the models write it, in float64."""
+def test_equals_the_plain_operator_after_the_arithmetic_of_the_models():
     inputs = fused_inputs(CASE, ("float64", "float64"))
     size = inputs.shapes[:, None, ::-1]
     locations = inputs.references[:, :, None, :, None, :] + inputs.locations / size
@@ -212,7 +183,7 @@ def test_equals_the_unfused_operator_on_the_models_arithmetic():
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_against_finite_differences():
+def test_gradients_agree_with_finite_differences():
     rng = np.random.default_rng(3)
     inputs = fused_inputs(CASE, ("float64", "float64"), coordinates=4)
     arrays = {
@@ -227,7 +198,7 @@ def test_gradients_against_finite_differences():
         output = ms_deform_attn_fused(of["value"], inputs.shapes, None, of["references"], of["offsets"], of["logits"])
         return float((output * inputs.grad_output).sum())
 
-    _, grads = call(backends.NumPyBackend(), inputs)
+    _, grads = run_fused(backends.NumPyBackend(), inputs)
     for (name, array), grad in zip(arrays.items(), grads, strict=True):
         direction = rng.standard_normal(array.shape) * 1e-7
         slope = loss(**{name: array + direction}) - loss(**{name: array - direction})
@@ -254,19 +225,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_shapes_that_do_not_fit_are_named(message):
+def test_wrong_shape_is_named(message):
     inputs = fused_inputs(CASE)
     changed = {name: None if shape is None else np.zeros(shape, np.float32) for name, shape in BAD[message].items()}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        call(backends.NumPyBackend(), inputs._replace(**changed))
+        run_fused(backends.NumPyBackend(), inputs._replace(**changed))
 
 
-def test_dtypes_that_do_not_fit_are_named():
+def test_wrong_dtype_is_named():
     inputs = fused_inputs(CASE)
     with pytest.raises(TypeError, match="reference_points: expected dtype float32 with a float32 value, got float16"):
-        call(backends.NumPyBackend(), inputs._replace(references=inputs.references.astype(np.float16)))
+        run_fused(backends.NumPyBackend(), inputs._replace(references=inputs.references.astype(np.float16)))
     with pytest.raises(TypeError, match="reference_points: expected an array"):
-        call(backends.NumPyBackend(), inputs._replace(references=[0.5]))
+        run_fused(backends.NumPyBackend(), inputs._replace(references=[0.5]))
     half = inputs._replace(value=inputs.value.astype(np.float16), locations=inputs.locations.astype(np.float16))
     with pytest.raises(TypeError, match="attention_logits: expected the dtype of sampling_offsets, float16"):
-        call(backends.NumPyBackend(), half)
+        run_fused(backends.NumPyBackend(), half)

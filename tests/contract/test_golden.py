@@ -1,4 +1,4 @@
-"""The golden files: every backend reproduces them, and one command reproduces the files."""
+"""The golden files: every backend reproduces their outputs, and one command reproduces the files."""
 
 import importlib.util
 from pathlib import Path
@@ -17,7 +17,7 @@ PATHS = sorted(check.folder().glob("*.npz"))
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
-def test_backend_reproduces_the_case(backend, path, dtype):
+def test_every_backend_reproduces_the_outputs(backend, path, dtype):
     if backend.name == "cupy" and dtype == "bfloat16":
         pytest.skip("this CuPy cannot make a bfloat16 array")
     real = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
@@ -33,7 +33,7 @@ def test_backend_reproduces_the_case(backend, path, dtype):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
-def test_reference_agrees(path):
+def test_reference_reproduces_the_outputs(path):
     case = dict(np.load(path))
     names = ("value", "spatial_shapes", "level_start_index", "sampling_loc", "attn_weight")
     arguments = [case[name] for name in names]

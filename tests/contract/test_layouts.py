@@ -1,4 +1,4 @@
-"""Value in other layouts than one contiguous array: read where it lies, as far as its rows are."""
+"""Value in other layouts than one contiguous array: it is read in place where its value vectors are contiguous."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.sanitizer
 CASE = Case("plain", levels=((6, 7), (3, 4)), N=2, M=3, D=16, queries=9)
 
 
-def fused(value, part):
-    """A slice of a projection of two values in one."""
+def projection_slice(value, part):
+    """A slice of one projection that holds two values."""
     wide = np.full((*value.shape[:2], 2, *value.shape[2:]), np.nan, value.dtype)
     wide[:, :, part] = value
     return wide, lambda array: array[:, :, part]
@@ -28,30 +28,30 @@ def heads_first(value):
     return np.ascontiguousarray(value.swapaxes(1, 2)), lambda array: array.swapaxes(1, 2)
 
 
-def some_rows(value):
-    """Every third row, from the second on."""
+def some_pixels(value):
+    """Every third pixel, from the second on."""
     wide = np.full((value.shape[0], 3 * value.shape[1], *value.shape[2:]), np.nan, value.dtype)
     wide[:, 1::3] = value
     return wide, lambda array: array[:, 1::3]
 
 
 def channels_first(value):
-    """[N, M, D, S], as RF-DETR has it."""
+    """[N, M, D, S], as in RF-DETR."""
     return np.ascontiguousarray(value.transpose(0, 2, 3, 1)), lambda array: array.swapaxes(2, 3).swapaxes(1, 2)
 
 
 LAYOUTS = {
-    "fused projection, first": lambda value: fused(value, 0),
-    "fused projection, second": lambda value: fused(value, 1),
+    "projection slice, first": lambda value: projection_slice(value, 0),
+    "projection slice, second": lambda value: projection_slice(value, 1),
     "heads first": heads_first,
-    "some rows": some_rows,
+    "some pixels": some_pixels,
     "channels first": channels_first,
 }
 IN_PLACE = [name for name in LAYOUTS if name != "channels first"]
 
 
-def laid_out(backend, inputs, layout):
-    """The inputs with value in that layout, in the backend's framework."""
+def with_layout(backend, inputs, layout):
+    """The inputs in the backend's framework, value in that layout."""
     whole, view = LAYOUTS[layout](inputs.value)
     return [view(backend.put(whole)), *(backend.put(array) for array in inputs[1:])]
 
@@ -59,10 +59,10 @@ def laid_out(backend, inputs, layout):
 @pytest.mark.parametrize("pair", [("float32", "float32"), ("float16", "float32"), ("float64", "float64")], ids="-".join)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(main_backend, layout, deterministic, pair):
+def test_every_layout_agrees_with_the_reference(main_backend, layout, deterministic, pair):
     inputs = CASE.inputs(*pair, seed=1)
     want_output, want_grads = cases.expected(inputs)
-    put = laid_out(main_backend, inputs, layout)
+    put = with_layout(main_backend, inputs, layout)
     output = cupy_msda.ms_deform_attn(*put[:5])
     assert_close(main_backend.get(output), want_output, pair[0])
     grads = cupy_msda.ms_deform_attn_backward(*put, 64, deterministic=deterministic)
@@ -72,7 +72,7 @@ def test_layouts(main_backend, layout, deterministic, pair):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_copied(monkeypatch, layout):
+def test_only_channels_first_is_copied(monkeypatch, layout):
     from tests.helpers.backends import TorchBackend
 
     copied = []
@@ -81,7 +81,7 @@ def test_what_is_copied(monkeypatch, layout):
         frameworks.TorchFramework, "contiguous", lambda self, view: copied.append(view.shape) or contiguous(self, view)
     )
     inputs = CASE.inputs(seed=2)
-    put = laid_out(TorchBackend("cuda"), inputs, layout)
+    put = with_layout(TorchBackend("cuda"), inputs, layout)
     cupy_msda.ms_deform_attn(*put[:5])
     cupy_msda.ms_deform_attn_backward(*put, 64)
     assert len(copied) == (0 if layout in IN_PLACE else 2)
@@ -91,9 +91,9 @@ def problem_of(value, inputs):
     return call_of(value, *inputs[1:5]).problem
 
 
-def test_strides_as_the_kernels_get_them():
+def test_strides_of_the_problem():
     inputs = CASE.inputs()
-    whole, view = fused(inputs.value, 1)
+    whole, view = projection_slice(inputs.value, 1)
     assert problem_of(view(whole), inputs).strides == ValueStrides(54 * 96, 96, 16)
     whole, view = heads_first(inputs.value)
     assert problem_of(view(whole), inputs).strides == ValueStrides(54 * 48, 16, 54 * 16)
@@ -105,7 +105,7 @@ def test_strides_as_the_kernels_get_them():
     assert problem_of(repeated, inputs).strides == ValueStrides(0, 48, 16)
 
 
-def test_vectors_are_no_wider_than_the_strides_allow():
+def test_strides_bound_the_vector_width():
     inputs = CASE.inputs()
     wide = np.zeros((2, 54, 3, 18), np.float32)
     found = problem_of(wide[..., :16], inputs)
@@ -116,7 +116,7 @@ def test_vectors_are_no_wider_than_the_strides_allow():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_in_torch(layout, device):
+def test_torch_gradients_in_every_layout(layout, device):
     import torch
 
     from cupy_msda.torch import ms_deform_attn
@@ -125,8 +125,8 @@ def test_gradients_in_torch(layout, device):
     backend = TorchBackend(device)
     inputs = CASE.inputs(seed=3)
     want_output, want_grads = cases.expected(inputs)
-    arrays = laid_out(backend, inputs, layout)
-    for _ in range(3):  # the first call of a layout leaves a recipe, the others repeat it
+    arrays = with_layout(backend, inputs, layout)
+    for _ in range(3):  # the first call of a layout, and repeated ones
         leaves = [arrays[index].detach().requires_grad_() for index in (0, 3, 4)]
         output = ms_deform_attn(leaves[0], *arrays[1:3], *leaves[1:])
         assert_close(backend.get(output), want_output, "float32")

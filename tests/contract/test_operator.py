@@ -1,4 +1,4 @@
-"""Every path gives the numbers of the float64 reference, for every dtype, size and framework."""
+"""The operator agrees with the float64 reference on every backend, for every dtype, size, variant and framework."""
 
 import numpy as np
 import pytest
@@ -6,54 +6,35 @@ import pytest
 import cupy_msda
 from tests.helpers import cases, reference
 from tests.helpers.cases import CASES, DTYPE_PAIRS, SMALL_CASES, VARIANTS, Case
+from tests.helpers.checks import check_operator, run_operator
 from tests.helpers.tolerance import assert_close
 
 pytestmark = pytest.mark.sanitizer
 
 
-def run(backend, inputs, im2col_step=64, **variant):
-    put = [backend.put(array) for array in inputs]
-    output = cupy_msda.ms_deform_attn(*put[:5], im2col_step, **variant)
-    grads = cupy_msda.ms_deform_attn_backward(*put, im2col_step, **variant)
-    return backend.get(output), [backend.get(grad) for grad in grads]
-
-
-def check(backend, inputs, value_dtype, location_dtype, im2col_step=64, **variant):
-    output, grads = run(backend, inputs, im2col_step, **variant)
-    want_output, want_grads = cases.expected(inputs, **variant)
-    assert output.dtype == inputs.value.dtype
-    assert_close(output, want_output, value_dtype)
-    assert_close(grads[0], want_grads[0], value_dtype, "grad_value")
-    points = variant.get("num_points")
-    got, want = (cases.pixel_units(grad, inputs.shapes, points) for grad in (grads[1], want_grads[1]))
-    assert_close(got, want, location_dtype, "grad_sampling_loc")
-    assert_close(grads[2], want_grads[2], location_dtype, "grad_attn_weight")
-    assert [g.dtype for g in grads] == [inputs.value.dtype, inputs.locations.dtype, inputs.weights.dtype]
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_sizes(main_backend, case):
-    check(main_backend, case.inputs("float32"), "float32", "float32")
+def test_every_size_agrees_with_the_reference(main_backend, case):
+    check_operator(main_backend, case.inputs("float32"), "float32", "float32")
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 @pytest.mark.parametrize("case", [*SMALL_CASES[:4], Case("D33", D=33), Case("D30", D=30)], ids=str)
-def test_dtypes(main_backend, case, pair):
-    check(main_backend, case.inputs(*pair, seed=1), *pair)
+def test_every_dtype_agrees_with_the_reference(main_backend, case, pair):
+    check_operator(main_backend, case.inputs(*pair, seed=1), *pair)
 
 
-# On a GPU samples are merged there, and products of 16-bit rows made by tensor cores.
+# On a GPU, blocks aggregate these samples before the atomics, and tensor cores multiply 16-bit vectors.
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 @pytest.mark.parametrize("D", [16, 32, 64, 128])
-def test_many_queries_a_row(main_backend, D, pair):
+def test_many_samples_per_pixel_agree_with_the_reference(main_backend, D, pair):
     case = Case("many", levels=((5, 6), (3, 3)), N=2, M=2, D=D, P=3, queries=70)
-    check(main_backend, case.inputs(*pair, seed=4), *pair)
+    check_operator(main_backend, case.inputs(*pair, seed=4), *pair)
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
-def test_variants(main_backend, case, pair):
-    check(main_backend, case.inputs(*pair, seed=2), *pair, **case.variant)
+def test_every_variant_agrees_with_the_reference(main_backend, case, pair):
+    check_operator(main_backend, case.inputs(*pair, seed=2), *pair, **case.variant)
 
 
 @pytest.mark.parametrize("variant", [{"interpolation": "nearest"}, {"padding_mode": "border"}], ids=str)
@@ -62,38 +43,38 @@ def test_far_locations_are_clamped_and_nan_gives_zero(main_backend, variant):
     inputs.locations[:, :, :, 0, 0] = 3e38
     inputs.locations[:, :, :, 1, 1] = -np.inf
     inputs.locations[:, 0, 0, 0, 1] = np.nan
-    output, grads = run(main_backend, inputs, **variant)
-    near = inputs._replace(locations=np.clip(inputs.locations, -9, 9))
-    want_output, want_grads = cases.expected(near, **variant)
+    output, grads = run_operator(main_backend, inputs, **variant)
+    clamped = inputs._replace(locations=np.clip(inputs.locations, -9, 9))
+    want_output, want_grads = cases.expected(clamped, **variant)
     assert_close(output, want_output, "float32")
     for grad, want in zip(grads, want_grads, strict=True):
         assert_close(grad, want, "float32")
 
 
-def test_nearest_touches_one_pixel(main_backend):
+def test_nearest_reads_one_pixel(main_backend):
     inputs = Case("square", levels=((4, 4),), M=1, N=1).inputs(seed=4)
     inputs.locations[...] = 0.3  # pixel (1, 1) of 4 x 4
     inputs.value[0, np.arange(16) != 5] = np.nan
-    output, grads = run(main_backend, inputs, interpolation="nearest")
+    output, grads = run_operator(main_backend, inputs, interpolation="nearest")
     assert_close(output, cases.expected(inputs, interpolation="nearest")[0], "float32")
     assert np.isfinite(grads[2]).all()
     assert not grads[1].any()
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
-def test_frameworks(backend, pair):
+def test_every_framework_agrees_with_the_reference(backend, pair):
     if backend.name == "cupy" and "bfloat16" in pair:
         pytest.skip("this CuPy cannot make a bfloat16 array")
-    check(backend, CASES[0].inputs(*pair, seed=2), *pair)
+    check_operator(backend, CASES[0].inputs(*pair, seed=2), *pair)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 64, 10**6])
 def test_im2col_step_has_no_divisibility_rule(main_backend, step):
-    check(main_backend, Case("three", N=3).inputs(seed=3), "float32", "float32", im2col_step=step)
+    check_operator(main_backend, Case("three", N=3).inputs(seed=3), "float32", "float32", im2col_step=step)
 
 
 @pytest.mark.parametrize("symbol", ["N", "Q", "S", "P", "L"])
-def test_empty_dimension(main_backend, symbol):
+def test_empty_dimension_gives_zeros(main_backend, symbol):
     case = {
         "N": Case("N", N=0),
         "Q": Case("Q", queries=0),
@@ -102,7 +83,7 @@ def test_empty_dimension(main_backend, symbol):
         "L": Case("L", levels=(), S=5),
     }[symbol]
     inputs = case.inputs()
-    output, grads = run(main_backend, inputs)
+    output, grads = run_operator(main_backend, inputs)
     assert output.shape == (inputs.value.shape[0], inputs.locations.shape[1], 16)
     assert not output.any()
     for grad, array in zip(grads, (inputs.value, inputs.locations, inputs.weights), strict=True):
@@ -111,12 +92,12 @@ def test_empty_dimension(main_backend, symbol):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30, -1e30, 3e38], ids=str)
-def test_location_that_is_not_in_the_image_gives_zero(main_backend, bad):
+def test_location_outside_the_level_gives_zero(main_backend, bad):
     inputs = CASES[0].inputs(seed=4)
     inputs.locations[:, :, :, 0] = bad
-    check_inputs = inputs._replace(locations=np.where(np.isfinite(inputs.locations), inputs.locations, -9.0))
-    output, grads = run(main_backend, inputs)
-    want_output, want_grads = cases.expected(check_inputs)
+    finite = inputs._replace(locations=np.where(np.isfinite(inputs.locations), inputs.locations, -9.0))
+    output, grads = run_operator(main_backend, inputs)
+    want_output, want_grads = cases.expected(finite)
     assert_close(output, want_output, "float32")
     assert not grads[1][:, :, :, 0].any()
     assert not grads[2][:, :, :, 0].any()
@@ -124,13 +105,13 @@ def test_location_that_is_not_in_the_image_gives_zero(main_backend, bad):
 
 
 @pytest.mark.parametrize("special", [np.nan, np.inf], ids=str)
-def test_special_value_reaches_exactly_the_outputs_that_use_it(main_backend, special):
+def test_special_value_reaches_only_the_outputs_that_use_it(main_backend, special):
     inputs = CASES[0].inputs(seed=5)
     ordinary = reference.forward(*inputs[:5])
     inputs.value[0, 0, 0, 0] = special
     inputs.value[1, -1, 1, 3] = special
     want = reference.forward(*inputs[:5])
-    output, _ = run(main_backend, inputs)
+    output, _ = run_operator(main_backend, inputs)
     assert not np.isfinite(want).all(), "the case must use the special pixel"
     np.testing.assert_array_equal(np.isnan(output), np.isnan(want))
     np.testing.assert_array_equal(np.isinf(output), np.isinf(want))
@@ -138,11 +119,11 @@ def test_special_value_reaches_exactly_the_outputs_that_use_it(main_backend, spe
     assert_close(output[usable], ordinary[usable], "float32")
 
 
-def test_nan_weight_reaches_its_query_only(main_backend):
+def test_nan_weight_reaches_only_its_query_and_head(main_backend):
     inputs = Case("inside", levels=((6, 7),)).inputs(seed=6)
     inputs.locations[...] = 0.4
     inputs.weights[1, 2, 0, 0, 1] = np.nan
-    output, grads = run(main_backend, inputs)
+    output, grads = run_operator(main_backend, inputs)
     want = np.zeros(output.shape, bool)
     want[1, 2, :8] = True
     np.testing.assert_array_equal(np.isnan(output), want)
@@ -150,13 +131,13 @@ def test_nan_weight_reaches_its_query_only(main_backend):
     assert np.isfinite(grads[2]).all()
 
 
-def test_all_samples_on_one_pixel(main_backend):
+def test_all_samples_on_one_pixel_are_summed(main_backend):
     inputs = Case("collide", levels=((3, 3),), queries=300, M=1, N=1).inputs(seed=7)
     inputs.locations[...] = np.float32(0.42)
-    check(main_backend, inputs, "float32", "float32")
+    check_operator(main_backend, inputs, "float32", "float32")
 
 
-def test_noncontiguous_inputs(main_backend):
+def test_noncontiguous_inputs_are_accepted(main_backend):
     inputs = CASES[0].inputs(seed=8)
     strided = []
     for array in inputs:
@@ -173,7 +154,7 @@ def test_noncontiguous_inputs(main_backend):
 
 
 @pytest.mark.parametrize("kind", ["list", "numpy-int32", "numpy-uint8", "framework", "framework-int32", "starts"])
-def test_metadata_may_be_any_integers(backend, kind):
+def test_metadata_may_be_any_integers_of_any_framework(backend, kind):
     inputs = CASES[0].inputs(seed=9)
     shapes, starts = inputs.shapes, None
     if kind == "list":

@@ -1,4 +1,4 @@
-"""Queries of each image that count: the others cost nothing, whatever they hold, and get zeros."""
+"""Ragged queries: padding beyond the query lengths is not read, and its output and gradients are zeros."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.helpers.tolerance import assert_close
 pytestmark = pytest.mark.sanitizer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-PADDED = (
+RAGGED = (
     (Case("cameras", levels=((6, 7), (3, 4)), N=4, M=2, D=16, queries=37), (37, 0, 5, 20)),
     (Case("encoder_order", levels=((9, 11), (4, 5)), N=3, M=2, D=32, queries=None), (119, 60, 1)),
     (Case("few_samples", levels=((40, 52), (13, 13)), N=2, M=2, D=32, queries=60), (7, 31)),
@@ -24,14 +24,14 @@ PADDED = (
 
 
 def poisoned(inputs, lengths):
-    """NaN where nothing may be looked at."""
+    """NaN in the padding, which must not be read."""
     padding = np.arange(inputs.locations.shape[1]) >= np.array(lengths)[:, None]
     for array in (inputs.locations, inputs.weights, inputs.grad_output):
         array[padding] = np.nan
     return inputs
 
 
-def check(backend, case, lengths, pair=("float32", "float32"), put_lengths=np.array, deterministic=False):
+def check_ragged(backend, case, lengths, pair=("float32", "float32"), put_lengths=np.array, deterministic=False):
     inputs = case.inputs(*pair, seed=1)
     want_output, want_grads = cases.expected_ragged(inputs, lengths, **case.variant)
     put = [backend.put(array) for array in poisoned(inputs, lengths)]
@@ -47,44 +47,44 @@ def check(backend, case, lengths, pair=("float32", "float32"), put_lengths=np.ar
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize(("case", "lengths"), PADDED, ids=lambda part: getattr(part, "name", ""))
-def test_padding_gets_zeros(main_backend, case, lengths, deterministic):
-    check(main_backend, case, lengths, deterministic=deterministic)
+@pytest.mark.parametrize(("case", "lengths"), RAGGED, ids=lambda part: getattr(part, "name", ""))
+def test_padding_is_not_read_and_gets_zeros(main_backend, case, lengths, deterministic):
+    check_ragged(main_backend, case, lengths, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("pair", cases.DTYPE_PAIRS, ids="-".join)
-def test_dtypes(main_backend, pair):
-    check(main_backend, *PADDED[0], pair)
+def test_every_dtype_agrees_with_the_reference(main_backend, pair):
+    check_ragged(main_backend, *RAGGED[0], pair)
 
 
 @pytest.mark.parametrize("kind", ["list", "int32", "framework"])
-def test_lengths_may_be_any_integers(backend, kind):
+def test_lengths_may_be_any_integers_of_any_framework(backend, kind):
     put = {"list": list, "int32": lambda n: np.array(n, np.int32), "framework": lambda n: backend.put(np.array(n))}
-    check(backend, *PADDED[0], put_lengths=put[kind])
+    check_ragged(backend, *RAGGED[0], put_lengths=put[kind])
 
 
-def test_the_same_for_all_queries_as_without(main_backend):
-    case = PADDED[0][0]
+def test_full_lengths_give_the_same_bits_as_none(main_backend):
+    case = RAGGED[0][0]
     put = [main_backend.put(array) for array in case.inputs(seed=2)]
     every = cupy_msda.ms_deform_attn(*put[:5], query_lengths=[37] * 4)
     np.testing.assert_array_equal(main_backend.get(every), main_backend.get(cupy_msda.ms_deform_attn(*put[:5])))
 
 
 @pytest.mark.gpu
-def test_lengths_from_the_host_arrive_on_a_side_stream():
+def test_lengths_from_the_host_are_right_on_a_side_stream():
     import torch
 
     backend = TorchBackend("cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(20):
-            check(backend, *PADDED[0], put_lengths=list)
+            check_ragged(backend, *RAGGED[0], put_lengths=list)
 
 
 @pytest.mark.gpu
 def test_lengths_on_the_gpu_are_clamped():
     backend = TorchBackend("cuda")
-    check(backend, PADDED[0][0], (37, 0, 5, 20), put_lengths=lambda n: backend.put(np.array((99, -7, 5, 20))))
+    check_ragged(backend, RAGGED[0][0], (37, 0, 5, 20), put_lengths=lambda n: backend.put(np.array((99, -7, 5, 20))))
 
 
 @pytest.mark.parametrize(
@@ -98,20 +98,20 @@ def test_lengths_on_the_gpu_are_clamped():
     ],
 )
 def test_wrong_lengths_are_refused(main_backend, lengths, error, message):
-    put = [main_backend.put(array) for array in PADDED[0][0].inputs()]
+    put = [main_backend.put(array) for array in RAGGED[0][0].inputs()]
     with pytest.raises(error, match=message):
         cupy_msda.ms_deform_attn(*put[:5], query_lengths=lengths)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradients_in_torch(device, compiled):
+def test_torch_gradients_eager_and_compiled(device, compiled):
     import torch
 
     from cupy_msda.torch import decomposed, ms_deform_attn
 
     backend = TorchBackend(device)
-    case, lengths = PADDED[0]
+    case, lengths = RAGGED[0]
     inputs = case.inputs(seed=3)
     want_output, want_grads = cases.expected_ragged(inputs, lengths)
     put = [backend.put(array) for array in poisoned(inputs, lengths)]
@@ -124,14 +124,14 @@ def test_gradients_in_torch(device, compiled):
     output = (torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call)(*leaves)
     assert_close(backend.get(output), want_output, "float32")
     for grad, want in zip(torch.autograd.grad(output, leaves, put[5]), want_grads, strict=True):
-        if want.ndim != 6:  # that of the locations is not in pixels
+        if want.ndim != 6:  # the gradient of locations is compared in pixel units only
             assert_close(backend.get(grad), want, "float32")
     with decomposed(), torch.no_grad():
         assert_close(backend.get(call(*leaves)), want_output, "float32")
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_second_order(device):
+def test_second_derivatives(device):
     import torch
 
     from cupy_msda.torch import ms_deform_attn
@@ -148,10 +148,10 @@ def test_second_order(device):
     assert torch.autograd.gradgradcheck(call, (value, locations, weights), nondet_tol=1e-12)
 
 
-def test_only_some_gradients(main_backend):
+def test_only_wanted_gradients_are_computed(main_backend):
     from cupy_msda import api
 
-    case, lengths = PADDED[0]
+    case, lengths = RAGGED[0]
     inputs = case.inputs(seed=4)
     want = cases.expected_ragged(inputs, lengths)[1]
     put = [main_backend.put(array) for array in poisoned(inputs, lengths)]

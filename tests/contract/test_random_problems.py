@@ -1,13 +1,13 @@
-"""Problems that nobody thought of, drawn by seed: sizes, dtypes and forms together, plain and with a front end."""
+"""Randomly drawn problems agree with the float64 reference: sizes, dtypes and variants together, plain and fused."""
 
 import random
 
 import pytest
 
-from tests.contract import test_fused, test_operator
 from tests.helpers.cases import DTYPE_PAIRS, Case
+from tests.helpers.checks import check_fused, check_operator
 
-FORMS = (
+VARIANTS = (
     {},
     {"padding_mode": "border"},
     {"align_corners": True},
@@ -17,10 +17,10 @@ FORMS = (
 
 
 def drawn(seed):
-    """A case and a pair of dtypes."""
+    """A case, a pair of dtypes and the generator for further choices."""
     draw = random.Random(seed)
     levels = tuple((draw.randint(1, 9), draw.randint(1, 9)) for _ in range(draw.randint(1, 4)))
-    variant = dict(draw.choice(FORMS))
+    variant = dict(draw.choice(VARIANTS))
     if draw.random() < 0.4:
         variant["num_points"] = tuple(draw.randint(1, 5) for _ in levels)
     case = Case(
@@ -37,13 +37,13 @@ def drawn(seed):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_plain(main_backend, seed):
+def test_plain_call_agrees_with_the_reference(main_backend, seed):
     case, pair, _ = drawn(seed)
-    test_operator.check(main_backend, case.inputs(*pair, seed=seed), *pair, **case.variant)
+    check_operator(main_backend, case.inputs(*pair, seed=seed), *pair, **case.variant)
 
 
 @pytest.mark.parametrize("seed", range(100, 140))
-def test_with_a_front_end(main_backend, seed):
+def test_fused_call_agrees_with_the_reference(main_backend, seed):
     case, pair, draw = drawn(seed)
     form = {"coordinates": draw.choice((2, 4)), "levels": draw.choice((None, 1)), "packed": draw.random() < 0.5}
-    test_fused.check(main_backend, case, pair, seed, reference_dtype=draw.choice(pair), **form)
+    check_fused(main_backend, case, pair, seed, reference_dtype=draw.choice(pair), **form)

@@ -1,4 +1,4 @@
-"""python tests/golden/make.py: writes the golden cases anew, from the NumPy path in float64."""
+"""``python tests/golden/make.py`` writes the golden cases again, by the NumPy path in float64."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 
 import cupy_msda
 
-# name: levels, starts, S, N, Q (None: a query a pixel), M, D, P
+# name: levels, starts, S, N, Q (None: one query per pixel), M, D, P
 CASES = {
     "encoder": (((6, 8), (3, 4), (2, 2), (1, 1)), None, None, 2, None, 2, 8, 4),
     "decoder": (((8, 5), (4, 3)), None, None, 2, 7, 4, 16, 4),
@@ -27,10 +27,10 @@ def locations(rng, shape, levels):
     drawn = rng.integers(-40, 168, shape) / 128
     for _ in range(1000):
         pixel = drawn * size - 0.5
-        near = np.abs(pixel - np.round(pixel)) < 0.02
-        if not near.any():
+        at_kink = np.abs(pixel - np.round(pixel)) < 0.02
+        if not at_kink.any():
             return drawn
-        drawn = np.where(near, rng.integers(-40, 168, shape) / 128, drawn)
+        drawn = np.where(at_kink, rng.integers(-40, 168, shape) / 128, drawn)
     raise AssertionError("no locations away from the kinks")
 
 

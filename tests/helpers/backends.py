@@ -1,4 +1,4 @@
-"""The ways to call the operator: each moves NumPy inputs into a framework and results back."""
+"""Frameworks and devices on which tests call the operator: each makes arrays from NumPy inputs, and back."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Validated calls from plain inputs, for the tests below the public functions."""
+"""Validated calls from arrays, for tests of what is below the public functions."""
 
 from cupy_msda import validate
 from cupy_msda.call import ALL, FUSED_NAMES, OPERATOR_NAMES, PLAIN, Arguments

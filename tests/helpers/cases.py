@@ -1,4 +1,4 @@
-"""Inputs for the tests: sizes chosen so that each code path runs, numbers drawn fresh from a seed."""
+"""Inputs for the tests: sizes that reach every code path, numbers drawn from a seed, and expected results."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
 
 class FusedInputs(NamedTuple):
-    """With offsets in `locations` and logits in `weights`, or both in `locations`."""
+    """`locations` are offsets and `weights` are logits, or None where `locations` holds both."""
 
     value: np.ndarray
     shapes: np.ndarray
@@ -47,7 +47,7 @@ class FusedInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """`queries` None: one query a pixel, in the order of S, as in an encoder."""
+    """Sizes and options of one problem. `queries` None: one query per pixel, in the order of S, as in an encoder."""
 
     name: str
     levels: tuple[tuple[int, int], ...] = ((6, 7), (3, 4))
@@ -71,8 +71,8 @@ class Case:
         Q = S if self.queries is None else self.queries
         L = len(shapes)
         value = rng.standard_normal((self.N, S, self.M, self.D)).astype(dtype_of(value_dtype))
-        # Some samples lie outside their level, on each side. Fractions of a pixel stay away from 0 and 1, where the
-        # gradient of the location jumps; 16-bit locations move by less than that on levels of this size.
+        # Some samples are outside their level, on each side. Fractions of a pixel keep away from 0 and 1, where the
+        # gradient of the location jumps. A cast to 16 bits moves them by less than that on levels of this size.
         size = shapes[:, ::-1].reshape(L, 1, 2)
         samples = (L, self.P)
         if "num_points" in self.variant:
@@ -102,9 +102,9 @@ def to_fused(
     num_points: tuple[int, ...] | None = None,
     seed: int = 0,
 ) -> FusedInputs:
-    """The same samples, nearly, as offsets from reference points, with other weights.
+    """Offsets from reference points whose locations are those of `inputs`, up to a cast, and new logits.
 
-    `levels` is the number of reference points of a query, L unless given. Rounding an offset to 16 bits moves its
+    `levels` is the number of reference points per query, L unless given. A cast of the offset to 16 bits moves its
     sample by less than the distance to the next kink, on levels of a few pixels.
     """
     rng = np.random.default_rng([seed, 7])
@@ -117,9 +117,9 @@ def to_fused(
     references = rng.uniform(0.2, 0.8, (N, Q, levels or L, coordinates)).astype(dtype_of(reference_dtype or dtype.name))
     of_sample = references.astype(np.float64)[:, :, level_of if references.shape[2] == L else level_of * 0][:, :, None]
     of_box = of_sample[..., 2:] * 0.5 / np.repeat(points, points)[:, None]
-    reach = of_box if coordinates == 4 else 1 / size
+    location_per_offset = of_box if coordinates == 4 else 1 / size
     locations = inputs.locations.astype(np.float64).reshape(N, Q, M, -1, 2)
-    offsets = ((locations - of_sample[..., :2]) / reach).astype(dtype)
+    offsets = ((locations - of_sample[..., :2]) / location_per_offset).astype(dtype)
     logits = rng.standard_normal((N, Q, M, len(level_of))).astype(dtype)
     if packed:
         offsets, logits = np.concatenate((offsets.reshape(N, Q, M, -1), logits), -1), None
@@ -185,7 +185,7 @@ VARIANTS = (
         variant={"num_points": (4, 1), "padding_mode": "border"},
     ),
 )
-# Which gradients are wanted, where that is not all of them.
+# Every choice of some gradients, but not all, of a plain call.
 PARTIAL_GRADIENTS = [
     Wanted(*asked) for asked in itertools.product((True, False), repeat=3) if any(asked) and not all(asked)
 ]
@@ -210,14 +210,14 @@ def expected_fused(inputs, num_points=None, **variant):
         inputs.shapes, inputs.references, offsets, weights, points, of_locations, of_weights
     )
     if inputs.weights is None:
-        together = np.concatenate((grad_offsets.reshape(*grad_logits.shape[:3], -1), grad_logits), -1)
-        return output, (of_value, together, None, of_references)
+        packed = np.concatenate((grad_offsets.reshape(*grad_logits.shape[:3], -1), grad_logits), -1)
+        return output, (of_value, packed, None, of_references)
     grad_offsets, grad_logits = grad_offsets.reshape(offsets.shape), grad_logits.reshape(of_logits.shape)
     return output, (of_value, grad_offsets, grad_logits, of_references)
 
 
 def expected_ragged(inputs, lengths, **variant):
-    """The same where only the first queries of each image count: nothing comes from the others, or goes to them."""
+    """Output and gradients of a ragged call, with zeros in the padding."""
     padding = np.arange(inputs.locations.shape[1]) >= np.array(lengths)[:, None]
     inputs = inputs._replace(weights=inputs.weights.copy())
     inputs.weights[padding] = 0
@@ -228,9 +228,9 @@ def expected_ragged(inputs, lengths, **variant):
     return output, grads
 
 
-# Pixels of which merged blocks take slices: halves rounded up and down, the coarse level first, levels with less than
-# one and less than two rows a band, one level, a whole number of bands. Not of levels that overlap, nor where the
-# tallest is too thin.
+# Encoders whose blocks take cross-level tiles: levels halved up and down, the coarse level first, levels with less than
+# one row and less than two rows per tile, one level, a whole number of tiles. The last two have no cross-level tiles:
+# levels overlap, or the tallest level is too thin.
 CROSS_LEVEL = [
     Case("rounded_up", levels=((17, 20), (9, 10), (5, 5)), N=2, M=1, D=32, queries=None),
     Case("rounded_down", levels=((19, 21), (9, 10), (4, 5)), N=1, M=1, D=32, queries=None),

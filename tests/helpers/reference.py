@@ -1,6 +1,6 @@
 """Multi-scale deformable attention as plain float64 loops, written from the formula in the contract.
 
-Shares no code with the package. Slow on purpose: one Python statement for each step of the definition.
+It shares no code with the package. It is slow on purpose: one Python statement for each step of the definition.
 """
 
 import math
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def _bilinear(x, y, H, W, padding_mode, align_corners):
-    """Neighbours of (x, y) in normalised units: (row, weight, d weight/dx, d weight/dy) each."""
+    """Neighbours of the normalised (x, y): (pixel, weight, d weight/dx, d weight/dy) each."""
     if math.isnan(x) or math.isnan(y):
         return []
     per_x, per_y = (W - 1, H - 1) if align_corners else (W, H)
@@ -39,7 +39,7 @@ def _nearest(x, y, H, W):
 def _samples(
     shapes, starts, locations, num_points, interpolation="bilinear", padding_mode="zeros", align_corners=False
 ):
-    """Every sample: its index in the weights with all points in one dimension, and its neighbours."""
+    """For every sample: its index in weights [N, Q, M, K], and its neighbours (pixel, weight, d/dx, d/dy)."""
     N, Q, M, K, _ = locations.shape
     level_of = [level for level, count in enumerate(num_points) for _ in range(count)]
     for n in range(N):
@@ -81,8 +81,8 @@ def forward(value, shapes, starts, locations, weights, num_points=None, **varian
     N, _, M, D = value.shape
     output = np.zeros((N, locations.shape[1], M, D))
     for (n, q, m, k), corners in _samples(shapes, starts, locations, num_points, **variant):
-        for row, w, _, _ in corners:
-            output[n, q, m] += weights[n, q, m, k] * w * value[n, row, m]
+        for pixel, w, _, _ in corners:
+            output[n, q, m] += weights[n, q, m, k] * w * value[n, pixel, m]
     return output.reshape(N, -1, M * D)
 
 
@@ -98,16 +98,16 @@ def backward(value, shapes, starts, locations, weights, grad_output, num_points=
     for index, corners in _samples(shapes, starts, locations, num_points, **variant):
         n, q, m = index[:3]
         a = weights[index]
-        for row, w, dx, dy in corners:
-            dot = float(np.dot(grad[n, q, m], value[n, row, m]))
-            grad_value[n, row, m] += a * w * grad[n, q, m]
+        for pixel, w, dx, dy in corners:
+            dot = float(np.dot(grad[n, q, m], value[n, pixel, m]))
+            grad_value[n, pixel, m] += a * w * grad[n, q, m]
             grad_weights[index] += w * dot
             grad_locations[index] += (a * dx * dot, a * dy * dot)
     return grad_value, grad_locations.reshape(of_locations), grad_weights.reshape(of_weights)
 
 
-def _steps(shapes, references, points):
-    """Of every sample: its index in [N, Q, M, K], the index of its reference point, and (W, H), (P, P) of its level."""
+def _references(shapes, references, points):
+    """For every query and sample: k, the index of its reference point, and (W, H) and P of its level."""
     level_of = [level for level, count in enumerate(points) for _ in range(count)]
     N, Q, levels = references.shape[:3]
     for n in range(N):
@@ -124,7 +124,7 @@ def locations_and_weights(shapes, references, offsets, logits, points):
     offsets = offsets.astype(np.float64).reshape(N, Q, M, K, 2)
     logits = logits.astype(np.float64).reshape(N, Q, M, K)
     locations, weights = np.empty(offsets.shape), np.empty(logits.shape)
-    for k, (n, q, at), size, P in _steps(shapes, references, points):
+    for k, (n, q, at), size, P in _references(shapes, references, points):
         point = references[n, q, at].astype(np.float64)
         for m in range(M):
             for c in range(2):
@@ -143,7 +143,7 @@ def fused_backward(shapes, references, offsets, weights, points, of_locations, o
     offsets = offsets.astype(np.float64).reshape(N, Q, M, K, 2)
     grad_references, grad_offsets = np.zeros(references.shape), np.empty(offsets.shape)
     grad_logits = np.empty(weights.shape)
-    for k, (n, q, at), size, P in _steps(shapes, references, points):
+    for k, (n, q, at), size, P in _references(shapes, references, points):
         point = references[n, q, at].astype(np.float64)
         for m in range(M):
             for c in range(2):
