@@ -1,213 +1,264 @@
-// Backward: gradients of value, sampling_locations and attention_weights, as far as MSDA_GRAD_VALUE, MSDA_GRAD_LOCATIONS
-// and MSDA_GRAD_WEIGHTS ask for them.
+// Backward: gradients of value, sampling_locations and attention_weights, those that config::grad_value, grad_locations and
+// grad_weights ask for.
 //
-// Warps, lanes and samples are those of the forward. For each sample the lanes sum the products of grad_output with the
-// four rows of value, or, where locations need no gradient, with what is interpolated between them (msda_products.cuh).
-// Those sums replace the sample in shared memory, and at the end of a chunk one lane a sample turns them into the gradients
-// of location and weight (msda_gradients.cuh). On the way weight * grad_output is added to the four rows of grad_value, or,
-// with MSDA_MERGE, a chunk of all queries of the block is added up before (msda_atomics.cuh).
+// Warps, lanes and samples are those of the forward. For each sample the lanes compute the dot products of grad_output with
+// the value vectors of its four neighbours, or, where locations need no gradient, with what is interpolated between them
+// (common/dot_products.cuh). These replace the sample in shared memory. At the end of a chunk, one lane per sample turns them
+// into the gradients of location and weight (common/sample_gradients.cuh). On the way weight * grad_output is added to the
+// four value vectors of grad_value; with config::aggregation_bits, the chunks of all queries of the block are added up before
+// (common/aggregation.cuh).
+#include "common/aggregation.cuh"
+#include "common/mma_dot_products.cuh"
+#include "common/sample_gradients.cuh"
 
-#if MSDA_GRAD_SAMPLES || !MSDA_MERGE
-// The products of grad_output with the rows of this lane's query's samples [k0, k0 + MSDA_CHUNK), into their places, and
-// what each sample adds to grad_value unless that is merged. `value` and `grad_value` begin at row 0 of the image, at the
-// channels of this lane. By all lanes of a warp.
-__device__ __forceinline__ void msda_multiply_chunk(
-        const msda_shared& shared, msda_sample* samples, int k0, const msda_value* incoming, msda_held& held,
-        msda_address value, msda_address grad_value) {
-    const int lane = threadIdx.x % 32 % MSDA_ROW_LANES;
-#pragma unroll msda_unroll
-    for (int k = 0; k < MSDA_CHUNK; ++k) {
-        const msda_sample sample = samples[k];
-        const int inside = (int)sample.place;
-        const int level = MSDA_K % MSDA_CHUNK ? min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1) : MSDA_LEVEL_OF(k0 + k);
-        // The upper row and the lower one, added in the index's own bits, and their addresses in registers: else 18 of 82
-        // instructions more with matrices, and encoder_800x1333 in float32 takes 373 us instead of 368.
-        const msda_index row = msda_row(sample), rows[2] = {row, row + shared.levels[level].w};
-#if MSDA_GRAD_SAMPLES
-        msda_address from[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            from[i] = value + (long long)rows[i] * (MSDA_STRIDE * sizeof(msda_value));
-            msda_keep(from[i]);
-        }
-#endif
-#if MSDA_GRAD_VALUE && !MSDA_MERGE
-        msda_acc weight[4];
-        msda_weights(sample, weight);
-#endif
-#if MSDA_GRAD_SAMPLES
-        msda_products products = {};
-#endif
-#pragma unroll
-        for (int turn = 0; turn < MSDA_TURNS; ++turn) {
-            const int channel = turn * MSDA_STEP;
-            if (MSDA_D % MSDA_STEP != 0 && channel + lane * MSDA_ROW_VEC >= MSDA_D) continue;
-#if MSDA_MATRIX
-            msda_part x[MSDA_CORNERS];
-#pragma unroll
-            for (int c = 0; c < MSDA_CORNERS; ++c) {
-                const msda_address right = ((c & 1) * MSDA_STRIDE + channel) * sizeof(msda_value);
-                x[c] = msda_read_if<MSDA_ROW_VEC>(inside >> c & 1, from[c >> 1] + right);
-            }
-            msda_add_products(products, held, turn, x);
-#else
-            msda_acc(&grad)[MSDA_ROW_VEC] = held.grad[MSDA_HOLD ? turn : 0];
-            if (!MSDA_HOLD) msda_read_incoming(incoming, turn, lane, grad);
-#pragma unroll
-            for (int c = 0; c < MSDA_CORNERS; ++c) {
-                const bool present = inside >> c & 1;
-#if MSDA_GRAD_SAMPLES
-                const msda_address right = (c & 1) * MSDA_STRIDE + channel;
-                const msda_address at = from[c >> 1] + right * sizeof(msda_value);
-                msda_add_products(products, grad, c, msda_read_if<MSDA_ROW_VEC>(present, at));
-#endif
-#if MSDA_GRAD_VALUE && !MSDA_MERGE
-                msda_acc part[MSDA_ROW_VEC];
-#pragma unroll
-                for (int v = 0; v < MSDA_ROW_VEC; ++v) part[v] = weight[c] * grad[v];
-                const msda_address right_grad = (c & 1) * MSDA_GRAD_STRIDE + channel * sizeof(msda_acc);
-                if (present) msda_add(grad_value + (long long)rows[c >> 1] * MSDA_GRAD_STRIDE + right_grad, part);
-#endif
-            }
-#endif
-        }
-#if MSDA_GRAD_SAMPLES
-        msda_write_products(reinterpret_cast<msda_acc*>(samples + k), products, sample);
-#endif
-    }
-}
-#endif
+namespace msda {
 
-// Where the image and head of a block begin in each array.
-struct msda_arrays {
-    const msda_location* locations;
-    const msda_location* weights;
-    const msda_reference* references;
-    msda_location* grad_locations;
-    msda_location* grad_weights;
-    msda_acc* grad_references;
-    const msda_value* grad_output;
-    msda_address value, grad_value;     // at the channels of a lane, of products and of sums
+constexpr bool aggregated = config::aggregation_bits != 0;
+constexpr bool adds_each_sample = config::grad_value && !aggregated;
+
+using backward_shared = select<aggregated, aggregation_shared, block_shared<config::warps>>;
+using held_grad_output = select<tensor_cores, mma_grad_output, fma_grad_output>;
+using dot_products = select<tensor_cores, mma_dot_products<value_t>, fma_dot_products>;
+
+static_assert(sizeof(backward_shared) == config::shared_bytes, "the planner and the kernel disagree");
+
+// Each array from the first element of the block's image and head on.
+struct block_arrays {
+    const location_t* locations;
+    const location_t* weights;
+    const reference_t* references;
+    location_t* grad_locations;
+    location_t* grad_weights;
+    acc_t* grad_references;
+    const value_t* grad_output;
+    address_t value, grad_value;    // at the channels of a lane: of the dot products, of the sums
 };
 
-extern "C" __global__ void MSDA_BOUNDS msda_backward(
-        const msda_value* __restrict__ value, const __grid_constant__ msda_metadata metadata,
-        const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
-        const msda_reference* __restrict__ references, const long long* __restrict__ lengths,
-        const msda_value* __restrict__ grad_output, msda_acc* __restrict__ grad_value,
-        msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights,
-        msda_acc* __restrict__ grad_references, long long S, long long Q_, long long image_stride,
-        long long head_stride, long long heads) {
-    MSDA_SHARED_MEMORY(msda_memory);
-    msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
-    const msda_index Q = (msda_index)Q_;
-
-    if ((MSDA_JOINED == 1 || blockIdx.z) && msda_head_of_block() >= heads) return;   // in the first plane all have a head
-    // In registers, else the addresses are worked out anew for each sample, 930 instructions instead of 802: decoder_900
-    // 194 us in float32 instead of 192. With merging not the head, encoder_800x1333 396 us in float16 instead of 411, and
-    // with a front end too neither, 412 instead of 426.
-    msda_work work = msda_work_of_block();
-    if (!(MSDA_MERGE && MSDA_FRONT)) msda_keep(work.image);
-    if (!MSDA_MERGE) msda_keep(work.m);
-    msda_begin(shared, work, metadata, lengths, S, Q);
-    [[maybe_unused]] const int local = threadIdx.x % 32 / MSDA_LANES;
-    const int lane = threadIdx.x % 32 % MSDA_LANES, row_lane = threadIdx.x % 32 % MSDA_ROW_LANES;
-    msda_arrays block;
-    block.locations = locations + msda_first_element(work, Q_, MSDA_LOCATIONS_PITCH);
-    block.weights = weights + msda_first_element(work, Q_, MSDA_WEIGHTS_PITCH);
-    block.references = MSDA_FRONT ? references + work.image * Q_ * (MSDA_REFERENCES * MSDA_FRONT) : nullptr;
-    block.grad_locations = MSDA_GRAD_LOCATIONS ? grad_locations + (block.locations - locations) : nullptr;
-    block.grad_weights = MSDA_GRAD_WEIGHTS ? grad_weights + (block.weights - weights) : nullptr;
-    block.grad_references =
-        MSDA_GRAD_REFERENCES ? grad_references + msda_first_element(work, Q_, MSDA_L * MSDA_FRONT) : nullptr;
-    block.grad_output = grad_output + (work.image * Q_ * MSDA_M + work.m) * MSDA_D;
-    block.value = (msda_address)value +
-                  (work.image * image_stride + work.m * head_stride + row_lane * MSDA_ROW_VEC) * sizeof(msda_value);
-    block.grad_value = (msda_address)grad_value +
-                       (work.image * S * (MSDA_M * MSDA_D) + work.m * MSDA_D + lane * MSDA_VEC) * sizeof(msda_acc);
-
-#if MSDA_MERGE
-#pragma unroll 1
-    for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-        const unsigned count = msda_fill_sorted(shared, k0, block.locations, block.weights, block.references);
-#pragma unroll 1
-        for (int turn = 0; turn < MSDA_TURNS; ++turn) {
-            const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
-            if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
-            msda_add_merged(shared, count, k0, (msda_address)(block.grad_output + channel),
-                            block.grad_value + turn * MSDA_STEP * sizeof(msda_acc));
-        }
-        __syncthreads();
-#if MSDA_GRAD_SAMPLES
-#pragma unroll 1
-        for (int round = 0; round < MSDA_ROUNDS; round += MSDA_JOINED) {
-            const int joined = threadIdx.x % 32 / MSDA_ROW_LANES, mine = joined % MSDA_QUERIES;
-            const int round_of_mine = round + joined / MSDA_QUERIES;
-            const msda_index q = msda_query_of(shared, round_of_mine, mine);
-            const msda_value* incoming = block.grad_output + (long long)(q < 0 ? 0 : q) * (MSDA_M * MSDA_D);
-            msda_held held = msda_hold(incoming, row_lane);
-            // Of one round the raw samples are loaded before the products, which hide the wait (float32 368 us, after them
-            // 372). Those of two would take registers from the products (front end, boxes in float16 355 us, not 341).
-            msda_raw raw[MSDA_JOINED];
-            msda_sample* samples[MSDA_JOINED];
-#pragma unroll
-            for (int j = 0; j < MSDA_JOINED; ++j) {
-                if (MSDA_JOINED == 1)
-                    msda_load_raw(raw[j], shared, round + j, k0, block.locations, block.weights, block.references);
-                samples[j] = shared.samples[(round + j) * MSDA_WARPS + threadIdx.x / 32];
-#if MSDA_FRONT
-                msda_recall_weights(raw[j], samples[j]);
-#endif
-            }
-            msda_sample* samples_of_mine =
-                shared.samples[round_of_mine * MSDA_WARPS + threadIdx.x / 32] + mine * MSDA_PITCH;
-            msda_multiply_chunk(shared, samples_of_mine, k0, incoming, held, block.value, block.grad_value);
-            __syncwarp();
-#pragma unroll
-            for (int j = 0; j < MSDA_JOINED; ++j)
-                if (MSDA_JOINED > 1)
-                    msda_load_raw(raw[j], shared, round + j, k0, block.locations, block.weights, block.references);
-#pragma unroll
-            for (int j = 0; j < MSDA_JOINED; ++j) {
-                msda_write_samples(samples[j], shared, raw[j], round + j, k0, block.grad_locations, block.grad_weights);
-#if MSDA_GRAD_REFERENCES
-                msda_write_references(samples[j], shared, round + j, block.grad_references);
-#endif
-            }
-        }
-        __syncthreads();
-#endif
+__device__ __forceinline__ assignment assignment_of_backward_block() {
+    unsigned head, block = blockIdx.x;
+    if constexpr (config::paired_tiles > 1) {
+        // By a branch, so that image and head are in each lane's registers, not in uniform ones: then nothing spills
+        // (docs/performance/decisions.md#backward-head-by-branch).
+        head = blockIdx.y * config::heads_per_warp;
+        if (blockIdx.z) head = first_head_of_block();
+    } else {
+        head = first_head_of_block();
     }
-#else
-    msda_sample* samples = shared.samples[threadIdx.x / 32];
-    msda_raw raw;
-    msda_load_raw(raw, shared, 0, 0, block.locations, block.weights, block.references);
-#pragma unroll 1
-    for (int round = 0; round < MSDA_ROUNDS; ++round) {
-        const msda_index q = msda_query_of(shared, round, local);
-        // Lanes past the last query take part in the shuffles; query 0 stands in as an address they may read.
-        const msda_value* incoming = block.grad_output + (long long)(q < 0 ? 0 : q) * (MSDA_M * MSDA_D);
-        msda_held held = msda_hold(incoming, row_lane);
-
-#pragma unroll 1
-        for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-            msda_fill(samples, shared, raw, round, k0);
-            __syncwarp();
-            msda_multiply_chunk(shared, samples + local * MSDA_PITCH, k0, incoming, held, block.value, block.grad_value);
-            __syncwarp();
-#if MSDA_GRAD_SAMPLES
-            msda_write_samples(samples, shared, raw, round, k0, block.grad_locations, block.grad_weights);
-#if MSDA_GRAD_REFERENCES
-            msda_write_references(samples, shared, round, block.grad_references);
-#endif
-            __syncwarp();
-#endif
-            if (k0 + MSDA_CHUNK < MSDA_K) {
-                msda_load_raw(raw, shared, round, k0 + MSDA_CHUNK, block.locations, block.weights, block.references);
-            } else if (round + 1 < MSDA_ROUNDS) {
-                msda_load_raw(raw, shared, round + 1, 0, block.locations, block.weights, block.references);
-            }
-        }
-    }
-#endif
+    // Backwards, so that the coarse levels come first: float32 alone gains (#backward-reversed-blocks).
+    if constexpr (aggregated && config::tile_rows && is_same<value_t, float>) block = gridDim.x - 1 - block;
+    return assignment_of(head, block);
 }
+
+// The dot products of samples [k0, k0 + config::chunk) of this lane's query, to their places, and what each sample adds to
+// grad_value, unless that is aggregated. `value` and `grad_value` begin at pixel 0 of the image, at the channels of this lane.
+// By all lanes of a warp.
+template <typename Products, typename Held>
+__device__ __forceinline__ void multiply_chunk(
+        const level_info* levels, prepared_sample* samples, int k0, const value_t* grad_output, Held& held, address_t value,
+        address_t grad_value) {
+    const int lane = threadIdx.x % 32 % dot_lanes;
+#pragma unroll config::unroll
+    for (int k = 0; k < config::chunk; ++k) {
+        const prepared_sample sample = samples[k];
+        const int mask = (int)sample.pixel_and_mask;
+        const int level = K % config::chunk ? min(level_of(k0 + k), config::L - 1) : level_of(k0 + k);
+        // Pixels of the upper and the lower row, added in the index's own bits, and their addresses in registers: else there
+        // are more instructions per sample (docs/performance/decisions.md#backward-value-addresses-in-registers).
+        const index_t pixel = pixel_of(sample), pixels[2] = {pixel, pixel + levels[level].w};
+        [[maybe_unused]] address_t from[2];
+        if constexpr (grad_samples) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                from[i] = value + (long long)pixels[i] * (config::pixel_stride * sizeof(value_t));
+                keep_in_register(from[i]);
+            }
+        }
+        [[maybe_unused]] acc_t weight[4];
+        if constexpr (adds_each_sample) neighbour_weights(sample, weight);
+        [[maybe_unused]] Products products = {};
+#pragma unroll
+        for (int tile = 0; tile < channel_tiles; ++tile) {
+            const int channel = tile * channel_tile;
+            if (config::D % channel_tile != 0 && channel + lane * dot_vec >= config::D) continue;
+            if constexpr (tensor_cores) {
+                dot_vector x[neighbours];
+#pragma unroll
+                for (int c = 0; c < neighbours; ++c) {
+                    const address_t right = ((c & 1) * config::pixel_stride + channel) * sizeof(value_t);
+                    x[c] = load_channels_or_zeros<dot_vec>(mask >> c & 1, from[c >> 1] + right);
+                }
+                products.add(held.tile[tile], x);
+            } else {
+                acc_t(&grad)[dot_vec] = held.tile[grad_output_in_registers ? tile : 0];
+                if constexpr (!grad_output_in_registers) Held::load_tile(grad_output, tile, lane, grad);
+#pragma unroll
+                for (int c = 0; c < neighbours; ++c) {
+                    const bool present = mask >> c & 1;
+                    if constexpr (grad_samples) {
+                        const address_t right = (c & 1) * config::pixel_stride + channel;
+                        const address_t at = from[c >> 1] + right * sizeof(value_t);
+                        products.add(grad, c, load_channels_or_zeros<dot_vec>(present, at));
+                    }
+                    if constexpr (adds_each_sample) {
+                        acc_t part[dot_vec];
+#pragma unroll
+                        for (int v = 0; v < dot_vec; ++v) part[v] = weight[c] * grad[v];
+                        const address_t right = (c & 1) * grad_value_pitch + channel * sizeof(acc_t);
+                        if (present)
+                            atomic_add_channels(grad_value + (long long)pixels[c >> 1] * grad_value_pitch + right, part);
+                    }
+                }
+            }
+        }
+        if constexpr (grad_samples) products.write(reinterpret_cast<acc_t*>(samples + k), sample);
+    }
+}
+
+// Gradients of the samples of a chunk, from their dot products.
+__device__ __forceinline__ void write_gradients(
+        prepared_sample* samples, const level_info* levels, const shared_queries& queries, const lane_samples& raw,
+        int tile, int k0, const block_arrays& block) {
+    if constexpr (fused)
+        write_fused_gradients(samples, levels, queries, raw, tile, block.grad_locations, block.grad_weights);
+    else
+        write_plain_gradients(samples, levels, queries, raw, tile, k0, block.grad_locations, block.grad_weights);
+    if constexpr (config::grad_references)
+        write_reference_gradients(samples, levels, queries, tile, block.grad_references);
+}
+
+// A block that adds up the samples of each cell before they go to grad_value.
+template <typename Shared>
+__device__ __forceinline__ void run_aggregated(Shared& shared, const block_arrays& block, int lane, int dot_lane) {
+    const shared_queries queries = {shared.query};
+    const int warp = threadIdx.x / 32;
+#pragma unroll 1
+    for (int k0 = 0; k0 < K; k0 += config::chunk) {
+        const unsigned count = prepare_sorted_samples(shared, k0, block.locations, block.weights, block.references);
+#pragma unroll 1
+        for (int tile = 0; tile < channel_tiles; ++tile) {
+            const int channel = tile * channel_tile + lane * config::vec;
+            if (config::D % channel_tile != 0 && channel >= config::D) continue;
+            add_sorted_samples(shared, count, k0, (address_t)(block.grad_output + channel),
+                               block.grad_value + tile * channel_tile * sizeof(acc_t));
+        }
+        __syncthreads();
+        if constexpr (grad_samples) {
+#pragma unroll 1
+            for (int tile = 0; tile < config::query_tiles; tile += config::paired_tiles) {
+                // Of this lane, among the groups of dot_lanes lanes: its query, and the tile of that.
+                const int group = threadIdx.x % 32 / dot_lanes, local = group % queries_per_tile;
+                const int tile_of_lane = tile + group / queries_per_tile;
+                const index_t q = queries.at(tile_of_lane, local);
+                const value_t* grad_output = block.grad_output + (long long)(q < 0 ? 0 : q) * (config::M * config::D);
+                held_grad_output held;
+                held.load(grad_output, dot_lane);
+                // The raw samples of one tile are loaded before the dot products, which hide their latency. Those of two
+                // would take registers from the dot products (#backward-samples-before-products).
+                lane_samples raw[config::paired_tiles];
+                prepared_sample* samples[config::paired_tiles];
+#pragma unroll
+                for (int j = 0; j < config::paired_tiles; ++j) {
+                    if (config::paired_tiles == 1)
+                        load_samples<false>(
+                            raw[j], queries, tile + j, k0, block.locations, block.weights, block.references);
+                    samples[j] = shared.samples[(tile + j) * config::warps + warp];
+                    if constexpr (fused) restore_weights(raw[j], samples[j]);
+                }
+                prepared_sample* samples_of_lane =
+                    shared.samples[tile_of_lane * config::warps + warp] + local * sample_pitch;
+                multiply_chunk<dot_products>(
+                    shared.levels, samples_of_lane, k0, grad_output, held, block.value, block.grad_value);
+                __syncwarp();
+#pragma unroll
+                for (int j = 0; j < config::paired_tiles; ++j)
+                    if (config::paired_tiles > 1)
+                        load_samples<false>(
+                            raw[j], queries, tile + j, k0, block.locations, block.weights, block.references);
+#pragma unroll
+                for (int j = 0; j < config::paired_tiles; ++j)
+                    write_gradients(samples[j], shared.levels, queries, raw[j], tile + j, k0, block);
+            }
+            __syncthreads();
+        }
+    }
+}
+
+// A block whose samples go to grad_value one by one, if value needs a gradient.
+template <typename Shared>
+__device__ __forceinline__ void run_each_sample(Shared& shared, const block_arrays& block, int dot_lane) {
+    const shared_queries queries = {shared.query};
+    const int local = threadIdx.x % 32 / config::lanes;
+    prepared_sample* samples = shared.samples[threadIdx.x / 32];
+    lane_samples raw;
+    load_samples<false>(raw, queries, 0, 0, block.locations, block.weights, block.references);
+#pragma unroll 1
+    for (int tile = 0; tile < config::query_tiles; ++tile) {
+        const index_t q = queries.at(tile, local);
+        // Lanes past the last query take part in the shuffles; query 0 stands in as an address they may read.
+        const value_t* grad_output = block.grad_output + (long long)(q < 0 ? 0 : q) * (config::M * config::D);
+        held_grad_output held;
+        held.load(grad_output, dot_lane);
+
+#pragma unroll 1
+        for (int k0 = 0; k0 < K; k0 += config::chunk) {
+            prepare_samples(samples, shared_levels{shared.levels}, queries, raw, tile, k0);
+            __syncwarp();
+            multiply_chunk<dot_products>(
+                shared.levels, samples + local * sample_pitch, k0, grad_output, held, block.value, block.grad_value);
+            __syncwarp();
+            if constexpr (grad_samples) {
+                write_gradients(samples, shared.levels, queries, raw, tile, k0, block);
+                __syncwarp();
+            }
+            if (k0 + config::chunk < K) {
+                load_samples<false>(
+                    raw, queries, tile, k0 + config::chunk, block.locations, block.weights, block.references);
+            } else if (tile + 1 < config::query_tiles) {
+                load_samples<false>(raw, queries, tile + 1, 0, block.locations, block.weights, block.references);
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_backward(
+        const value_t* __restrict__ value, const __grid_constant__ level_metadata metadata,
+        const location_t* __restrict__ locations, const location_t* __restrict__ weights,
+        const reference_t* __restrict__ references, const long long* __restrict__ lengths,
+        const value_t* __restrict__ grad_output, acc_t* __restrict__ grad_value,
+        location_t* __restrict__ grad_locations, location_t* __restrict__ grad_weights,
+        acc_t* __restrict__ grad_references, long long S, long long Q_, long long image_stride,
+        long long head_stride, long long heads) {
+    MSDA_SHARED_MEMORY(shared_memory);
+    backward_shared& shared = *reinterpret_cast<backward_shared*>(shared_memory);
+    const index_t Q = (index_t)Q_;
+
+    // In the first plane of the grid all have a head.
+    if ((config::paired_tiles == 1 || blockIdx.z) && first_head_of_block() >= heads) return;
+    // In registers: else the addresses are computed again for each sample. Where registers are scarce, not the head, or
+    // neither (docs/performance/decisions.md#backward-image-and-head-in-registers).
+    assignment work = assignment_of_backward_block();
+    if (!(aggregated && fused)) keep_in_register(work.image);
+    if (!aggregated) keep_in_register(work.m);
+    begin_block<aggregated && config::tile_rows != 0 && config::L <= 8>(shared, work, metadata, lengths, S, Q);
+    const int lane = threadIdx.x % 32 % config::lanes, dot_lane = threadIdx.x % 32 % dot_lanes;
+    block_arrays block;
+    block.locations = locations + first_element(work, Q_, locations_pitch);
+    block.weights = weights + first_element(work, Q_, weights_pitch);
+    block.references =
+        fused ? references + work.image * Q_ * (config::reference_levels * config::reference_coordinates) : nullptr;
+    block.grad_locations = config::grad_locations ? grad_locations + (block.locations - locations) : nullptr;
+    block.grad_weights = config::grad_weights ? grad_weights + (block.weights - weights) : nullptr;
+    block.grad_references = config::grad_references
+        ? grad_references + first_element(work, Q_, config::L * config::reference_coordinates) : nullptr;
+    block.grad_output = grad_output + (work.image * Q_ * config::M + work.m) * config::D;
+    block.value = (address_t)value +
+                  (work.image * image_stride + work.m * head_stride + dot_lane * dot_vec) * sizeof(value_t);
+    block.grad_value =
+        (address_t)grad_value +
+        (work.image * S * (config::M * config::D) + work.m * config::D + lane * config::vec) * sizeof(acc_t);
+
+    if constexpr (aggregated) run_aggregated(shared, block, lane, dot_lane);
+    else run_each_sample(shared, block, dot_lane);
+}
+
+}  // namespace msda

@@ -1,171 +1,226 @@
 // Forward: output[n, q, m] = sum over samples of attention * bilinear(value[n, :, m]).
 //
-// A warp takes MSDA_QUERIES queries of MSDA_HEADS neighbouring heads a round. Its lanes first work out the samples, some
-// each, into shared memory; then MSDA_LANES lanes a query and head read the four rows of each sample and accumulate MSDA_VEC
-// channels each in registers. Where queries are not pixels, MSDA_SPLIT groups of lanes share the samples of a query, and add
-// up their sums at the end. No warp waits for another.
+// A warp works on tiles of queries_per_tile queries of config::heads_per_warp neighbouring heads. Its lanes first prepare the
+// samples, some each, in shared memory. Then config::lanes lanes per query and head load the four neighbours of each sample,
+// and accumulate config::vec channels each in registers. Where queries are not pixels, config::lane_groups groups of lanes
+// share the samples of a query, and add up their sums at the end (docs/performance/decisions.md#forward-lane-groups).
 //
-// A slot is a query and head of a warp. Lanes that are neighbours belong to different heads, whose rows lie in different
-// parts of their cache lines and come in one clock.
+// Neighbouring lanes belong to different heads, whose value vectors lie in different parts of their cache lines and come in
+// one clock (#forward-heads-per-warp).
+#include "common/channels.cuh"
+#include "common/registers.cuh"
+#include "common/vector_samples.cuh"
+#include "common/warp_block.cuh"
 
-static_assert(MSDA_ROUNDS == 1 || (MSDA_ALONE && MSDA_BAND), "several rounds only of queries that are pixels");
+namespace msda {
 
-typedef msda_acc msda_sums[MSDA_TURNS][MSDA_VEC];
+static_assert(config::query_tiles == 1 || (config::warp_independent && config::tile_rows),
+              "several tiles per warp only where queries are pixels");
 
-// Adds a sample. Of a neighbour outside, `row` becomes zeros; screened, it keeps a row that this query has read before,
-// which costs nothing, and its weight is zero: infinity may so become NaN, but in no other query.
-__device__ __forceinline__ void msda_accumulate(
-        msda_sums& sum, msda_values (&row)[4], const msda_sample& sample, msda_address image, msda_address below,
+using forward_shared = select<
+    !config::warp_independent, block_shared<config::warps>,
+    select<config::levels_in_registers, warp_shared, warp_shared_with_levels>>;
+using warp_levels = select<config::levels_in_registers, register_levels, shared_levels>;
+using warp_queries = select<config::warp_independent, lane_queries, shared_queries>;
+
+using channel_sums = acc_t[channel_tiles][config::vec];
+
+static_assert(sizeof(forward_shared) == config::shared_bytes, "the planner and the kernel disagree");
+
+// ---- work --------------------------------------------------------------------------------------------------
+
+// Levels and queries that the warps of a block share.
+template <typename Shared, typename Levels, typename Queries>
+__device__ __forceinline__ void begin_shared(
+        Shared& shared, const assignment& work, const level_metadata& metadata, const long long* __restrict__ lengths,
+        long long S, index_t Q, Levels& levels, Queries& queries) {
+    levels.of = shared.levels;
+    queries.of_block = shared.query;
+    begin_block<false>(shared, work, metadata, lengths, S, Q);
+}
+
+// Raw samples of the lanes to prepared ones, where warps are independent. A sample that does not exist is marked by its NaN.
+template <typename Levels>
+__device__ __forceinline__ void prepare_marked_samples(
+        prepared_sample* samples, const Levels& levels, lane_samples& raw, int k0) {
+    if constexpr (fused) softmax(raw);
+    // Where the lanes of a warp are whole queries, all samples of a lane are of one level.
+    level_info level = levels.at(min(level_of(k0 + (int)(threadIdx.x % sample_slots)), config::L - 1));
+#pragma unroll
+    for (int fill = 0; fill < samples_per_lane; ++fill) {
+        const int i = fill * 32 + threadIdx.x % 32;
+        const int pair = i / sample_slots, slot = i % sample_slots;
+        if (pair < pairs_per_tile && slot < config::chunk) {
+            const int l = min(level_of(k0 + slot), config::L - 1);
+            if (32 % sample_slots) level = levels.at(l);
+            const sampling_point point = sampling_point_of(raw, fill, l, level);
+            if constexpr (config::masked_neighbours)
+                samples[pair * sample_pitch + slot] = prepare_masked_sample(point.x, point.y, point.attention, level);
+            else
+                samples[pair * sample_pitch + slot] = prepare_sample(point.x, point.y, point.attention, level);
+        }
+    }
+}
+
+// ---- sums --------------------------------------------------------------------------------------------------
+
+// Adds a sample. `loaded` becomes zeros for a neighbour outside. With masked neighbours it keeps a value vector that this
+// query has read before, which costs nothing, and its weight is zero: infinity may so become NaN, but in no other query.
+__device__ __forceinline__ void accumulate_sample(
+        channel_sums& sum, channel_vector (&loaded)[4], const prepared_sample& sample, address_t image, address_t below,
         int lane) {
-    msda_acc weight[4];
-    msda_weights(sample, weight);
-    const msda_address upper = image + msda_row(sample) * (MSDA_STRIDE * sizeof(msda_value)), lower = upper + below;
-    const msda_address right = MSDA_STRIDE * sizeof(msda_value);
-    const int inside = (int)sample.place;
+    acc_t weight[4];
+    neighbour_weights(sample, weight);
+    const address_t upper = image + pixel_of(sample) * (config::pixel_stride * sizeof(value_t)), lower = upper + below;
+    const address_t right = config::pixel_stride * sizeof(value_t);
+    const int mask = (int)sample.pixel_and_mask;
 #pragma unroll
-    for (int turn = 0; turn < MSDA_TURNS; ++turn) {
-        const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
-        if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
-        const msda_address at = turn * MSDA_STEP * sizeof(msda_value);
+    for (int tile = 0; tile < channel_tiles; ++tile) {
+        const int channel = tile * channel_tile + lane * config::vec;
+        if (config::D % channel_tile != 0 && channel >= config::D) continue;
+        const address_t at = tile * channel_tile * sizeof(value_t);
 #pragma unroll
-        for (int c = 0; c < MSDA_CORNERS; ++c) {
-            const msda_address from = (c < 2 ? upper : lower) + (c % 2 ? right : 0) + at;
-            if (MSDA_SCREENED) {
-                msda_read_over(row[c].word, inside & 1 << c, from);
-            } else {
-                row[c] = msda_read_if(inside >> c & 1, from);
-            }
+        for (int c = 0; c < neighbours; ++c) {
+            const address_t from = (c < 2 ? upper : lower) + (c % 2 ? right : 0) + at;
+            if constexpr (config::masked_neighbours) load_or_keep(loaded[c].word, mask & 1 << c, from);
+            else loaded[c] = load_channels_or_zeros(mask >> c & 1, from);
         }
 #pragma unroll
-        for (int c = 0; c < MSDA_CORNERS; ++c) {
-            msda_acc x[MSDA_VEC];
-            msda_unpack(row[c], x);
+        for (int c = 0; c < neighbours; ++c) {
+            acc_t x[config::vec];
+            unpack(loaded[c], x);
 #pragma unroll
-            for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = fma(weight[c], x[v], sum[turn][v]);
+            for (int v = 0; v < config::vec; ++v) sum[tile][v] = fma(weight[c], x[v], sum[tile][v]);
         }
     }
 }
 
 // Adds up the sums of the groups of lanes that share the samples of a query.
-__device__ __forceinline__ void msda_sum_groups(msda_sums& sum) {
+__device__ __forceinline__ void sum_over_lane_groups(channel_sums& sum) {
+    constexpr int first = config::lanes * config::heads_per_warp;
 #pragma unroll
-    for (int mask = MSDA_LANES * MSDA_HEADS; mask < MSDA_LANES * MSDA_HEADS * MSDA_SPLIT; mask *= 2)
+    for (int mask = first; mask < first * config::lane_groups; mask *= 2)
 #pragma unroll
-        for (int turn = 0; turn < MSDA_TURNS; ++turn)
+        for (int tile = 0; tile < channel_tiles; ++tile)
 #pragma unroll
-            for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] += __shfl_xor_sync(0xffffffffu, sum[turn][v], mask);
+            for (int v = 0; v < config::vec; ++v) sum[tile][v] += __shfl_xor_sync(0xffffffffu, sum[tile][v], mask);
 }
 
-extern "C" __global__ void MSDA_BOUNDS msda_forward(
-        const msda_value* __restrict__ value, const __grid_constant__ msda_metadata metadata,
-        const msda_location* __restrict__ locations, const msda_location* __restrict__ weights,
-        const msda_reference* __restrict__ references, const long long* __restrict__ lengths,
-        msda_value* __restrict__ output, long long S, long long Q_,
+__device__ __forceinline__ void store_output(value_t* target, const channel_sums& sum, int lane) {
+#pragma unroll
+    for (int tile = 0; tile < channel_tiles; ++tile) {
+        const int channel = tile * channel_tile + lane * config::vec;
+        if (config::D % channel_tile != 0 && channel >= config::D) continue;
+        channel_vector out;
+#pragma unroll
+        for (int v = 0; v < config::vec; ++v) narrow(sum[tile][v], out.element[v]);
+        __stcs(reinterpret_cast<decltype(out.word)*>(target + channel), out.word);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_forward(
+        const value_t* __restrict__ value, const __grid_constant__ level_metadata metadata,
+        const location_t* __restrict__ locations, const location_t* __restrict__ weights,
+        const reference_t* __restrict__ references, const long long* __restrict__ lengths,
+        value_t* __restrict__ output, long long S, long long Q_,
         long long image_stride, long long head_stride, long long heads) {
-    MSDA_SHARED_MEMORY(msda_memory);
-    msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
-    const msda_index Q = (msda_index)Q_;
+    MSDA_SHARED_MEMORY(shared_memory);
+    forward_shared& shared = *reinterpret_cast<forward_shared*>(shared_memory);
+    const index_t Q = (index_t)Q_;
 
-    if (MSDA_ROUNDS == 1 && msda_head_of_block() >= heads) return;
-    msda_levels levels;
-#if MSDA_ALONE
-    int rounds;
-    const msda_work work = msda_work_alone(heads, rounds);
-    const bool packed = MSDA_BAND && msda_begin_levels(levels, shared, metadata, S, Q);
-#else
-    const int rounds = 1;
-    const msda_work work = msda_work_of_block();
-    const msda_queries& queries = shared;
-    levels = shared.levels;
-    msda_begin(shared, work, metadata, lengths, S, Q);
-#endif
-    locations += msda_first_element(work, Q_, MSDA_LOCATIONS_PITCH);
-    weights += msda_first_element(work, Q_, MSDA_WEIGHTS_PITCH);
-    msda_keep(locations), msda_keep(weights);   // else their bases are added anew at each load
-    if (MSDA_FRONT) references += work.image * Q_ * (MSDA_REFERENCES * MSDA_FRONT);
-    const int group = threadIdx.x % 32 / MSDA_LANES, lane = threadIdx.x % 32 % MSDA_LANES;
-    const int head = group % MSDA_HEADS, turn_of_group = group / MSDA_HEADS % MSDA_SPLIT;
-    const int local = group / (MSDA_HEADS * MSDA_SPLIT), slot = local * MSDA_HEADS + head;
-    msda_sample* samples = shared.samples[threadIdx.x / 32];
-    const msda_address image =
-        (msda_address)value +
-        (work.image * image_stride + (work.m + head) * head_stride + lane * MSDA_VEC) * sizeof(msda_value);
+    if (config::query_tiles == 1 && first_head_of_block() >= heads) return;
+    warp_levels levels;
+    [[maybe_unused]] warp_queries queries;
+    assignment work;
+    int tiles = 1;
+    [[maybe_unused]] bool packed = false;
+    if constexpr (config::warp_independent) {
+        work = assignment_of_warps(heads, tiles);
+        if constexpr (config::tile_rows != 0) packed = begin_levels(levels, shared, metadata, S, Q);
+    } else {
+        work = assignment_of_block();
+        begin_shared(shared, work, metadata, lengths, S, Q, levels, queries);
+    }
+    locations += first_element(work, Q_, locations_pitch);
+    weights += first_element(work, Q_, weights_pitch);
+    keep_in_register(locations), keep_in_register(weights);     // else their bases are added again at each load
+    if (fused) references += work.image * Q_ * (config::reference_levels * config::reference_coordinates);
+    const int group = threadIdx.x % 32 / config::lanes, lane = threadIdx.x % 32 % config::lanes;
+    const int head = group % config::heads_per_warp, first_k = group / config::heads_per_warp % config::lane_groups;
+    const int local = group / (config::heads_per_warp * config::lane_groups), pair = local * config::heads_per_warp + head;
+    prepared_sample* samples = shared.samples[threadIdx.x / 32];
+    const address_t image =
+        (address_t)value +
+        (work.image * image_stride + (work.m + head) * head_stride + lane * config::vec) * sizeof(value_t);
 
-#if MSDA_OWN
-    msda_index next = msda_query_of_round(levels, work, 0, local, lengths, Q, packed);
-#endif
+    // Query of the next tile, with vectorised loads.
+    [[maybe_unused]] index_t next = -1;
+    if constexpr (vectorised_loads) next = query_of_tile(levels, work, 0, local, lengths, Q, packed);
 #pragma unroll 1
-    for (int round = 0; round < rounds; ++round) {
-#if MSDA_OWN
-        const msda_index q = next;
-        msda_own raw;
-        msda_load_own(raw, q, head, lane, locations, weights);
-#else
-#if MSDA_ALONE
-        const msda_queries queries = {
-            msda_query_of_round(levels, work, round, (int)(threadIdx.x % 32), lengths, Q, packed)};   // a lane each
-#endif
-        msda_raw raw;
-        msda_load_raw(raw, queries, 0, 0, locations, weights, references);
-        const msda_index q = msda_query_of(queries, 0, local);
-#endif
-#if MSDA_ALONE && !MSDA_BAND
-        msda_begin_levels(levels, shared, metadata, S, Q);   // while the samples come
-#endif
+    for (int tile = 0; tile < tiles; ++tile) {
+        index_t q;
+        [[maybe_unused]] vector_samples vectors;
+        [[maybe_unused]] lane_samples raw;
+        if constexpr (vectorised_loads) {
+            q = next;
+            load_vector_samples(vectors, q, head, lane, locations, weights);
+        } else {
+            if constexpr (config::warp_independent)
+                queries = {query_of_tile(levels, work, tile, (int)(threadIdx.x % 32), lengths, Q, packed)};
+            load_samples<config::warp_independent>(raw, queries, 0, 0, locations, weights, references);
+            q = queries.at(0, local);
+        }
+        if constexpr (config::warp_independent && !config::tile_rows)
+            begin_levels(levels, shared, metadata, S, Q);  // while the samples come
         const bool active = q >= 0;
-        msda_sums sum;
+        channel_sums sum;
 #pragma unroll
-        for (int turn = 0; turn < MSDA_TURNS; ++turn)
+        for (int t = 0; t < channel_tiles; ++t)
 #pragma unroll
-            for (int v = 0; v < MSDA_VEC; ++v) sum[turn][v] = 0;
-        msda_values row[4];
+            for (int v = 0; v < config::vec; ++v) sum[t][v] = 0;
+        channel_vector loaded[4];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) row[c].word = decltype(row[c].word)();
+        for (int c = 0; c < 4; ++c) loaded[c].word = decltype(loaded[c].word)();
 
 #pragma unroll 1
-        for (int k0 = 0; k0 < MSDA_K; k0 += MSDA_CHUNK) {
-#if MSDA_OWN
-            msda_fill_own(samples, slot, levels, raw, lane);
-            __syncwarp();
-            next = round + 1 < rounds ? msda_query_of_round(levels, work, round + 1, local, lengths, Q, packed) : -1;
-#else
-            msda_fill_marked(samples, levels, queries, raw, k0);
-            __syncwarp();
-            if (k0 + MSDA_CHUNK < MSDA_K)
-                msda_load_raw(raw, queries, 0, k0 + MSDA_CHUNK, locations, weights, references);
-#endif
+        for (int k0 = 0; k0 < K; k0 += config::chunk) {
+            if constexpr (vectorised_loads) {
+                prepare_vector_samples(samples, pair, levels, vectors, lane);
+                __syncwarp();
+                next = tile + 1 < tiles ? query_of_tile(levels, work, tile + 1, local, lengths, Q, packed) : -1;
+            } else {
+                if constexpr (config::warp_independent) prepare_marked_samples(samples, levels, raw, k0);
+                else prepare_samples(samples, levels, queries, raw, 0, k0);
+                __syncwarp();
+                // The loads of the next chunk, so that this one hides their latency.
+                if (k0 + config::chunk < K)
+                    load_samples<config::warp_independent>(
+                        raw, queries, 0, k0 + config::chunk, locations, weights, references);
+            }
             if (active) {
-                const msda_sample* of_query = samples + slot * MSDA_PITCH;
-                // Read early, so that the next rows do not wait for it.
-                msda_sample ahead = of_query[msda_place(turn_of_group)];
-#pragma unroll msda_unroll
-                for (int step = 0; step < MSDA_CHUNK; step += MSDA_SPLIT) {
-                    const int k = step + turn_of_group;
-                    if (MSDA_CHUNK % MSDA_SPLIT != 0 && k >= MSDA_CHUNK) break;
-                    const int level =
-                        MSDA_CHUNK >= MSDA_K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), MSDA_L - 1);
-                    const msda_address below =
-                        (msda_address)msda_width_in(levels, level) * (MSDA_STRIDE * sizeof(msda_value));
-                    const msda_sample sample = MSDA_SCREENED ? ahead : of_query[msda_place(k)];
-                    if (MSDA_SCREENED) ahead = of_query[msda_place(min(k + MSDA_SPLIT, MSDA_CHUNK - 1))];
-                    msda_accumulate(sum, row, sample, image, below, lane);
+                const prepared_sample* of_query = samples + pair * sample_pitch;
+                // Read early, so that the next loads of value do not wait for it.
+                prepared_sample ahead = of_query[sample_slot(first_k)];
+#pragma unroll config::unroll
+                for (int step = 0; step < config::chunk; step += config::lane_groups) {
+                    const int k = step + first_k;
+                    if (config::chunk % config::lane_groups != 0 && k >= config::chunk) break;
+                    const int level = config::chunk >= K ? level_of(k) : min(level_of(k0 + k), config::L - 1);
+                    const address_t below = (address_t)levels.width(level) * (config::pixel_stride * sizeof(value_t));
+                    const prepared_sample sample = config::masked_neighbours ? ahead : of_query[sample_slot(k)];
+                    if (config::masked_neighbours)
+                        ahead = of_query[sample_slot(min(k + config::lane_groups, config::chunk - 1))];
+                    accumulate_sample(sum, loaded, sample, image, below, lane);
                 }
             }
             __syncwarp();
         }
 
-        msda_sum_groups(sum);
-        if (msda_number(q) >= 0 && turn_of_group == 0) {
-            msda_value* target = output + ((work.image * Q + msda_number(q)) * MSDA_M + work.m + head) * MSDA_D;
-#pragma unroll
-            for (int turn = 0; turn < MSDA_TURNS; ++turn) {
-                const int channel = turn * MSDA_STEP + lane * MSDA_VEC;
-                if (MSDA_D % MSDA_STEP != 0 && channel >= MSDA_D) continue;
-                msda_values out;
-#pragma unroll
-                for (int v = 0; v < MSDA_VEC; ++v) msda_store(sum[turn][v], out.element[v]);
-                __stcs(reinterpret_cast<decltype(out.word)*>(target + channel), out.word);
-            }
-        }
+        sum_over_lane_groups(sum);
+        const index_t number = query_number(q);
+        if (number >= 0 && first_k == 0)
+            store_output(output + ((work.image * Q + number) * config::M + work.m + head) * config::D, sum, lane);
     }
 }
+
+}  // namespace msda

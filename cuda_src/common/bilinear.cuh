@@ -1,117 +1,138 @@
-// The cell of a sample: its four neighbours, which of them are inside the level, and their weights.
+// Bilinear interpolation: the cell of a sample, its four neighbours, which of them lie in the level, and their weights.
+// With `nearest` a sample has one neighbour, the pixel that it falls on.
+#pragma once
+#include "common/arithmetic.cuh"
+#include "common/levels.cuh"
+#include "common/types.cuh"
 
-struct msda_cell {
-    int x0, y0;
-    msda_acc ax, ay;    // fractions: weight of the right column and of the bottom row
-    bool counts;        // -1 < px < W and -1 < py < H, or any number where it is clamped; false for NaN and for a
-                        // level that does not fit
-};
+namespace msda {
 
-// Pixels from one end of a level to the other, pixels a unit of the location, and what is taken off.
-__device__ __forceinline__ msda_acc msda_scale(int size) {
-    return (msda_acc)(MSDA_ALIGN_CORNERS ? size - 1 : size);
+constexpr int neighbours = config::nearest ? 1 : 4;
+constexpr bool clamped = config::nearest || config::border;     // pixel coordinates are clamped to the level
+
+__device__ __forceinline__ acc_t quiet_nan() { return (acc_t)__int_as_float(0x7fc00000); }
+
+// ---- one axis of a level of `size` pixels --------------------------------------------------------------------
+
+// Pixels from one end of a level to the other.
+__device__ __forceinline__ acc_t pixels_across(int size) { return (acc_t)(config::align_corners ? size - 1 : size); }
+// Pixels per unit of the location.
+__device__ __forceinline__ acc_t pixels_per_unit(int size) {
+    return config::pixel_locations ? (acc_t)1 : pixels_across(size);
 }
-__device__ __forceinline__ msda_acc msda_unit(int size) { return MSDA_PIXELS ? (msda_acc)1 : msda_scale(size); }
-__device__ __forceinline__ msda_acc msda_shift() { return MSDA_ALIGN_CORNERS ? (msda_acc)0 : (msda_acc)0.5; }
-
-#define MSDA_CLAMPED (MSDA_NEAREST || MSDA_BORDER)
+// What is subtracted, so that a pixel's index is the coordinate of its centre.
+__device__ __forceinline__ acc_t pixel_shift() { return config::align_corners ? (acc_t)0 : (acc_t)0.5; }
 
 // Pixel coordinate of a location, not clamped.
-__device__ __forceinline__ msda_acc msda_pixel(msda_acc x, msda_acc scale) {
-#if MSDA_NEAREST
-    // Two roundings, as where a framework multiplies and then adds: the same pixel at every jump.
-    return floor(msda_multiply(x, scale) + (msda_acc)0.5);
-#else
-    return fma(x, scale, -msda_shift());
-#endif
+__device__ __forceinline__ acc_t pixel_coordinate(acc_t x, acc_t scale) {
+    if constexpr (config::nearest) {
+        // Rounded twice, as where a framework multiplies and then adds: the same pixel at every jump.
+        return floor(multiply_unfused(x, scale) + (acc_t)0.5);
+    } else {
+        return fma(x, scale, -pixel_shift());
+    }
 }
 
-__device__ __forceinline__ msda_acc msda_clamp(msda_acc p, int size) {
-    const msda_acc last = (msda_acc)(size - 1);
-    return p > 0 ? p < last ? p : last : (msda_acc)0;
+__device__ __forceinline__ acc_t clamp_to_level(acc_t p, int size) {
+    const acc_t last = (acc_t)(size - 1);
+    return p > 0 ? p < last ? p : last : (acc_t)0;
 }
 
-// How far the pixel moves when the location does.
-__device__ __forceinline__ msda_acc msda_slope(msda_acc x, int size) {
-#if MSDA_CLAMPED
-    const msda_acc p = msda_pixel(x, msda_unit(size));
-    return !MSDA_NEAREST && p > 0 && p < (msda_acc)(size - 1) ? msda_unit(size) : (msda_acc)0;
-#else
-    return msda_unit(size);
-#endif
+// Derivative of the pixel coordinate by the location.
+__device__ __forceinline__ acc_t pixel_slope([[maybe_unused]] acc_t x, int size) {
+    if constexpr (clamped) {
+        const acc_t p = pixel_coordinate(x, pixels_per_unit(size));
+        return !config::nearest && p > 0 && p < (acc_t)(size - 1) ? pixels_per_unit(size) : (acc_t)0;
+    } else {
+        return pixels_per_unit(size);
+    }
 }
 
-__device__ __forceinline__ msda_cell msda_locate(msda_acc x, msda_acc y, const msda_level& level) {
-    const msda_acc w = msda_unit(level.w), h = msda_unit(level.h);
-    msda_acc px = msda_pixel(x, w), py = msda_pixel(y, h);
-    msda_cell cell;
-#if MSDA_CLAMPED
-    cell.counts = px == px && py == py && level.w > 0;
-    px = msda_clamp(px, level.w);
-    py = msda_clamp(py, level.h);
-#else
-    cell.counts = px > -1 && py > -1 && px < (msda_acc)level.w && py < (msda_acc)level.h && level.w > 0;
-#endif
-    const msda_acc fx = cell.counts ? floor(px) : 0, fy = cell.counts ? floor(py) : 0;
+// ---- cells -------------------------------------------------------------------------------------------------
+
+// The four pixels around a sample. Those at y0 + 1 or x0 + 1 may lie outside the level, and so may (y0, x0) itself.
+struct bilinear_cell {
+    int x0, y0;
+    acc_t fraction_x, fraction_y;   // weight of the right column and of the bottom row
+    bool in_bounds;     // -1 < px < W and -1 < py < H, or any number where it is clamped; false for NaN and for a level that
+                        // does not fit
+};
+
+__device__ __forceinline__ bilinear_cell locate(acc_t x, acc_t y, const level_info& level) {
+    const acc_t w = pixels_per_unit(level.w), h = pixels_per_unit(level.h);
+    acc_t px = pixel_coordinate(x, w), py = pixel_coordinate(y, h);
+    bilinear_cell cell;
+    if constexpr (clamped) {
+        cell.in_bounds = px == px && py == py && level.w > 0;
+        px = clamp_to_level(px, level.w);
+        py = clamp_to_level(py, level.h);
+    } else {
+        cell.in_bounds = px > -1 && py > -1 && px < (acc_t)level.w && py < (acc_t)level.h && level.w > 0;
+    }
+    const acc_t fx = cell.in_bounds ? floor(px) : 0, fy = cell.in_bounds ? floor(py) : 0;
     cell.x0 = (int)fx;
     cell.y0 = (int)fy;
-#if MSDA_NEAREST
-    cell.ax = cell.ay = 0;
-#else
-    // Not px - fx: that has lost log2(W) bits already, this is rounded once.
-    cell.ax = fma(x, w, -msda_shift() - fx);
-    cell.ay = fma(y, h, -msda_shift() - fy);
-#endif
-#if MSDA_BORDER
-    if (msda_slope(x, level.w) == 0) cell.ax = 0;
-    if (msda_slope(y, level.h) == 0) cell.ay = 0;
-#endif
+    if constexpr (config::nearest) {
+        cell.fraction_x = cell.fraction_y = 0;
+    } else {
+        // Not px - fx: px has lost log2(W) bits already. This is rounded once.
+        cell.fraction_x = fma(x, w, -pixel_shift() - fx);
+        cell.fraction_y = fma(y, h, -pixel_shift() - fy);
+    }
+    if constexpr (config::border) {
+        if (pixel_slope(x, level.w) == 0) cell.fraction_x = 0;
+        if (pixel_slope(y, level.h) == 0) cell.fraction_y = 0;
+    }
     return cell;
 }
 
-// Neighbours of a cell that lie inside the level, as bits: (y0, x0), (y0, x1), (y1, x0), (y1, x1).
-__device__ __forceinline__ int msda_inside(const msda_cell& cell, const msda_level& level) {
+// Bits of the neighbours that lie in the level: (y0, x0), (y0, x1), (y1, x0), (y1, x1).
+__device__ __forceinline__ int neighbour_mask(const bilinear_cell& cell, const level_info& level) {
     const int columns = (cell.x0 >= 0 ? 5 : 0) | (cell.x0 + 1 < level.w ? 10 : 0);
     const int rows = (cell.y0 >= 0 ? 3 : 0) | (cell.y0 + 1 < level.h ? 12 : 0);
-    return cell.counts ? MSDA_NEAREST ? 1 : columns & rows : 0;
+    return cell.in_bounds ? config::nearest ? 1 : columns & rows : 0;
 }
 
-__device__ __forceinline__ msda_acc msda_nan() { return (msda_acc)__int_as_float(0x7fc00000); }
+// ---- prepared samples ---------------------------------------------------------------------------------------
 
-// What the lanes of a query need of one sample, in 16 bytes for float32: every lane reads all of it, and shared memory
-// hands out 4 bytes a lane and clock. `place` is 16 * (row of value of the neighbour (y0, x0)) + bits of msda_inside; that
-// neighbour may lie outside, even before the image. `attention` is NaN in a level that does not fit, and 0 where the
-// sample does not count, so that a NaN weight does not leak; a weight from a softmax is kept there, for its gradient.
-struct alignas(16) msda_sample {
-    msda_index place;
-    msda_acc ax, ay, attention;
+// What the lanes of a query need of one sample. In 16 bytes for float32, because every lane reads all of it from shared
+// memory (docs/performance/decisions.md#forward-sample-in-16-bytes).
+struct alignas(16) prepared_sample {
+    // 16 * (pixel index of the neighbour (y0, x0)) + neighbour_mask. That pixel may lie outside, even before the image.
+    index_t pixel_and_mask;
+    acc_t fraction_x, fraction_y;
+    // NaN in a level that does not fit; 0 where the sample is out of bounds, so that a NaN weight does not reach the output.
+    // A weight from a softmax is kept there, for its gradient.
+    acc_t attention;
 };
 
-__device__ __forceinline__ msda_sample msda_prepare(
-        msda_acc x, msda_acc y, msda_acc attention, const msda_level& level) {
-    const msda_cell cell = msda_locate(x, y, level);
-    const msda_index pixel = level.start + (msda_index)cell.y0 * level.w + cell.x0;
-    msda_sample sample;
-    sample.place = pixel * 16 + msda_inside(cell, level);
-    sample.ax = cell.counts ? cell.ax : 0;
-    sample.ay = cell.counts ? cell.ay : 0;
-    sample.attention = cell.counts || (MSDA_FRONT && attention == attention) ? attention : (msda_acc)0;
-    if (!cell.counts && level.w == 0) sample.attention = msda_nan();
+__device__ __forceinline__ prepared_sample prepare_sample(acc_t x, acc_t y, acc_t attention, const level_info& level) {
+    const bilinear_cell cell = locate(x, y, level);
+    const index_t pixel = level.start + (index_t)cell.y0 * level.w + cell.x0;
+    prepared_sample sample;
+    sample.pixel_and_mask = pixel * 16 + neighbour_mask(cell, level);
+    sample.fraction_x = cell.in_bounds ? cell.fraction_x : 0;
+    sample.fraction_y = cell.in_bounds ? cell.fraction_y : 0;
+    const bool keeps_weight = config::reference_coordinates && attention == attention;
+    sample.attention = cell.in_bounds || keeps_weight ? attention : (acc_t)0;
+    if (!cell.in_bounds && level.w == 0) sample.attention = quiet_nan();
     return sample;
 }
 
-// Bilinear weights times attention, of the four neighbours.
-__device__ __forceinline__ void msda_weights(const msda_sample& sample, msda_acc (&weight)[4]) {
-#if MSDA_NEAREST
-    weight[0] = sample.attention;
-#else
-    const msda_acc bottom = sample.attention * sample.ay, top = sample.attention - bottom;
-    weight[1] = top * sample.ax;
-    weight[0] = top - weight[1];
-    weight[3] = bottom * sample.ax;
-    weight[2] = bottom - weight[3];
-#endif
+// Weights of the neighbours, times attention.
+__device__ __forceinline__ void neighbour_weights(const prepared_sample& sample, acc_t (&weight)[4]) {
+    if constexpr (config::nearest) {
+        weight[0] = sample.attention;
+    } else {
+        const acc_t bottom = sample.attention * sample.fraction_y, top = sample.attention - bottom;
+        weight[1] = top * sample.fraction_x;
+        weight[0] = top - weight[1];
+        weight[3] = bottom * sample.fraction_x;
+        weight[2] = bottom - weight[3];
+    }
 }
 
-// Row of value of the neighbour (y0, x0).
-__device__ __forceinline__ msda_index msda_row(const msda_sample& sample) { return sample.place >> 4; }
+// Pixel index of the neighbour (y0, x0).
+__device__ __forceinline__ index_t pixel_of(const prepared_sample& sample) { return sample.pixel_and_mask >> 4; }
+
+}  // namespace msda

@@ -1,168 +1,130 @@
-// Levels, their points, and sums over threads: what most kernels share.
+// The levels of the feature pyramid: from the arguments of a call, through a check, to a table that the kernels use.
+#pragma once
+#include "common/index.cuh"
+#include "common/launch.cuh"
 
-// ---- lanes and threads ------------------------------------------------------------------------------------
+namespace msda {
 
-// What lane `lane` has, to all lanes: in a uniform register, where there are some. Not by a shuffle, which the L1 cache's data
-// pipe makes, and that is what limits the forward.
-__device__ __forceinline__ int msda_of_lane(int x, int lane) {
-#if MSDA_PTX && __CUDA_ARCH__ >= 800
-    return (int)__reduce_or_sync(0xffffffffu, (int)(threadIdx.x % 32) == lane ? (unsigned)x : 0);
-#else
-    return __shfl_sync(0xffffffffu, x, lane);
-#endif
-}
-__device__ __forceinline__ long long msda_of_lane(long long x, int lane) {
-    return (long long)msda_of_lane((int)(x >> 32), lane) << 32 | (unsigned)msda_of_lane((int)x, lane);
-}
-
-// Inclusive sum over the lanes of a warp.
-__device__ __forceinline__ unsigned msda_sum_below(unsigned x) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const unsigned lower = __shfl_up_sync(0xffffffffu, x, step);
-        if ((int)(threadIdx.x % 32) >= step) x += lower;
-    }
-    return x;
-}
-
-// The same over the threads of a block, all of which call it; `of_warps` has MSDA_WARPS elements. `all` is the sum.
-__device__ __forceinline__ unsigned msda_sum_below(unsigned x, unsigned* of_warps, unsigned& all) {
-    const int warp = threadIdx.x / 32;
-    unsigned end = msda_sum_below(x);
-    if (threadIdx.x % 32 == 31) of_warps[warp] = end;
-    __syncthreads();
-    all = 0;
-#pragma unroll
-    for (int w = 0; w < MSDA_WARPS; ++w) {
-        const unsigned of_warp = of_warps[w];
-        end += w < warp ? of_warp : 0;
-        all += of_warp;
-    }
-    return end;
-}
-
-// ---- levels ------------------------------------------------------------------------------------------------
-
-// In 16 bytes, so that it is read and written as one.
-struct alignas(16) msda_level {
-    msda_index start;
-    int h, w;       // 0 for a level that does not fit into the S rows of value
+// In 16 bytes, so that it is read and written at once (docs/performance/decisions.md#forward-level-in-16-bytes).
+struct alignas(16) level_info {
+    index_t start;      // its first pixel
+    int h, w;           // 0 for a level that does not fit into the S pixels of value
 };
 
-union msda_level_word {
+union level_word {
     uint4 word;
-    msda_level level;
+    level_info level;
 };
 
-__device__ __forceinline__ msda_level msda_level_at(const msda_level* place) {
-    msda_level_word whole;
-    whole.word = *reinterpret_cast<const uint4*>(place);
+__device__ __forceinline__ level_info load_level(const level_info* source) {
+    level_word whole;
+    whole.word = *reinterpret_cast<const uint4*>(source);
     return whole.level;
 }
 
-#if MSDA_LEVELS_ON_DEVICE
-struct msda_metadata {
+// A table of levels in shared memory.
+struct shared_levels {
+    const level_info* of;
+
+    __device__ __forceinline__ level_info at(int l) const { return load_level(of + l); }
+    __device__ __forceinline__ int width(int l) const { return of[l].w; }
+
+    // The level of pixel `position`, where levels follow each other.
+    __device__ __forceinline__ level_info of_pixel(index_t position) const {
+        int l = 0;
+#pragma unroll
+        for (int next = 1; next < config::L; ++next) l += position >= of[next].start;
+        return at(l);
+    }
+};
+
+// ---- as the caller gives them ------------------------------------------------------------------------------
+
+struct level_claim {
+    long long h, w, start;
+};
+
+// In arrays on the device, unchecked.
+struct device_levels {
     const long long* shapes;    // [L, 2]
     const long long* starts;    // [L], or null: levels are packed
+
+    __device__ __forceinline__ level_claim at(int l) const {
+        const long long h = shapes[2 * l], w = shapes[2 * l + 1];
+        long long start = 0;
+        if (starts) {
+            start = starts[l];
+        } else {
+            // Unsigned, because garbage may wrap around; what then seems to fit is still inside the array.
+#pragma unroll 1
+            for (int k = 0; k < l; ++k)
+                start = (long long)((address_t)start + (address_t)shapes[2 * k] * (address_t)shapes[2 * k + 1]);
+        }
+        return {h, w, start};
+    }
 };
-#else
-struct msda_metadata {
-    long long level[MSDA_L][3];  // h, w, start; by value, so that a call needs no copy to the device
+
+// In the parameters of the kernel, so that a call needs no copy to the device.
+struct parameter_levels {
+    long long level[config::L][3];  // h, w, start
+
+    __device__ __forceinline__ level_claim at(int l) const { return {level[l][0], level[l][1], level[l][2]}; }
 };
-#endif
+
+using level_metadata = select<config::levels_on_device, device_levels, parameter_levels>;
+
+// ---- checked ----------------------------------------------------------------------------------------------
 
 // Pixels of a level: none where it does not fit.
-struct msda_extent {
+struct level_extent {
     long long start, size;
     bool fits;
 };
 
-// Level `l` into its place.
-__device__ __forceinline__ msda_extent msda_read_level(
-        const msda_metadata& metadata, long long S, int l, msda_level& level) {
-#if MSDA_LEVELS_ON_DEVICE
-    const long long h = metadata.shapes[2 * l], w = metadata.shapes[2 * l + 1];
-    long long start = 0;
-    if (metadata.starts) {
-        start = metadata.starts[l];
-    } else {
-        // Unsigned, because garbage may wrap around; what then seems to fit is still inside the array.
-#pragma unroll 1
-        for (int k = 0; k < l; ++k)
-            start = (long long)((msda_address)start +
-                                (msda_address)metadata.shapes[2 * k] * (msda_address)metadata.shapes[2 * k + 1]);
-    }
-#else
-    const long long h = metadata.level[l][0], w = metadata.level[l][1], start = metadata.level[l][2];
-#endif
+// Level `l`, checked, to `level`.
+__device__ __forceinline__ level_extent read_level(const level_metadata& metadata, long long S, int l, level_info& level) {
+    const level_claim claim = metadata.at(l);
+    const long long h = claim.h, w = claim.w, start = claim.start;
     // Without arithmetic in 64 bits where it can be: each warp of the forward does this before it can begin.
-    const long long size = (long long)((msda_address)(unsigned)h * (unsigned)w);
-    const bool fits = h >> 32 == 0 && (int)h > 0 && w >> 32 == 0 && (int)w > 0 && (msda_address)start <= (msda_address)S &&
+    const long long size = (long long)((address_t)(unsigned)h * (unsigned)w);
+    const bool fits = h >> 32 == 0 && (int)h > 0 && w >> 32 == 0 && (int)w > 0 && (address_t)start <= (address_t)S &&
                       size <= S - start;
-    msda_level_word whole;
+    level_word whole;
     whole.word = uint4();
     whole.level.h = fits ? (int)h : 0;
     whole.level.w = fits ? (int)w : 0;
-    whole.level.start = fits ? (msda_index)start : 0;
+    whole.level.start = fits ? (index_t)start : 0;
     *reinterpret_cast<uint4*>(&level) = whole.word;
     return {fits ? start : 0, fits ? size : 0, fits};
 }
 
-// One thread of a block a level. Returns, in the first warp, whether the levels follow each other and together have
-// `total` pixels (false where there are more than 32).
-__device__ __forceinline__ bool msda_read_levels(
-        const msda_metadata& metadata, long long S, long long total, msda_level* levels) {
+// All levels, by a block: a thread per level. Returns, in the first warp, whether the levels follow each other and together
+// have `total` pixels, where queries are pixels (config::tile_rows); false elsewhere, and with more than 32 levels.
+__device__ __forceinline__ bool read_levels(
+        const level_metadata& metadata, long long S, [[maybe_unused]] long long total, level_info* levels) {
     [[maybe_unused]] long long size = 0;
-    [[maybe_unused]] bool packed = MSDA_L <= 32;
+    [[maybe_unused]] bool packed = config::L <= 32;
 #pragma unroll 1
-    for (int l = threadIdx.x; l < MSDA_L; l += MSDA_THREADS) {
-        const msda_extent extent = msda_read_level(metadata, S, l, levels[l]);
+    for (int l = threadIdx.x; l < config::L; l += threads_per_block) {
+        const level_extent extent = read_level(metadata, S, l, levels[l]);
         size = extent.size;
         packed = packed && extent.fits;
     }
-#if MSDA_BAND
-    if (threadIdx.x < 32) {
-        __syncwarp();
-        long long end = size;
-        for (int step = 1; step < 32; step *= 2) {
-            const long long before = __shfl_up_sync(0xffffffffu, end, step);
-            if (threadIdx.x >= step) end += before;
+    if constexpr (config::tile_rows != 0) {
+        if (threadIdx.x < 32) {
+            __syncwarp();
+            long long end = size;
+            for (int step = 1; step < 32; step *= 2) {
+                const long long before = __shfl_up_sync(0xffffffffu, end, step);
+                if (threadIdx.x >= step) end += before;
+            }
+            if (threadIdx.x < config::L) packed = packed && levels[threadIdx.x].start == end - size;
+            const long long all = __shfl_sync(0xffffffffu, end, 31);   // by every lane, so not behind &&
+            packed = packed && all == total;
+            return __all_sync(0xffffffffu, packed);
         }
-        if (threadIdx.x < MSDA_L) packed = packed && levels[threadIdx.x].start == end - size;
-        const long long all = __shfl_sync(0xffffffffu, end, 31);   // by every lane, so not behind &&
-        packed = packed && all == total;
-        return __all_sync(0xffffffffu, packed);
     }
-#endif
     return false;
 }
 
-// ---- points of a level ---------------------------------------------------------------------------------------
-
-// MSDA_LEVEL_OF(k) is the level of sample k of a query. Not a function where it is a division: that made ptxas unroll
-// differently.
-#ifdef MSDA_POINTS
-struct msda_point_table { int of[MSDA_L + 1]; };
-
-__device__ constexpr msda_point_table msda_sum_points() {
-    const int count[MSDA_L] = {MSDA_POINTS};
-    msda_point_table first = {};
-    for (int l = 0; l < MSDA_L; ++l) first.of[l + 1] = first.of[l] + count[l];
-    return first;
-}
-
-// Number of the first sample of each level; the last entry is that of all samples.
-__device__ constexpr msda_point_table msda_first_point = msda_sum_points();
-
-__device__ __forceinline__ int msda_level_of(int k) {
-    int level = 0;
-#pragma unroll
-    for (int l = 1; l < MSDA_L; ++l) level += k >= msda_first_point.of[l];
-    return level;
-}
-__device__ __forceinline__ int msda_first_of(int level) { return msda_first_point.of[level]; }
-#define MSDA_LEVEL_OF(k) msda_level_of(k)
-#else
-__device__ __forceinline__ int msda_first_of(int level) { return level * MSDA_P; }
-#define MSDA_LEVEL_OF(k) ((k) / MSDA_P)
-#endif
+}  // namespace msda

@@ -1,157 +1,156 @@
-// Gradients of the samples: from the products of grad_output with the rows of value, which the backward leaves in shared
-// memory, to those of locations and weights, or with a front end of offsets, logits and reference points.
+// Gradients of the samples: from the dot products, which the backward leaves in shared memory in place of the samples, to the
+// gradients of locations and weights, or with the fused front end of offsets, logits and reference points.
+#pragma once
+#include "common/dot_products.cuh"
+#include "common/tile_samples.cuh"
 
-#if MSDA_GRAD_SAMPLES
-struct msda_gradients {
-    msda_acc x, y;          // of the location
-    msda_acc attention;
+namespace msda {
+
+// Of one sample.
+struct sample_gradient {
+    acc_t x, y;         // of the location
+    acc_t attention;    // of the weight
 };
 
-// Of a sample, from its products.
-__device__ __forceinline__ msda_gradients msda_gradients_of(
-        const msda_point& point, const msda_level& level, const msda_acc* dot) {
-    const msda_acc nothing = level.w > 0 ? (msda_acc)0 : msda_nan();
-    const msda_cell cell = msda_locate(point.x, point.y, level);
-    msda_gradients grad = {nothing, nothing, nothing};
-    if (cell.counts) {
-#if MSDA_GRAD_LOCATIONS
-        const msda_acc upper = fma(cell.ax, dot[1] - dot[0], dot[0]);
-        const msda_acc lower = fma(cell.ax, dot[3] - dot[2], dot[2]);
-        grad.attention = fma(cell.ay, lower - upper, upper);
-        const msda_acc slope_y = msda_slope(point.y, level.h);
-        if (!MSDA_CLAMPED || slope_y != 0) grad.y = point.attention * slope_y * (lower - upper);
-        const msda_acc across = fma(cell.ay, (dot[3] - dot[2]) - (dot[1] - dot[0]), dot[1] - dot[0]);
-        const msda_acc slope_x = msda_slope(point.x, level.w);
-        if (!MSDA_CLAMPED || slope_x != 0) grad.x = point.attention * slope_x * across;
-#else
-        grad.attention = dot[0];
-#endif
+// `dot`: its dot products, or what is interpolated between them if locations need no gradient.
+__device__ __forceinline__ sample_gradient sample_gradient_of(
+        const sampling_point& point, const level_info& level, const acc_t* dot) {
+    const acc_t nothing = level.w > 0 ? (acc_t)0 : quiet_nan();
+    const bilinear_cell cell = locate(point.x, point.y, level);
+    sample_gradient grad = {nothing, nothing, nothing};
+    if (cell.in_bounds) {
+        if constexpr (config::grad_locations) {
+            const acc_t upper = fma(cell.fraction_x, dot[1] - dot[0], dot[0]);
+            const acc_t lower = fma(cell.fraction_x, dot[3] - dot[2], dot[2]);
+            grad.attention = fma(cell.fraction_y, lower - upper, upper);
+            const acc_t slope_y = pixel_slope(point.y, level.h);
+            if (!clamped || slope_y != 0) grad.y = point.attention * slope_y * (lower - upper);
+            const acc_t across = fma(cell.fraction_y, (dot[3] - dot[2]) - (dot[1] - dot[0]), dot[1] - dot[0]);
+            const acc_t slope_x = pixel_slope(point.x, level.w);
+            if (!clamped || slope_x != 0) grad.x = point.attention * slope_x * across;
+        } else {
+            grad.attention = dot[0];
+        }
     }
     return grad;
 }
 
-__device__ __forceinline__ void msda_write_pair(
-        msda_location* __restrict__ grad_locations, msda_index q, int k, msda_acc x, msda_acc y) {
-    msda_vector<msda_location, 2> xy;
-    msda_store(x, xy.element[0]);
-    msda_store(y, xy.element[1]);
-    if (MSDA_IN_PAIRS)
-        reinterpret_cast<decltype(xy.word)*>(grad_locations)[msda_in_image(q, k, MSDA_LOCATIONS_PITCH / 2)] = xy.word;
+__device__ __forceinline__ void store_xy(location_t* __restrict__ grad_locations, index_t q, int k, acc_t x, acc_t y) {
+    vector<location_t, 2> xy;
+    narrow(x, xy.element[0]);
+    narrow(y, xy.element[1]);
+    if (aligned_pairs)
+        reinterpret_cast<decltype(xy.word)*>(grad_locations)[element_in_image(q, k, locations_pitch / 2)] = xy.word;
     else
         for (int i = 0; i < 2; ++i)
-            grad_locations[msda_in_image(q, 2 * k + i, MSDA_LOCATIONS_PITCH)] = xy.element[i];
+            grad_locations[element_in_image(q, 2 * k + i, locations_pitch)] = xy.element[i];
 }
 
-#if MSDA_FRONT
-// Gradients of the warp's offsets and logits, `raw`, from the products in their places in shared memory: with s the sum
-// of weight * gradient over the samples of a query, that of a logit is weight * (gradient - s).
-__device__ __forceinline__ void msda_write_samples(
-        msda_sample* samples, const msda_shared& shared, const msda_raw& raw, int round, int,
-        msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights) {
+// Gradients of the warp's samples [k0, k0 + config::chunk), `raw`, of its tile number `tile`.
+__device__ __forceinline__ void write_plain_gradients(
+        const prepared_sample* samples, const level_info* levels, const shared_queries& queries, const lane_samples& raw,
+        int tile, int k0, location_t* __restrict__ grad_locations, location_t* __restrict__ grad_weights) {
 #pragma unroll
-    for (int first = 0; first < MSDA_FILLS; first += msda_fills_of_query) {
-        const int local = (first * 32 + threadIdx.x % 32) / MSDA_SPAN;
-        const msda_index q = msda_query_of(shared, round, local);
-        msda_gradients grad[msda_fills_of_query];
-        msda_acc sum = 0;
+    for (int fill = 0; fill < samples_per_lane; ++fill) {
+        const int i = fill * 32 + threadIdx.x % 32;
+        const int local = i / sample_slots, k = k0 + i % sample_slots;
+        const index_t q = queries.at(tile, local);
+        if (query_number(q) < 0 || k >= K) continue;
+        sample_gradient grad = {0, 0, 0};
+        if (!config::ragged || q >= 0) {
+            const int level = level_of(k);
+            const sampling_point point = sampling_point_of(raw, fill, level, levels[level]);
+            const prepared_sample* sample = samples + local * sample_pitch + i % sample_slots;
+            grad = sample_gradient_of(point, levels[level], reinterpret_cast<const acc_t*>(sample));
+        }
+        if constexpr (config::grad_locations) store_xy(grad_locations, query_number(q), k, grad.x, grad.y);
+        if constexpr (config::grad_weights)
+            narrow(grad.attention, grad_weights[element_in_image(query_number(q), k, weights_pitch)]);
+    }
+}
+
+// The same with the fused front end: gradients of offsets and logits. With s the sum of weight * gradient over the samples of
+// a query, the gradient of a logit is weight * (gradient - s). Where reference points need a gradient, what a sample adds to
+// it takes the place of the sample.
+__device__ __forceinline__ void write_fused_gradients(
+        prepared_sample* samples, const level_info* levels, const shared_queries& queries, const lane_samples& raw,
+        int tile, location_t* __restrict__ grad_locations, location_t* __restrict__ grad_weights) {
 #pragma unroll
-        for (int t = 0; t < msda_fills_of_query; ++t) {
-            const int k = t * 32 + threadIdx.x % msda_lanes_of_query, level = min(MSDA_LEVEL_OF(k), MSDA_L - 1);
+    for (int first = 0; first < samples_per_lane; first += pair_samples_per_lane) {
+        const int local = (first * 32 + threadIdx.x % 32) / sample_slots;
+        const index_t q = queries.at(tile, local);
+        sample_gradient grad[pair_samples_per_lane];
+        acc_t sum = 0;
+#pragma unroll
+        for (int t = 0; t < pair_samples_per_lane; ++t) {
+            const int k = t * 32 + threadIdx.x % lanes_per_pair, level = min(level_of(k), config::L - 1);
             grad[t] = {0, 0, 0};
-            if (q < 0 || k >= MSDA_K) continue;
-            const msda_point point = msda_point_of(raw, first + t, level, shared.levels[level]);
-            msda_acc* dot = reinterpret_cast<msda_acc*>(samples + local * MSDA_PITCH + k);
-            grad[t] = msda_gradients_of(point, shared.levels[level], dot);
+            if (q < 0 || k >= K) continue;
+            const sampling_point point = sampling_point_of(raw, first + t, level, levels[level]);
+            acc_t* dot = reinterpret_cast<acc_t*>(samples + local * sample_pitch + k);
+            grad[t] = sample_gradient_of(point, levels[level], dot);
             sum = fma(point.attention, grad[t].attention, sum);
         }
-        sum = msda_sum_of_query(sum);
+        sum = pair_sum(sum);
 #pragma unroll
-        for (int t = 0; t < msda_fills_of_query; ++t) {
-            const int k = t * 32 + threadIdx.x % msda_lanes_of_query, level = min(MSDA_LEVEL_OF(k), MSDA_L - 1);
-            if (msda_number(q) < 0 || k >= MSDA_K) continue;
-            const bool counts = !MSDA_PADDED || q >= 0;
-#if MSDA_GRAD_LOCATIONS
-            const msda_reaches reach = msda_reaches_of(raw, first + t, level, shared.levels[level]);
-            msda_write_pair(grad_locations, msda_number(q), k, counts ? grad[t].x * reach.x : 0,
-                            counts ? grad[t].y * reach.y : 0);
-#endif
-#if MSDA_GRAD_WEIGHTS
-            msda_store(counts ? raw.weight[first + t] * (grad[t].attention - sum) : 0,
-                       grad_weights[msda_in_image(msda_number(q), k, MSDA_WEIGHTS_PITCH)]);
-#endif
-#if MSDA_GRAD_REFERENCES
-            msda_acc* parts = reinterpret_cast<msda_acc*>(samples + local * MSDA_PITCH + k);
-            parts[0] = grad[t].x;
-            parts[1] = grad[t].y;
-            parts[2] = counts ? grad[t].x * msda_load(raw.xy[first + t].element[0]) : 0;
-            parts[3] = counts ? grad[t].y * msda_load(raw.xy[first + t].element[1]) : 0;
-#endif
+        for (int t = 0; t < pair_samples_per_lane; ++t) {
+            const int k = t * 32 + threadIdx.x % lanes_per_pair, level = min(level_of(k), config::L - 1);
+            if (query_number(q) < 0 || k >= K) continue;
+            const bool valid = !config::ragged || q >= 0;
+            if constexpr (config::grad_locations) {
+                const offset_scale scale = offset_scale_of(raw, first + t, level, levels[level]);
+                store_xy(grad_locations, query_number(q), k, valid ? grad[t].x * scale.x : 0,
+                         valid ? grad[t].y * scale.y : 0);
+            }
+            if constexpr (config::grad_weights)
+                narrow(valid ? raw.weight[first + t] * (grad[t].attention - sum) : 0,
+                       grad_weights[element_in_image(query_number(q), k, weights_pitch)]);
+            if constexpr (config::grad_references) {
+                acc_t* parts = reinterpret_cast<acc_t*>(samples + local * sample_pitch + k);
+                parts[0] = grad[t].x;
+                parts[1] = grad[t].y;
+                parts[2] = valid ? grad[t].x * widen(raw.xy[first + t].element[0]) : 0;
+                parts[3] = valid ? grad[t].y * widen(raw.xy[first + t].element[1]) : 0;
+            }
         }
     }
 }
 
-#if MSDA_GRAD_REFERENCES
-// What the samples of a level of each query of the warp add to the gradient of its reference point: [Q, M, L, MSDA_FRONT]
-// of this image and head, summed over heads by msda_references.cu.
-__device__ __forceinline__ void msda_write_references(
-        const msda_sample* samples, const msda_shared& shared, int round, msda_acc* __restrict__ grad_references) {
+// What the samples of a level add to the gradient of the reference point of their query, for each query of the warp:
+// [Q, M, L, config::reference_coordinates] of this image and head, summed over heads by epilogue/reduce_references.cu.
+__device__ __forceinline__ void write_reference_gradients(
+        const prepared_sample* samples, const level_info* levels, const shared_queries& queries, int tile,
+        acc_t* __restrict__ grad_references) {
+    constexpr int coordinates = config::reference_coordinates;
     __syncwarp();
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < MSDA_QUERIES * MSDA_L; i += 32) {
-        const int local = i / MSDA_L, l = i % MSDA_L;
-        const msda_index q = msda_number(msda_query_of(shared, round, local));
+    for (int i = threadIdx.x % 32; i < queries_per_tile * config::L; i += 32) {
+        const int local = i / config::L, l = i % config::L;
+        const index_t q = query_number(queries.at(tile, local));
         if (q < 0) continue;
-        msda_acc sum[4] = {0, 0, 0, 0};
-        for (int k = msda_first_of(l); k < msda_first_of(l + 1); ++k) {
-            const msda_acc* parts = reinterpret_cast<const msda_acc*>(samples + local * MSDA_PITCH + k);
-            for (int r = 0; r < MSDA_FRONT; ++r) sum[r] += parts[r];
+        acc_t sum[4] = {0, 0, 0, 0};
+        for (int k = first_sample_of(l); k < first_sample_of(l + 1); ++k) {
+            const acc_t* parts = reinterpret_cast<const acc_t*>(samples + local * sample_pitch + k);
+            for (int r = 0; r < coordinates; ++r) sum[r] += parts[r];
         }
-        const msda_level level = shared.levels[l];
-        for (int r = 0; r < MSDA_FRONT; ++r) {
+        const level_info level = levels[l];
+        for (int r = 0; r < coordinates; ++r) {
             const int size = r % 2 ? level.h : level.w;
-            grad_references[(long long)q * (MSDA_M * MSDA_L * MSDA_FRONT) + l * MSDA_FRONT + r] =
-                sum[r] * (r < 2 ? msda_scale(size) : msda_reach(1, size, l));
+            grad_references[(long long)q * (config::M * config::L * coordinates) + l * coordinates + r] =
+                sum[r] * (r < 2 ? pixels_across(size) : pixels_per_offset(1, size, l));
         }
     }
 }
-#endif
-#else
-// Gradients of the warp's samples [k0, k0 + MSDA_CHUNK), `raw`, from the products in their places in shared memory.
-__device__ __forceinline__ void msda_write_samples(
-        const msda_sample* samples, const msda_shared& shared, const msda_raw& raw, int round, int k0,
-        msda_location* __restrict__ grad_locations, msda_location* __restrict__ grad_weights) {
-#pragma unroll
-    for (int fill = 0; fill < MSDA_FILLS; ++fill) {
-        const int i = fill * 32 + threadIdx.x % 32;
-        const int local = i / MSDA_SPAN, k = k0 + i % MSDA_SPAN;
-        const msda_index q = msda_query_of(shared, round, local);
-        if (msda_number(q) < 0 || k >= MSDA_K) continue;
-        msda_gradients grad = {0, 0, 0};
-        if (!MSDA_PADDED || q >= 0) {
-            const int level = MSDA_LEVEL_OF(k);
-            const msda_point point = msda_point_of(raw, fill, level, shared.levels[level]);
-            const msda_sample* sample = samples + local * MSDA_PITCH + i % MSDA_SPAN;
-            grad = msda_gradients_of(point, shared.levels[level], reinterpret_cast<const msda_acc*>(sample));
-        }
-#if MSDA_GRAD_LOCATIONS
-        msda_write_pair(grad_locations, msda_number(q), k, grad.x, grad.y);
-#endif
-#if MSDA_GRAD_WEIGHTS
-        msda_store(grad.attention, grad_weights[msda_in_image(msda_number(q), k, MSDA_WEIGHTS_PITCH)]);
-#endif
-    }
-}
-#endif
 
-#if MSDA_FRONT && MSDA_MERGE
-// Weights of a warp's samples from shared memory, where msda_fill_sorted has left them: a second softmax takes longer.
-__device__ __forceinline__ void msda_recall_weights(msda_raw& raw, const msda_sample* samples) {
+// Weights of a warp's samples from shared memory, where prepare_sorted_samples has left them: a second softmax takes longer
+// (docs/performance/decisions.md#fused-weights-kept).
+__device__ __forceinline__ void restore_weights(lane_samples& raw, const prepared_sample* samples) {
 #pragma unroll
-    for (int fill = 0; fill < MSDA_FILLS; ++fill) {
-        const int i = fill * 32 + threadIdx.x % 32, local = i / MSDA_SPAN, k = i % MSDA_SPAN;
-        raw.weight[fill] = local < MSDA_QUERIES && k < MSDA_K ? samples[local * MSDA_PITCH + k].attention : 0;
+    for (int fill = 0; fill < samples_per_lane; ++fill) {
+        const int i = fill * 32 + threadIdx.x % 32, local = i / sample_slots, k = i % sample_slots;
+        raw.weight[fill] = local < queries_per_tile && k < K ? samples[local * sample_pitch + k].attention : 0;
     }
     __syncwarp();
 }
-#endif
-#endif
+
+}  // namespace msda

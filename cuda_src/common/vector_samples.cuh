@@ -1,62 +1,63 @@
-// The samples of a query by its own lanes (MSDA_OWN), where levels are in registers and samples come as locations and
-// weights: a lane reads and prepares MSDA_TOGETHER samples that follow each other at a time, and no lane asks another for its
-// query. Against samples that all lanes of a warp take in turn, float32 on an H100: encoder_800x1333 140.1 us instead of
-// 141.1, mask2former_1024 59.0 and 59.7, 212 and 217 with four images. In 16 bits two or four together are the same to 1 %.
+// Vectorised sample loads: the lanes of a query load and prepare its samples, config::samples_per_load at a time, and no lane
+// asks another for its query (docs/performance/decisions.md#forward-vectorised-sample-loads).
+#pragma once
+#include "common/masked_samples.cuh"
+#include "common/tile_samples.cuh"
 
-#define MSDA_OWN (MSDA_ALONE && MSDA_LEVELS_IN_REGISTERS && !MSDA_FRONT)
+namespace msda {
+
+// Where levels are in registers and samples come as locations and weights.
+constexpr bool vectorised_loads = config::warp_independent && config::levels_in_registers && !fused;
+constexpr int loads_per_query = K / config::samples_per_load;
+constexpr int loads_per_lane = (loads_per_query + config::lanes - 1) / config::lanes;
 
 // Place of sample k of a query in shared memory: what lanes write at a time lies together, in different banks.
-__device__ constexpr int msda_place(int k) {
-#if MSDA_OWN
-    return k / MSDA_TOGETHER + k % MSDA_TOGETHER * (MSDA_K / MSDA_TOGETHER);
-#else
-    return k;
-#endif
+__device__ constexpr int sample_slot(int k) {
+    return vectorised_loads ? k / config::samples_per_load + k % config::samples_per_load * loads_per_query : k;
 }
 
-#if MSDA_OWN
-#define MSDA_PASSES ((MSDA_K / MSDA_TOGETHER + MSDA_LANES - 1) / MSDA_LANES)
-
-struct msda_own {
-    msda_vector<msda_location, 2 * MSDA_TOGETHER> xy[MSDA_PASSES];
-    msda_vector<msda_location, MSDA_TOGETHER> attention[MSDA_PASSES];
+struct vector_samples {
+    vector<location_t, 2 * config::samples_per_load> xy[loads_per_lane];
+    vector<location_t, config::samples_per_load> attention[loads_per_lane];
 };
 
-// Samples that are not there are NaN, which does not count.
-__device__ __forceinline__ void msda_load_own(
-        msda_own& own, msda_index q, int head, int lane, const msda_location* __restrict__ locations,
-        const msda_location* __restrict__ weights) {
+// Of query q, by its lanes. A sample that does not exist is NaN, which is out of bounds.
+__device__ __forceinline__ void load_vector_samples(
+        vector_samples& raw, index_t q, int head, int lane, const location_t* __restrict__ locations,
+        const location_t* __restrict__ weights) {
 #pragma unroll
-    for (int pass = 0; pass < MSDA_PASSES; ++pass) {
-        const int part = pass * MSDA_LANES + lane, parts = MSDA_K / MSDA_TOGETHER;
-        own.xy[pass].word = msda_ones(own.xy[pass].word);
-        own.attention[pass].word = decltype(own.attention[pass].word)();
-        if (q >= 0 && part < parts) {
-            const msda_index at = msda_in_image(q, head * parts + part, parts);
-            own.xy[pass] = msda_stream<2 * MSDA_TOGETHER>(locations, at);
-            own.attention[pass] = msda_stream<MSDA_TOGETHER>(weights, at);
+    for (int i = 0; i < loads_per_lane; ++i) {
+        const int load = i * config::lanes + lane;
+        raw.xy[i].word = all_ones(raw.xy[i].word);
+        raw.attention[i].word = decltype(raw.attention[i].word)();
+        if (q >= 0 && load < loads_per_query) {
+            const index_t at = element_in_image(q, head * loads_per_query + load, loads_per_query);
+            raw.xy[i] = load_streaming<2 * config::samples_per_load>(locations, at);
+            raw.attention[i] = load_streaming<config::samples_per_load>(weights, at);
         }
     }
 }
 
-// Samples to prepared ones, those of the lane's query. Not by lanes beyond the last group.
-__device__ __forceinline__ void msda_fill_own(
-        msda_sample* samples, int slot, const msda_levels& levels, const msda_own& own, int lane) {
-    if (32 % (MSDA_LANES * MSDA_HEADS) != 0 && slot >= MSDA_SLOTS) return;
+// To the prepared samples of pair number `pair`. Lanes beyond the last pair do nothing.
+template <typename Levels>
+__device__ __forceinline__ void prepare_vector_samples(
+        prepared_sample* samples, int pair, const Levels& levels, const vector_samples& raw, int lane) {
+    if (32 % (config::lanes * config::heads_per_warp) != 0 && pair >= pairs_per_tile) return;
 #pragma unroll
-    for (int pass = 0; pass < MSDA_PASSES; ++pass) {
-        const int first = (pass * MSDA_LANES + lane) * MSDA_TOGETHER;
-        if (first >= MSDA_K) continue;
-        msda_acc xy[2 * MSDA_TOGETHER], attention[MSDA_TOGETHER];
-        msda_unpack(own.xy[pass], xy);
-        msda_unpack(own.attention[pass], attention);
-        msda_level level = msda_level_in(levels, MSDA_LEVEL_OF(first));
+    for (int load = 0; load < loads_per_lane; ++load) {
+        const int first = (load * config::lanes + lane) * config::samples_per_load;
+        if (first >= K) continue;
+        acc_t xy[2 * config::samples_per_load], attention[config::samples_per_load];
+        unpack(raw.xy[load], xy);
+        unpack(raw.attention[load], attention);
+        level_info level = levels.at(level_of(first));
 #pragma unroll
-        for (int i = 0; i < MSDA_TOGETHER; ++i) {
-            if (i && (MSDA_P == 0 || MSDA_P % MSDA_TOGETHER)) level = msda_level_in(levels, MSDA_LEVEL_OF(first + i));
-            samples[slot * MSDA_PITCH + msda_place(first + i)] =
-                msda_prepare_screened(xy[2 * i], xy[2 * i + 1], attention[i], level);
+        for (int i = 0; i < config::samples_per_load; ++i) {
+            if (i && (!equal_points || config::P % config::samples_per_load)) level = levels.at(level_of(first + i));
+            samples[pair * sample_pitch + sample_slot(first + i)] =
+                prepare_masked_sample(xy[2 * i], xy[2 * i + 1], attention[i], level);
         }
     }
 }
-#endif
+
+}  // namespace msda

@@ -1,35 +1,43 @@
 // Offsets and logits to locations, in pixels, and weights, for the kernels that sum grad_value without atomics.
+#include "common/tile_samples.cuh"
 
-extern "C" __global__ void MSDA_BOUNDS msda_expand(
-        const msda_location* __restrict__ offsets, const __grid_constant__ msda_metadata metadata,
-        const msda_location* __restrict__ logits, const msda_reference* __restrict__ references,
-        const long long* __restrict__ lengths, msda_acc* __restrict__ locations, msda_acc* __restrict__ weights,
+namespace msda {
+
+extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_materialise(
+        const location_t* __restrict__ offsets, const __grid_constant__ level_metadata metadata,
+        const location_t* __restrict__ logits, const reference_t* __restrict__ references,
+        const long long* __restrict__ lengths, acc_t* __restrict__ locations, acc_t* __restrict__ weights,
         long long S, long long Q_, long long heads) {
-    MSDA_SHARED_MEMORY(msda_memory);
-    msda_shared& shared = *reinterpret_cast<msda_shared*>(msda_memory);
-    const msda_index Q = (msda_index)Q_;
-    if (msda_head_of_block() >= heads) return;
-    const msda_work work = msda_work_of_block();
-    msda_begin(shared, work, metadata, lengths, S, Q);
-    offsets += msda_first_element(work, Q_, MSDA_LOCATIONS_PITCH);
-    logits += msda_first_element(work, Q_, MSDA_WEIGHTS_PITCH);
-    references += work.image * Q_ * (MSDA_REFERENCES * MSDA_FRONT);
-    locations += msda_first_element(work, Q_, 2 * MSDA_K);
-    weights += msda_first_element(work, Q_, MSDA_K);
+    MSDA_SHARED_MEMORY(shared_memory);
+    using shared_t = block_shared<config::warps>;
+    static_assert(sizeof(shared_t) == config::shared_bytes, "the planner and the kernel disagree");
+    shared_t& shared = *reinterpret_cast<shared_t*>(shared_memory);
+    const index_t Q = (index_t)Q_;
+    if (first_head_of_block() >= heads) return;
+    const assignment work = assignment_of_block();
+    begin_block<false>(shared, work, metadata, lengths, S, Q);
+    offsets += first_element(work, Q_, locations_pitch);
+    logits += first_element(work, Q_, weights_pitch);
+    references += work.image * Q_ * (config::reference_levels * config::reference_coordinates);
+    locations += first_element(work, Q_, 2 * K);
+    weights += first_element(work, Q_, K);
 
-    msda_raw raw;
-    msda_load_raw(raw, shared, 0, 0, offsets, logits, references);
-    msda_softmax(raw);
+    const shared_queries queries = {shared.query};
+    lane_samples raw;
+    load_samples<false>(raw, queries, 0, 0, offsets, logits, references);
+    softmax(raw);
 #pragma unroll
-    for (int fill = 0; fill < MSDA_FILLS; ++fill) {
-        const int i = fill * 32 + threadIdx.x % 32, local = i / MSDA_SPAN, k = i % MSDA_SPAN;
-        const msda_index q = msda_query_of(shared, 0, local);
-        if (q < 0 || k >= MSDA_K) continue;
-        const int level = MSDA_LEVEL_OF(k);
-        const msda_point point = msda_point_of(raw, fill, level, shared.levels[level]);
-        const msda_index place = msda_in_image(q, k, MSDA_K);
+    for (int fill = 0; fill < samples_per_lane; ++fill) {
+        const int i = fill * 32 + threadIdx.x % 32, local = i / sample_slots, k = i % sample_slots;
+        const index_t q = queries.at(0, local);
+        if (q < 0 || k >= K) continue;
+        const int level = level_of(k);
+        const sampling_point point = sampling_point_of(raw, fill, level, shared.levels[level]);
+        const index_t place = element_in_image(q, k, K);
         locations[2 * place] = point.x;
         locations[2 * place + 1] = point.y;
         weights[place] = point.attention;
     }
 }
+
+}  // namespace msda

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from importlib import import_module
 from pathlib import Path
@@ -11,25 +12,20 @@ from typing import Any
 from .plan import KernelKey, shared_bytes
 
 _MACRO_OF_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-_TYPES = ("common/dtypes.cuh",)
-_COMMON = (*_TYPES, *(f"common/{name}.cuh" for name in ("levels", "tiling", "bilinear", "work", "samples")))
-_SORTED = (*_COMMON, "sorted/buckets.cuh")
-# What each kernel is made of, in this order.
-_FILES = {
-    "forward": (
-        *_COMMON, "common/warp_work.cuh", "common/masked_samples.cuh", "common/vector_samples.cuh", "forward.cu"
-    ),
-    "backward": (
-        *_COMMON, "common/atomics.cuh", "common/products.cuh", "common/sample_gradients.cuh", "backward.cu"
-    ),
-    "round": (*_TYPES, "epilogue/cast.cu"),
-    "sort": (*_SORTED, "sorted/bucket_sort.cu"),
-    "count": (*_SORTED, "sorted/split_buckets.cu"),
-    "sum": (*_SORTED, "sorted/block_reduce.cu"),
-    "add": (*_SORTED, "sorted/warp_reduce.cu"),
-    "expand": (*_COMMON, "sorted/materialise.cu"),
-    "references": (*_TYPES, "epilogue/reduce_references.cu"),
-}  # fmt: skip
+# The file of each kind of kernel; the kernel is called msda_<name of the file>.
+_FILE = {
+    "forward": "forward.cu",
+    "backward": "backward.cu",
+    "round": "epilogue/cast.cu",
+    "sort": "sorted/bucket_sort.cu",
+    "count": "sorted/split_buckets.cu",
+    "sum": "sorted/block_reduce.cu",
+    "add": "sorted/warp_reduce.cu",
+    "expand": "sorted/materialise.cu",
+    "references": "epilogue/reduce_references.cu",
+}
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"\n]+)"[^\n]*\n', re.MULTILINE)
+_PRAGMA_ONCE = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+once[^\n]*\n", re.MULTILINE)
 _lock = threading.Lock()
 _functions: dict[tuple[KernelKey, int], Any] = {}
 _compiling: dict[tuple[KernelKey, int], threading.Lock] = {}
@@ -44,15 +40,28 @@ def source_folder() -> Path:
     raise RuntimeError(f"the CUDA sources of cupy_msda are missing: expected them in {package / 'cuda_src'}")
 
 
-def source_files(folder: Path, kind: str) -> list[Path]:
-    """The files in `folder` that a kernel is made of, in their order."""
-    return [folder / name for name in _FILES[kind]]
-
-
 @functools.cache
 def source(kind: str) -> str:
     """One self-contained source: CuPy's disk cache hashes this text, but not the files that it would include."""
-    return "\n".join(file.read_text() for file in source_files(source_folder(), kind))
+    return source_in(source_folder(), kind)
+
+
+def source_in(folder: Path, kind: str) -> str:
+    """The source of a kernel out of `folder`: its file, with every file that it includes in its place, once."""
+    return _with_includes(folder, _FILE[kind], set())
+
+
+def _with_includes(folder: Path, name: str, included: set[str]) -> str:
+    if name in included:
+        return ""
+    included.add(name)
+    text = _PRAGMA_ONCE.sub("", (folder / name).read_text())
+    return _INCLUDE.sub(lambda line: _with_includes(folder, line[1], included), text)
+
+
+def entry(kind: str) -> str:
+    """Name of the kernel in its source."""
+    return f"msda_{Path(_FILE[kind]).stem}"
 
 
 def options(key: KernelKey) -> tuple[str, ...]:
@@ -62,6 +71,7 @@ def options(key: KernelKey) -> tuple[str, ...]:
     for role, dtype in dtypes.items():
         for name, macro in _MACRO_OF_DTYPE.items():
             macros[f"MSDA_{role}_{macro}"] = int(name == dtype)
+    macros["MSDA_SHARED_BYTES"] = shared_bytes(key)
     return ("--std=c++17", *(f"-D{name}={number}" for name, number in macros.items()))
 
 
@@ -89,7 +99,7 @@ def function(key: KernelKey, device: int) -> Any:
 def _compile(key: KernelKey) -> Any:
     cupy = import_module("cupy")
     module = cupy.RawModule(code=source(key.kind), options=options(key), backend="nvrtc")
-    kernel = module.get_function(f"msda_{key.kind}")
+    kernel = module.get_function(entry(key.kind))
     if key.kind in ("forward", "backward", "sum", "add"):
         # No more shared memory than the resident blocks need: the rest of the SM's memory is L1. What the driver
         # chooses by itself cost 1 to 3 % of the float32 forward on encoder_800x1333 and mask2former_1024 (H200). Not

@@ -1,0 +1,62 @@
+// The samples of a tile: a lane loads some of them from global memory, prepares them, and writes them to shared memory, where
+// the lanes of their query read them.
+#pragma once
+#include "common/block.cuh"
+#include "common/softmax.cuh"
+
+namespace msda {
+
+// Places for the samples of a pair, of a chunk, among the lanes; a softmax needs all samples of the pair.
+constexpr int sample_slots = fused ? softmax_slots : config::chunk;
+constexpr int samples_per_lane = (pairs_per_tile * sample_slots + 31) / 32;
+
+using lane_samples = raw_samples<samples_per_lane>;
+
+__device__ __forceinline__ uint4 all_ones(uint4) { return {~0u, ~0u, ~0u, ~0u}; }
+__device__ __forceinline__ uint2 all_ones(uint2) { return {~0u, ~0u}; }
+__device__ __forceinline__ unsigned all_ones(unsigned) { return ~0u; }
+
+// Samples from k0 on of the pairs of tile number `tile`, a lane each. `locations` and `weights` begin at the first sample of
+// the block's head, `references` at the image. By all lanes of a warp. A sample that does not exist is not written, or with
+// `mark_missing` it is NaN, which is out of bounds.
+template <bool mark_missing, typename Queries>
+__device__ __forceinline__ void load_samples(
+        lane_samples& raw, const Queries& queries, int tile, int k0, const location_t* __restrict__ locations,
+        const location_t* __restrict__ weights, const reference_t* __restrict__ references) {
+#pragma unroll
+    for (int fill = 0; fill < samples_per_lane; ++fill) {
+        const int i = fill * 32 + threadIdx.x % 32;
+        const int pair = i / sample_slots, k = k0 + i % sample_slots;
+        const index_t q = queries.at(tile, pair / config::heads_per_warp);
+        if constexpr (mark_missing) raw.xy[fill].word = all_ones(raw.xy[fill].word);
+        if constexpr (fused || mark_missing) raw.attention[fill] = location_t();   // softmax() looks at it
+        if (q >= 0 && k < K) {
+            load_location(raw, fill, q, pair % config::heads_per_warp, k, locations, references);
+            raw.attention[fill] = load_attention(weights, q, pair % config::heads_per_warp, k);
+        }
+    }
+}
+
+// Raw samples to prepared ones in shared memory. Where there is none, a sample that is out of bounds.
+template <typename Levels, typename Queries>
+__device__ __forceinline__ void prepare_samples(
+        prepared_sample* samples, const Levels& levels, const Queries& queries, lane_samples& raw, int tile, int k0) {
+    if constexpr (fused) softmax(raw);
+#pragma unroll
+    for (int fill = 0; fill < samples_per_lane; ++fill) {
+        const int i = fill * 32 + threadIdx.x % 32;
+        const int pair = i / sample_slots, place = i % sample_slots, k = k0 + place;
+        if (pair < pairs_per_tile && place < config::chunk) {
+            const index_t q = queries.at(tile, pair / config::heads_per_warp);
+            prepared_sample sample = {0, 0, 0, 0};
+            if (q >= 0 && k < K) {
+                const int level = level_of(k);
+                const sampling_point point = sampling_point_of(raw, fill, level, levels.of[level]);
+                sample = prepare_sample(point.x, point.y, point.attention, levels.of[level]);
+            }
+            samples[pair * sample_pitch + place] = sample;
+        }
+    }
+}
+
+}  // namespace msda
