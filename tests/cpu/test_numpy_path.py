@@ -14,7 +14,7 @@ from cupy_msda import api
 from cupy_msda.call import Wanted
 from cupy_msda.cpu import backward, cells
 from cupy_msda.cpu import forward as forward_module
-from cupy_msda.torch.reference import gather_composition
+from cupy_msda.torch.reference import gather_attention
 from tests.helpers import cases
 from tests.helpers.calls import call_of
 from tests.helpers.tolerance import assert_close
@@ -36,7 +36,7 @@ def exact(value, levels, starts, locations, weights, grad_output):
     """Output and gradients in float64 by an implementation that shares nothing with the NumPy path."""
     leaves = [torch.from_numpy(a.astype(np.float64)).requires_grad_() for a in (value, locations, weights)]
     starts = None if starts is None else torch.tensor(starts)
-    output = gather_composition(leaves[0], torch.tensor(levels), starts, *leaves[1:])
+    output = gather_attention(leaves[0], torch.tensor(levels), starts, *leaves[1:])
     grads = torch.autograd.grad(output, leaves, torch.from_numpy(grad_output.astype(np.float64)))
     return [output.detach().numpy(), *(grad.numpy() for grad in grads)]
 
