@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import cases, implementations, models_report, report, run, variants
+from benchmarks import cases, compare_kernels, implementations, models_report, report, run
 from cupy_msda.call import Problem
 from cupy_msda.cuda import kernels, plan
 
@@ -158,19 +158,17 @@ def test_readme_repeats_the_latest_result(part):
     assert report.enclosed(part) in report.README.read_text()
 
 
-def test_variant_of_the_kernels_lasts_as_long_as_it_is_installed(tmp_path):
-    for file in kernels.source_folder().glob("msda_[ct]*.cuh"):  # a folder without some of the headers
-        (tmp_path / file.name).write_text(f"// {file.name}")
-    (tmp_path / "msda_forward.cu").write_text("// another forward")
+def test_a_candidate_replaces_sources_and_launch_only_inside_its_context(tmp_path):
+    (tmp_path / "forward.cu").write_text("#pragma once\n// another forward\n")
     levels = ((8, 8, 0),)
-    described = Problem(1, 64, 2, 32, 1, 4, 64, "float32", "float32", ("cuda", 0), levels)
-    planned, source = plan.forward(described, 16), kernels.source("forward")
-    variant = variants.Variant(tmp_path, variants.parse_choices("warps=4,unroll=2"))
-    with variants.installed(variant):
-        launch = plan.forward(described, 16)
+    problem = Problem(1, 64, 2, 32, 1, 4, 64, "float32", "float32", ("cuda", 0), levels)
+    planned, source = plan.forward(problem, 16), kernels.source("forward")
+    candidate = compare_kernels.Candidate(tmp_path, compare_kernels.parse_launch("warps=4,unroll=2"))
+    with compare_kernels.installed(candidate):
+        launch = plan.forward(problem, 16)
         assert (launch.key.warps, launch.key.unroll, launch.block) == (4, 2, 128)
         assert launch.grid[0] * 4 == planned.grid[0] * planned.key.warps
-        assert kernels.source("forward").endswith("// another forward")
-    assert plan.forward(described, 16) == planned
+        assert kernels.source("forward") == "// another forward\n"
+    assert plan.forward(problem, 16) == planned
     assert kernels.source("forward") == source
-    assert variants.parse_choices("") == {}
+    assert compare_kernels.parse_launch("") == {}
