@@ -1,5 +1,6 @@
-"""The wheel works in a clean environment with NumPy alone, and so does an editable install."""
+"""The wheel has every file and works in a clean environment with NumPy alone, and so does an editable install."""
 
+import configparser
 import os
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.network
+network = pytest.mark.network
 
 ROOT = Path(__file__).parent.parent.parent
+# Every module of the package and every CUDA source, as named in the wheel.
+MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "cupy_msda").rglob("*.py")}
+SOURCES = {f"cupy_msda/{path.relative_to(ROOT)}" for path in (ROOT / "cuda_src").rglob("*.cu*")}
 PROGRAM = """
 import importlib.util
 import numpy as np
@@ -50,19 +54,29 @@ def clean_python(tmp_path):
     return tmp_path / "venv" / "bin" / "python"
 
 
-def test_wheel_carries_sources_types_and_cases(wheel):
+def test_setup_lists_every_package_and_source():
+    """The same as the wheel's test, without building one."""
+    options = configparser.ConfigParser()
+    options.read(ROOT / "setup.cfg")
+    packages = options["options"]["packages"].split()
+    assert {name.rpartition("/")[0].replace("/", ".") for name in MODULES} <= set(packages)
+    patterns = options["options.package_data"]["cupy_msda.cuda_src"].split(",")
+    folder = ROOT / "cuda_src"
+    listed = {f"cupy_msda/{path.relative_to(ROOT)}" for pattern in patterns for path in folder.glob(pattern.strip())}
+    assert listed == SOURCES
+
+
+@network
+def test_wheel_has_every_module_source_and_golden_case(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {
-        "py.typed",
-        "data/chelsea.jpg",
-        "golden_cases/encoder.npz",
-        "torch/modules.py",
-        *(f"cuda_src/{p.name}" for p in (ROOT / "cuda_src").iterdir()),
-    }
-    assert {f"cupy_msda/{name}" for name in wanted} <= names
+    golden = {f"cupy_msda/golden_cases/{path.name}" for path in (ROOT / "tests" / "golden").glob("*.npz")}
+    assert {"cupy_msda/py.typed", "cupy_msda/data/chelsea.jpg"} | golden | MODULES | SOURCES <= names
+    assert len(SOURCES) > 20
+    assert len(golden) == 5
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
 
 
+@network
 def test_wheel_runs_with_numpy_alone(wheel, clean_python, tmp_path):
     run(clean_python, "-m", "pip", "install", "-q", wheel, cwd=tmp_path)
     where, rest = run(clean_python, "-c", PROGRAM, cwd=tmp_path).split(maxsplit=1)
@@ -72,6 +86,7 @@ def test_wheel_runs_with_numpy_alone(wheel, clean_python, tmp_path):
     assert "pip install" in run(clean_python, "-m", "cupy_msda", "info", cwd=tmp_path)
 
 
+@network
 def test_editable_install_runs(clean_python, tmp_path):
     run(clean_python, "-m", "pip", "install", "-q", "-e", ROOT, cwd=tmp_path)
     where, rest = run(clean_python, "-c", PROGRAM, cwd=tmp_path).split(maxsplit=1)
