@@ -71,7 +71,7 @@ class Autograd:
 
 
 class GridSample(Autograd):
-    """A composition that takes the shapes as Python numbers. They are read once, outside the timing."""
+    """A function that takes the shapes as Python numbers. They are read once, outside the timing."""
 
     def __init__(self, name: str, function: Callable[..., Tensor]) -> None:
         super().__init__(name, None)

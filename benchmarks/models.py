@@ -191,8 +191,8 @@ def measure_model(detector: Detector, dtype: str, compiled: bool, device: str, r
     if not compiled:
         samples: list[list[float]] = [[], []]
         pairs = list(zip(subjects, samples, strict=True))
-        for turn in range(repeats):
-            for subject, found in pairs if turn % 2 else reversed(pairs):
+        for repeat in range(repeats):
+            for subject, found in pairs if repeat % 2 else reversed(pairs):
                 with subject.setting():
                     found.append(subject.seconds())
         for record, found in zip(records, samples, strict=True):

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # What a worker may hold: the contexts of torch, CuPy and JAX and the largest test that is not exclusive.
 WORKER_BYTES = 4 << 30
-# The workers fill the cores: libraries that start a thread per core in each of them would only take turns.
+# The workers fill the cores, so each of them computes in one thread.
 ONE_THREAD = dict.fromkeys(
     (
         "OMP_NUM_THREADS",
@@ -41,14 +41,14 @@ ONE_THREAD = dict.fromkeys(
     ),
     "1",
 )
-# Every array in an allocation of its own: inside a pool the sanitizer takes a neighbour's bytes for the array's.
+# Each array has its own allocation: inside a pool the sanitizer cannot tell an array from its neighbour.
 EXACT_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUPY_MSDA_TEST_EXACT_ALLOCATIONS": "1"}
 SUMMARY = (" passed", " failed", " skipped", " error", "ERROR SUMMARY", "RACECHECK SUMMARY")
 
 
 @dataclass(frozen=True)
 class Test:
-    """A collected GPU test: its node id, and whether it needs the GPU for itself."""
+    """A collected GPU test: its node id, and whether it must run without others on the GPU."""
 
     __test__ = False
 
@@ -62,7 +62,7 @@ class Test:
 
 @dataclass(frozen=True)
 class Check:
-    """One command; its tests are read from the JUnit file that it writes, where it writes one."""
+    """One command. `junit` is the file to which it writes the outcomes of its tests, if it does."""
 
     name: str
     command: list[str]
@@ -83,28 +83,16 @@ class _Collector:
 def collect(*arguments: str) -> list[Test]:
     """The GPU tests, by their markers and parameters; `arguments` are pytest's."""
     collector = _Collector()
+    command = ["--collect-only", "-qq", "--no-summary", "-p", "no:cacheprovider", "-m", "gpu"]
     with contextlib.redirect_stdout(sys.stderr):
-        status = pytest.main(
-            [
-                "--collect-only",
-                "-qq",
-                "--no-summary",
-                "-p",
-                "no:cacheprovider",
-                "-m",
-                "gpu",
-                *arguments,
-                str(ROOT / "tests"),
-            ],
-            plugins=[collector],
-        )
+        status = pytest.main([*command, *arguments, str(ROOT / "tests")], plugins=[collector])
     if status != pytest.ExitCode.OK:
         raise SystemExit(f"tests.gpu: the tests cannot be collected (pytest: {status})")
     return collector.tests
 
 
 def files(tests: Iterable[Test], exclusive: bool) -> list[str]:
-    """Files of the tests that share the GPU, or of those that need it for themselves."""
+    """Files of the tests that share the GPU, or of the exclusive ones."""
     return list(dict.fromkeys(test.file for test in tests if test.exclusive == exclusive))
 
 
@@ -120,7 +108,7 @@ def worker_count() -> int:
 
 
 def _pytest(markers: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", markers, *arguments]
+    return [sys.executable, "-m", "pytest", "--color=no", "-p", "no:cacheprovider", "-m", markers, *arguments]
 
 
 def plain_checks(tests: list[Test], workers: int, out: Path) -> Iterator[Check]:
@@ -128,15 +116,15 @@ def plain_checks(tests: list[Test], workers: int, out: Path) -> Iterator[Check]:
     if shared := files(tests, exclusive=False):
         junit = out / "shared.xml"
         # A worker begins with neighbouring tests, which share kernels; an idle worker takes tests from a busy one.
-        parallel = ["-n", str(workers), "--dist", "worksteal", f"--junitxml={junit}"]
+        parallel = ["-v", "-n", str(workers), "--dist", "worksteal", f"--junitxml={junit}"]
         yield Check("shared", _pytest("gpu and not exclusive", *parallel, *shared), ONE_THREAD, junit)
-    if alone := files(tests, exclusive=True):
+    if exclusive := files(tests, exclusive=True):
         junit = out / "exclusive.xml"
-        yield Check("exclusive", _pytest("gpu and exclusive", f"--junitxml={junit}", *alone), {}, junit)
+        yield Check("exclusive", _pytest("gpu and exclusive", f"--junitxml={junit}", *exclusive), {}, junit)
 
 
 def sanitizer_checks(tool: str, tests: list[Test], exclusive: bool) -> Iterator[Check]:
-    """A command per file, each in a process of its own under `tool`."""
+    """One command per file, each in a process of its own under `tool`."""
     sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9"]
     if tool != "initcheck":  # which must see what the kernels of others write
         sanitizer += ["--kernel-name", "kernel_substring=msda_"]
@@ -148,7 +136,7 @@ def sanitizer_checks(tool: str, tests: list[Test], exclusive: bool) -> Iterator[
 
 
 def run_check(check: Check, out: Path, timeout: float | None) -> dict[str, Any]:
-    """Run the command, keep its output as a log, and describe how it ended; no exit status where it took too long."""
+    """Run the command, keep its output as a log, and describe its end. After a timeout the exit status is None."""
     log = out / f"{re.sub('[^a-z_]+', '_', check.name)}.txt"
     begin, status = time.monotonic(), None
     with log.open("w") as output, contextlib.suppress(subprocess.TimeoutExpired):
@@ -162,7 +150,7 @@ def run_check(check: Check, out: Path, timeout: float | None) -> dict[str, Any]:
         ).returncode
     seconds = time.monotonic() - begin
     summary = [line for line in log.read_text().splitlines() if any(word in line for word in SUMMARY)][-3:]
-    ended = "ran out of time" if status is None else f"exit {status}"
+    ended = "timed out" if status is None else f"exit {status}"
     print(f"{check.name}: {ended} after {seconds:.0f} s: {'; '.join(summary)}", flush=True)
     return {"check": check.name, "exit": status, "seconds": round(seconds, 1), "summary": summary}
 
@@ -196,7 +184,7 @@ def describe(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Record:
-    """The JSON file, written anew after each command: what has run stays on record if the machine goes."""
+    """The JSON file. It is rewritten after each command, so results survive if the machine is lost."""
 
     def __init__(self, path: Path, workers: int) -> None:
         self.path, self.begin, self.lock = path, time.monotonic(), threading.Lock()
@@ -231,12 +219,12 @@ def main(arguments: list[str] | None = None) -> int:
     plain = list(plain_checks(tests, workers, out))
     sanitized = {tool: collect(f"--sanitizer={tool}") for tool in options.sanitizer}
     parallel = [check for tool, chosen in sanitized.items() for check in sanitizer_checks(tool, chosen, False)]
-    alone = [check for tool, chosen in sanitized.items() for check in sanitizer_checks(tool, chosen, True)]
+    exclusive = [check for tool, chosen in sanitized.items() for check in sanitizer_checks(tool, chosen, True)]
     counts = {"GPU tests": len(tests), "exclusive": sum(test.exclusive for test in tests)}
     counts |= {tool: len(chosen) for tool, chosen in sanitized.items()}
     print(", ".join(f"{name}: {count}" for name, count in counts.items()), flush=True)
     if options.dry_run:
-        for check in (*plain, *parallel, *alone):
+        for check in (*plain, *parallel, *exclusive):
             print(f"{check.name}: {' '.join(check.command)}")
         return 0
 
@@ -252,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         run(check)
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(run, parallel))
-    for check in alone:
+    for check in exclusive:
         run(check)
     complete = record.complete(len(tests))
     print(json.dumps({name: record.content[name] for name in ("seconds", "rooms", "failed", "slowest")}, indent=1))
