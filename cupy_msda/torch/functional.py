@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..call import FUSED_NAMES, PLAIN, Arguments, Variant
+from ..call import FUSED_NAMES, PLAIN, Arguments, requested_variant
 from ..validate import read_variant
 from . import compat, fast_path
 from .autograd import TRANSFORMED, apply_attention
@@ -69,7 +69,7 @@ def ms_deform_attn(
     """
     variant = PLAIN
     if num_points is not None or interpolation != "bilinear" or padding_mode != "zeros" or align_corners is not False:
-        variant = _variant(num_points, interpolation, padding_mode, align_corners)
+        variant = requested_variant(num_points, interpolation, padding_mode, align_corners)
     elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or _decomposed or observed()):
         for matches, plan, step, fixed_order, differentiable in recent[WITH_WEIGHTS]:
             if (
@@ -119,7 +119,7 @@ def ms_deform_attn_fused(
     """
     variant = PLAIN
     if num_points is not None or interpolation != "bilinear" or padding_mode != "zeros" or align_corners is not False:
-        variant = _variant(num_points, interpolation, padding_mode, align_corners)
+        variant = requested_variant(num_points, interpolation, padding_mode, align_corners)
     elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or _decomposed or observed()):
         tensors: tuple[Any, ...] = (
             value, sampling_offsets, attention_logits, reference_points, spatial_shapes, level_start_index
@@ -154,13 +154,6 @@ class MSDeformAttnFunction:
     """
 
     apply = staticmethod(ms_deform_attn)
-
-
-def _variant(num_points: Any, interpolation: Any, padding_mode: Any, align_corners: Any) -> Variant:
-    """Not validated; a list of points is copied, so that the caller may change it."""
-    if isinstance(num_points, list):
-        num_points = tuple(num_points)
-    return Variant(num_points, interpolation, padding_mode, align_corners)
 
 
 def _attention(arguments: Arguments) -> Tensor:

@@ -21,6 +21,38 @@ from tests.helpers.torch_calls import (
 )
 
 
+# Exported programs that users have saved hold these names and schemas.
+INPUTS = (
+    "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, "
+    "Tensor attention_weights, int im2col_step"
+)
+FUSED_INPUTS = (
+    "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor reference_points, "
+    "Tensor sampling_offsets, Tensor? attention_logits, int im2col_step, bool? deterministic, int[]? num_points, "
+    "str interpolation, str padding_mode, bool align_corners, Tensor? query_lengths, SymInt[]? level_sizes"
+)
+VARIANT = (
+    'int[]? num_points=None, str interpolation="bilinear", str padding_mode="zeros", bool align_corners=False, '
+    "Tensor? query_lengths=None, SymInt[]? level_sizes=None"
+)
+SCHEMAS = {
+    "ms_deform_attn": f"({INPUTS}=64, bool? deterministic=None, {VARIANT}) -> Tensor",
+    "ms_deform_attn_backward": (
+        f"(Tensor grad_output, {INPUTS}, bool? deterministic, bool[3] output_mask, {VARIANT}) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "ms_deform_attn_fused": f"({FUSED_INPUTS}) -> Tensor",
+    "ms_deform_attn_fused_backward": (
+        f"(Tensor grad_output, {FUSED_INPUTS}, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas_are_those_of_saved_programs(name):
+    assert str(getattr(torch.ops.cupy_msda, name).default._schema) == f"cupy_msda::{name}{SCHEMAS[name]}"
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("starts", [True, False], ids=["starts", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
