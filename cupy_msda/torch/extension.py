@@ -1,4 +1,4 @@
-"""Stands in for ``MultiScaleDeformableAttention``, the compiled extension of Deformable DETR and what is built on it.
+"""Replaces ``MultiScaleDeformableAttention``, the compiled extension of Deformable DETR and its successors.
 
 DINO, Mask2Former and Grounding DINO ``import MultiScaleDeformableAttention as MSDA`` (or find it under another name)
 and call its two functions from an autograd function of their own. After :func:`install` that import finds this module,

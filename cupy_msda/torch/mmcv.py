@@ -38,7 +38,7 @@ class MultiScaleDeformableAttnFunction:
 def multi_scale_deformable_attn_pytorch(
     value: Tensor, value_spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """:func:`ms_deform_attn` by the signature of mmcv's CPU path; levels are packed."""
+    """:func:`ms_deform_attn` by the signature of mmcv's CPU path; each level follows the one before it."""
     locations, weights = agreed_dtypes(value, sampling_locations, attention_weights)
     return ms_deform_attn(value, value_spatial_shapes, None, locations, weights)
 

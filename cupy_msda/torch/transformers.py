@@ -44,7 +44,7 @@ _METHODS = {"default": "bilinear", "discrete": "nearest"}
 def multi_scale_deformable_attention(
     value: Tensor, value_spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """:func:`ms_deform_attn` by the signature of Mask2Former and OneFormer in transformers; levels are packed."""
+    """:func:`ms_deform_attn` by the signature of Mask2Former and OneFormer in transformers; levels are contiguous."""
     locations, weights = agreed_dtypes(value, sampling_locations, attention_weights)
     return ms_deform_attn(value, value_spatial_shapes, None, locations, weights)
 

@@ -55,7 +55,7 @@ def assert_same(have, want, rtol=1e-5):
 
 
 def between_other_operations(value, shapes, starts, locations, weights):
-    """The operator with neighbours, so that there is something to compile."""
+    """The operator with other operations before and after it, so that there is something to compile."""
     return ms_deform_attn(value * 2, shapes, starts, locations + 0.01, weights.softmax(-1)) * 3
 
 

@@ -1,4 +1,4 @@
-"""Stand-ins for compiled extensions: the calling conventions of Deformable DETR's and of mmcv's."""
+"""Replacements of compiled extensions: the calling conventions of Deformable DETR and of mmcv."""
 
 import importlib
 import sys
@@ -24,7 +24,7 @@ def installed():
     extension.uninstall()
 
 
-def test_extension_under_an_autograd_function_of_the_caller(installed):
+def test_an_autograd_function_of_the_caller_gets_right_gradients_from_the_extension(installed):
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, value, shapes, starts, locations, weights, step):
@@ -44,7 +44,7 @@ def test_extension_under_an_autograd_function_of_the_caller(installed):
         assert_close(tensor.numpy(), exact, "float32")
 
 
-def test_extension_under_another_name(monkeypatch):
+def test_the_extension_may_have_another_name(monkeypatch):
     package = ModuleType("some_detector")
     monkeypatch.setitem(sys.modules, "some_detector", package)
     extension.install("some_detector._C")
@@ -55,7 +55,7 @@ def test_extension_under_another_name(monkeypatch):
     assert not hasattr(package, "_C")
 
 
-def test_extension_that_is_imported_already_is_not_replaced(monkeypatch):
+def test_an_extension_that_is_imported_already_is_not_replaced(monkeypatch):
     monkeypatch.setitem(sys.modules, NAME, ModuleType(NAME))
     with pytest.raises(RuntimeError, match=r"imported already.*before that"):
         extension.install()
@@ -63,25 +63,25 @@ def test_extension_that_is_imported_already_is_not_replaced(monkeypatch):
     assert NAME in sys.modules
 
 
-def test_installing_twice_is_once(installed):
+def test_installing_twice_is_the_same_as_once(installed):
     assert extension.install() is installed
 
 
 @pytest.mark.parametrize("step", [64, torch.tensor(64)], ids=["int", "tensor"])
-def test_mmcv_function(step):
+def test_the_function_of_mmcv_is_the_operator(step):
     arguments = tensors_of(CASE)
     have = results(lambda *a: mmcv.MultiScaleDeformableAttnFunction.apply(*a, step), arguments)
     assert_same(have, results(ms_deform_attn, arguments))
 
 
-def test_mmcv_pytorch_function():
+def test_the_cpu_function_of_mmcv_is_the_operator():
     arguments = tensors_of(CASE)
     have = results(lambda v, s, _, *samples: mmcv.multi_scale_deformable_attn_pytorch(v, s, *samples), arguments)
     assert_same(have, results(ms_deform_attn, arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_mmcv_function_keeps_float32_locations_beside_16_bits(dtype):
+def test_the_function_of_mmcv_keeps_float32_locations_with_a_16_bit_value(dtype):
     value, shapes, starts, locations, weights, _ = tensors_of(CASE, dtype=dtype, location_dtype=torch.float32)
     have = mmcv.MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights.to(dtype), 64)
     assert torch.equal(have, ms_deform_attn(value, shapes, starts, locations, weights.to(dtype).float()))
@@ -102,7 +102,7 @@ def real_mmcv(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("boxes", [False, True])
-def test_mmcv_layer(real_mmcv, boxes, monkeypatch):
+def test_a_patched_layer_of_mmcv_gives_the_same_numbers(real_mmcv, boxes, monkeypatch):
     torch.manual_seed(0)
     layer = real_mmcv.MultiScaleDeformableAttention(32, 4, 2, 3, batch_first=True, dropout=0.0).double()
     shapes = torch.tensor([[6, 7], [3, 4]])
@@ -127,14 +127,14 @@ def test_mmcv_layer(real_mmcv, boxes, monkeypatch):
     assert len(calls) == 1
 
 
-def test_mmcv_undo(real_mmcv):
+def test_undo_restores_mmcv(real_mmcv):
     before = real_mmcv.MultiScaleDeformableAttnFunction, real_mmcv.multi_scale_deformable_attn_pytorch
     with mmcv.patch():
         assert real_mmcv.MultiScaleDeformableAttnFunction is mmcv.MultiScaleDeformableAttnFunction
     assert before == (real_mmcv.MultiScaleDeformableAttnFunction, real_mmcv.multi_scale_deformable_attn_pytorch)
 
 
-def test_mmcv_patch_without_mmcv(monkeypatch):
+def test_patch_names_the_missing_mmcv(monkeypatch):
     for part in ("mmcv", "mmcv.ops", "mmcv.ops.multi_scale_deform_attn"):
         monkeypatch.setitem(sys.modules, part, None)
     with pytest.raises(ModuleNotFoundError, match="mmcv"):

@@ -49,7 +49,7 @@ def assert_same(have, want):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_model(name, monkeypatch):
+def test_a_patched_model_gives_the_same_outputs_and_gradients(name, monkeypatch):
     family = name.removesuffix("_discrete")
     if importlib.util.find_spec(f"transformers.models.{family}") is None:
         pytest.skip("this transformers has no such family")
@@ -68,7 +68,7 @@ def test_model(name, monkeypatch):
 
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_16_bit_model_runs_as_before(name, how):
+def test_a_patched_16_bit_model_gives_outputs_of_the_same_shapes(name, how):
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
@@ -110,7 +110,7 @@ def gradients(output, inputs, grad_output):
 
 
 @pytest.mark.parametrize("family", families("MultiScaleDeformableAttention"))
-def test_layer(family):
+def test_a_patched_layer_gives_the_same_outputs_and_gradients(family):
     *found, grad_output = tensors_of(Case("layer"), dtype=torch.float64)
     inputs = dict(zip(ARGUMENTS, found, strict=True))
     layer = modeling(family).MultiScaleDeformableAttention()
@@ -129,7 +129,7 @@ def test_layer(family):
 
 @pytest.mark.parametrize("family", families("multi_scale_deformable_attention"))
 @pytest.mark.parametrize("as_list", [True, False])
-def test_function(family, as_list):
+def test_a_patched_function_gives_the_same_outputs_and_gradients(family, as_list):
     *found, grad_output = tensors_of(Case("function"), dtype=torch.float64)
     inputs = dict(zip(ARGUMENTS, found, strict=True))
     inputs.pop("level_start_index")
@@ -148,7 +148,7 @@ def test_function(family, as_list):
 @pytest.mark.parametrize("family", families("multi_scale_deformable_attention_v2"))
 @pytest.mark.parametrize("method", ["default", "discrete"])
 @pytest.mark.parametrize("points", [[3, 6], [4, 4]], ids=str)
-def test_function_with_points(family, method, points):
+def test_a_patched_function_with_points_per_level_gives_the_same_outputs_and_gradients(family, method, points):
     variant = {"num_points": tuple(points)} | ({"interpolation": "nearest"} if method == "discrete" else {})
     value, shapes, _, locations, weights, grad_output = tensors_of(Case("v2", variant=variant), dtype=torch.float64)
     arguments = (value, shapes.tolist(), locations, weights, points, method)
@@ -164,13 +164,13 @@ def test_function_with_points(family, method, points):
             torch.testing.assert_close(have, exact)
 
 
-def test_discrete_gives_the_locations_no_gradient():
+def test_the_discrete_method_gives_locations_no_gradient():
     value, shapes, _, locations, weights, _ = tensors_of(Case("v2", variant={"num_points": (2, 2)}))
     output = serve.multi_scale_deformable_attention_v2(value, shapes, locations, weights, [2, 2], "discrete")
     assert torch.autograd.grad(output.sum(), locations, allow_unused=True) == (None,)
 
 
-def test_other_method_is_refused():
+def test_another_method_is_refused():
     value, shapes, _, locations, weights, _ = tensors_of(Case("v2", variant={"num_points": (2, 2)}))
     with pytest.raises(ValueError, match="method: expected 'default' or 'discrete', got 'cubic'"):
         serve.multi_scale_deformable_attention_v2(value, shapes, locations, weights, [2, 2], "cubic")
@@ -265,7 +265,7 @@ def test_kernels_package_takes_the_layer(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["rt_detr", "d_fine"])
-def test_compiled_model(name):
+def test_a_patched_model_compiles(name):
     torch._dynamo.reset()
     model, inputs = build(name)
     with torch.no_grad():

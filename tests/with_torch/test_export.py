@@ -1,4 +1,4 @@
-"""Other runtimes: ONNX by the composition, and torch.export without our operator."""
+"""Other runtimes: ONNX by the reference implementation of torch functions, and torch.export without our operator."""
 
 import numpy as np
 import onnxruntime
@@ -47,7 +47,7 @@ def test_onnx_runtime_gives_the_same_numbers(tmp_path, dynamo, metadata):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_with_dynamic_queries(tmp_path):
+def test_onnx_runtime_serves_other_numbers_of_queries(tmp_path):
     net, inputs = Net().eval(), to_float32(module_inputs())[:3]
     path = tmp_path / "layer.onnx"
     Q = torch.export.Dim("Q", max=1000)
@@ -58,7 +58,7 @@ def test_onnx_with_dynamic_queries(tmp_path):
     np.testing.assert_allclose(run(path, more), want, rtol=1e-4, atol=1e-5)
 
 
-def test_export_inside_decomposed_knows_no_operator_of_ours():
+def test_export_inside_decomposed_holds_no_operator_of_this_package():
     net, inputs = Net().eval(), to_float32(module_inputs())[:3]
     with decomposed():
         program = torch.export.export(net, inputs)
@@ -68,7 +68,7 @@ def test_export_inside_decomposed_knows_no_operator_of_ours():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_composition_agrees_with_the_operator(dtype):
+def test_decomposed_calls_agree_with_the_operator(dtype):
     torch.manual_seed(3)
     value, starts = torch.randn(2, 60, 2, 4).to(dtype), [2, 46]
     locations, weights = torch.rand(2, 5, 2, 2, 3, 2) * 3 - 1, torch.rand(2, 5, 2, 2, 3)
@@ -86,7 +86,7 @@ def test_composition_agrees_with_the_operator(dtype):
     )
 
 
-def test_decomposed_ends():
+def test_nested_decomposed_contexts_end_with_the_outermost():
     from cupy_msda.torch import functional
 
     with decomposed(), decomposed():

@@ -1,4 +1,4 @@
-"""The torch operator: gradients, the drop-in function, and the third opinion on both."""
+"""The torch operator: gradients, the drop-in function, and grid_sample as a second implementation of both."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def test_agrees_with_grid_sample_in_float64(case):
     """An implementation that this project did not write, against the NumPy path and the reference."""
     inputs = case.inputs("float64", seed=11)
     if inputs.starts is not None:
-        pytest.skip("the composition knows packed levels only")
+        pytest.skip("grid_sample_attention is called without starts here")
     leaves, _, grad_output = tensors(inputs, "cpu")
     output = grid_sample_attention(leaves[0], [tuple(s) for s in inputs.shapes.tolist()], *leaves[1:])
     grads = [g.numpy() for g in torch.autograd.grad(output, leaves, grad_output)]
@@ -45,7 +45,7 @@ def test_agrees_with_grid_sample_in_float64(case):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("D", [4, 5])
-def test_gradcheck(device, D):
+def test_gradients_agree_with_finite_differences(device, D):
     inputs = Case("gradcheck", levels=((3, 4), (2, 2)), N=1, D=D, queries=3).inputs("float64", seed=12)
     leaves, shapes, _ = tensors(inputs, device)
     # Sums by atomics differ in the last bit from call to call.
@@ -56,7 +56,7 @@ def test_gradcheck(device, D):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_function_is_a_drop_in(device):
+def test_the_autograd_function_has_the_convention_of_deformable_detr(device):
     inputs = Case("starts", starts=(4, 50), S=64).inputs(seed=13)
     leaves, shapes, grad_output = tensors(inputs, device)
     starts = torch.from_numpy(inputs.starts).to(device)
@@ -71,7 +71,7 @@ def test_function_is_a_drop_in(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)], ids=str)
-def test_only_the_gradients_that_are_asked_for(device, wanted):
+def test_only_the_gradients_that_are_asked_for_are_computed(device, wanted):
     inputs = CASES[0].inputs(seed=14)
     leaves, shapes, grad_output = tensors(inputs, device, requires_grad=False)
     for index in wanted:
@@ -87,7 +87,7 @@ def test_only_the_gradients_that_are_asked_for(device, wanted):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_sixteen_bit_value_with_float32_locations(device, dtype):
+def test_each_gradient_has_the_dtype_of_its_input(device, dtype):
     inputs = CASES[0].inputs(seed=15)
     leaves, shapes, grad_output = tensors(inputs, device, requires_grad=False)
     value = leaves[0].to(dtype).requires_grad_()
@@ -97,7 +97,7 @@ def test_sixteen_bit_value_with_float32_locations(device, dtype):
     assert (output.dtype, value.grad.dtype, locations.grad.dtype) == (dtype, dtype, torch.float32)
 
 
-def test_cpu_tensors_share_their_memory(monkeypatch):
+def test_cpu_tensors_are_not_copied(monkeypatch):
     seen = []
     forward = cpu.plain_forward
 
@@ -112,7 +112,7 @@ def test_cpu_tensors_share_their_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_expanded_grad_output(device):
+def test_a_grad_output_without_strides_is_read_right(device):
     """`output.sum().backward()` hands in a gradient without strides."""
     leaves, shapes, _ = tensors(CASES[0].inputs(seed=16), device)
     ms_deform_attn(leaves[0], shapes, None, *leaves[1:]).sum().backward()
@@ -129,15 +129,15 @@ def test_array_function_refuses_to_drop_a_gradient():
         assert cupy_msda.ms_deform_attn(leaves[0], shapes, None, *leaves[1:]).shape == (2, 5, 16)
 
 
-def test_array_that_is_no_tensor():
+def test_an_array_that_is_no_tensor_is_refused_by_name():
     inputs = CASES[0].inputs()
     with pytest.raises(TypeError, match=r"value: expected a torch\.Tensor, got ndarray"):
         ms_deform_attn(*inputs[:5])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("starts", [None, (1, 15)], ids=["packed", "starts"])
-def test_second_derivatives(device, starts):
+@pytest.mark.parametrize("starts", [None, (1, 15)], ids=["contiguous", "starts"])
+def test_second_derivatives_agree_with_finite_differences(device, starts):
     inputs = Case("gradgrad", levels=((3, 4), (2, 2)), N=1, D=3, queries=2, starts=starts, S=20).inputs(
         "float64", seed=18
     )
@@ -161,7 +161,7 @@ def test_gradients_on_the_device_agree_with_the_cpu():
         assert relative_error(cuda_grad, cpu_grad.astype(np.float64)) < 5e-6
 
 
-def test_forked_child_after_use_in_the_parent():
+def test_a_forked_child_computes_after_use_in_the_parent():
     """As in a DataLoader: the parent has used the CPU path, threads and all."""
     code = """
 import os, torch
@@ -176,7 +176,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parent.parent.parent)
 
 
-def test_threads_share_the_cpu_path():
+def test_threads_compute_at_the_same_time():
     inputs = [Case("threads", queries=5 + i).inputs(seed=i) for i in range(4)]
     arguments = [[torch.from_numpy(a) if a is not None else None for a in case[:5]] for case in inputs]
     with ThreadPoolExecutor(4) as pool:

@@ -38,7 +38,7 @@ def attend(shapes, value, *samples, **options):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_equals_the_composition_with_all_gradients(device, form):
+def test_output_and_gradients_are_those_of_the_plain_operator(device, form):
     shapes, leaves, grad = tensors(device, coordinates=form[0], levels=form[1], packed=form[2])
     output = attend(shapes, *leaves)
     want = ms_deform_attn(leaves[0], shapes, None, *locations_and_weights(shapes, *leaves[1:]))
@@ -50,18 +50,18 @@ def test_equals_the_composition_with_all_gradients(device, form):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_only_the_gradients_that_are_asked_for(device):
+def test_only_the_gradients_that_are_asked_for_are_computed(device):
     shapes, leaves, grad = tensors(device, coordinates=4)
     every = torch.autograd.grad(attend(shapes, *leaves), leaves, grad)
     for index, leaf in enumerate(leaves):
-        alone = [other.detach() for other in leaves]
-        alone[index] = leaf
-        (got,) = torch.autograd.grad(attend(shapes, *alone), [leaf], grad)
+        inputs = [other.detach() for other in leaves]
+        inputs[index] = leaf
+        (got,) = torch.autograd.grad(attend(shapes, *inputs), [leaf], grad)
         torch.testing.assert_close(got, every[index])
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients_of_first_and_second_order(packed):
+def test_gradients_agree_with_finite_differences(packed):
     shapes, leaves, _ = tensors("cpu", packed=packed, coordinates=4)
     leaves = [
         leaf[:1, :2].detach().requires_grad_() if i else leaf[:1].detach().requires_grad_()
@@ -83,7 +83,7 @@ def test_compiles_in_one_graph(packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_schema_fake_and_autograd_hold_together(packed):
+def test_opcheck(packed):
     shapes, leaves, _ = tensors("cpu", packed=packed)
     samples = (*leaves, None)[1:4]
     arguments = (leaves[0], shapes, None, *samples, 64, None, None, "bilinear", "zeros", False, None, None)
@@ -91,7 +91,7 @@ def test_schema_fake_and_autograd_hold_together(packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_operator_with_level_sizes_as_numbers(packed):
+def test_the_operator_takes_level_sizes_as_numbers(packed):
     shapes, leaves, _ = tensors("cpu", packed=packed)
     operator, sizes = torch.ops.cupy_msda.ms_deform_attn_fused.default, shapes.flatten().tolist()
     settings = (64, None, None, "bilinear", "zeros", False, None, sizes)
@@ -127,7 +127,7 @@ def test_autocast_takes_references_in_float32():
     torch.testing.assert_close(output.float(), attend(shapes, value, references, offsets, logits), rtol=0.05, atol=0.05)
 
 
-def test_nearest_refuses_gradients_of_places():
+def test_nearest_refuses_gradients_of_references_and_offsets():
     shapes, (value, references, offsets, logits), _ = tensors("cpu")
     with pytest.raises(ValueError, match="sampling_offsets: expected a tensor that requires no gradient"):
         attend(shapes, value, references.detach(), offsets, logits, interpolation="nearest")
@@ -135,7 +135,7 @@ def test_nearest_refuses_gradients_of_places():
     assert logits.grad.abs().sum() > 0
 
 
-def test_what_is_no_tensor_is_named():
+def test_an_argument_that_is_no_tensor_is_refused_by_name():
     shapes, (value, _, offsets, logits), _ = tensors("cpu")
     with pytest.raises(TypeError, match=r"reference_points: expected a torch\.Tensor, got list"):
         attend(shapes, value, [0.5], offsets, logits)
@@ -143,7 +143,7 @@ def test_what_is_no_tensor_is_named():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_transforms_of_torch_func(device, form):
+def test_transforms_of_torch_func_agree_with_autograd(device, form):
     shapes, leaves, _ = tensors(device, coordinates=form[0], levels=form[1], packed=form[2])
     leaves = [leaf.detach() for leaf in leaves]
 
@@ -167,7 +167,7 @@ def test_transforms_of_torch_func(device, form):
             torch.testing.assert_close(one[index], other)
 
 
-def test_what_has_no_gradient_of_its_kind_is_refused():
+def test_mapped_metadata_and_forward_mode_gradients_are_refused():
     shapes, (value, *samples), _ = tensors("cpu")
     with pytest.raises(ValueError, match="spatial_shapes, level_start_index: expected the same for every sample"):
         torch.vmap(lambda s: attend(s, value, *samples))(torch.stack((shapes, shapes)))
@@ -178,7 +178,7 @@ def test_what_has_no_gradient_of_its_kind_is_refused():
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_decomposed_is_the_same(form):
+def test_decomposed_calls_agree_with_the_operator(form):
     shapes, leaves, grad = tensors("cpu", coordinates=form[0], levels=form[1], packed=form[2])
     output = attend(shapes, *leaves)
     with decomposed():
@@ -248,7 +248,7 @@ def test_a_repeated_call_is_neither_validated_nor_planned_again(monkeypatch, dty
 
 
 @pytest.mark.gpu
-def test_validation_reads_metadata_on_the_gpu():
+def test_validate_reads_metadata_on_the_gpu_and_raises():
     shapes, (value, *samples), _ = tensors("cuda", "float32")
     attend(shapes, value, *samples, validate=True)
     shapes[1, 0] = 400
@@ -259,7 +259,7 @@ def test_validation_reads_metadata_on_the_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
-def test_layouts_that_a_known_one_does_not_serve(packed):
+def test_an_unaligned_or_strided_tensor_takes_the_general_path(packed):
     shapes, leaves, _ = tensors("cuda", "float32", packed=packed)
     leaves = [leaf.detach() for leaf in leaves]
     want = attend(shapes, *leaves)

@@ -58,7 +58,7 @@ def test_forward_is_the_formula(coordinates):
     torch.testing.assert_close(layer(query, references, memory, shapes, starts), want)
 
 
-def test_level_sizes_as_numbers():
+def test_level_sizes_may_be_numbers():
     layer, (query, references, memory, shapes, starts) = attention_module(), module_inputs()
     want = layer(query, references, memory, shapes, starts)
     torch.testing.assert_close(layer(query, references, memory, LEVELS, None), want, rtol=0, atol=0)
@@ -73,7 +73,7 @@ def test_padding_counts_as_zero():
     torch.testing.assert_close(have, layer(query, references, zeroed, shapes, starts), rtol=1e-8, atol=1e-8)
 
 
-def test_gradients_reach_every_parameter_and_agree_with_the_composition():
+def test_gradients_reach_every_parameter_and_agree_with_decomposed():
     layer, inputs = attention_module(), module_inputs(4)
     grads = []
     for way in (torch.enable_grad, decomposed):
@@ -88,7 +88,7 @@ def test_gradients_reach_every_parameter_and_agree_with_the_composition():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_locations_are_float32_under_autocast(dtype):
-    """Half a pixel of a level of 1024 columns is less than 16 bits of a location tell apart."""
+    """16 bits of a location do not resolve half a pixel of a level of 1024 columns."""
     layer, (query, references, *_) = attention_module(n_levels=1).float(), to_float32(module_inputs())
     memory, levels = torch.randn(2, 1024, 16), [(1, 1024)]
     references = references[:, :, :1] * 0.2 + 0.75

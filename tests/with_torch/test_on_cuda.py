@@ -1,4 +1,4 @@
-"""The torch operator on the device: repeated calls, CUDA graphs, streams, threads, memory, a second GPU."""
+"""The torch operator on a GPU: repeated calls, CUDA graphs, streams, threads, memory, a second GPU."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from tests.helpers.torch_calls import LEVELS, assert_same, results, tensors
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer]
 
 
-def again(arguments, seed=7):
+def overwrite(arguments, seed=7):
     """Other numbers in the same tensors."""
     other = tensors("cuda", arguments[0].dtype, arguments[3].dtype, seed=seed)
     with torch.no_grad():
@@ -26,13 +26,13 @@ def again(arguments, seed=7):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("metadata", ["tensors", "numbers"])
-def test_a_repeated_call_is_neither_validated_nor_planned_again(monkeypatch, dtype, metadata):
+def test_a_repeated_call_is_neither_validated_nor_planned_overwrite(monkeypatch, dtype, metadata):
     arguments = list(tensors("cuda", dtype, starts=True))
     if metadata == "numbers":
         arguments[1:3] = [list(map(list, LEVELS)), None]
     results(ms_deform_attn, arguments)
     results(ms_deform_attn, arguments)
-    again(arguments)
+    overwrite(arguments)
     want = results(lambda v, s, f, x, w: ms_deform_attn(v, torch.tensor(LEVELS), None, x, w), arguments)
     monkeypatch.setattr(validate, "read", None)
     have = results(ms_deform_attn, arguments)
@@ -42,7 +42,7 @@ def test_a_repeated_call_is_neither_validated_nor_planned_again(monkeypatch, dty
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
-def test_unaligned_slices_of_a_known_layout(offset):
+def test_an_unaligned_tensor_takes_the_general_path(offset):
     arguments = list(tensors("cuda", requires_grad=False))
     want = ms_deform_attn(*arguments[:5])
     ms_deform_attn(*arguments[:5])
@@ -54,7 +54,7 @@ def test_unaligned_slices_of_a_known_layout(offset):
     assert_same(results(ms_deform_attn, arguments)[:1], [want], rtol=1e-6)
 
 
-def test_a_known_layout_with_strides_or_other_metadata_is_another():
+def test_strides_and_other_metadata_are_another_layout():
     arguments = list(tensors("cuda", requires_grad=False, starts=True))
     want = ms_deform_attn(*arguments[:5])
     value, shapes, starts, locations, weights, _ = arguments
@@ -69,7 +69,7 @@ def test_a_known_layout_with_strides_or_other_metadata_is_another():
         ms_deform_attn(value, [[60, 70], [3, 4]], None, locations, weights)
 
 
-def test_forgets_layouts_when_there_are_too_many(monkeypatch):
+def test_the_plan_cache_forgets_when_it_is_full(monkeypatch):
     from cupy_msda.torch import fast_path
 
     monkeypatch.setattr(fast_path, "_MOST_PLANS", 3)
@@ -91,7 +91,7 @@ def static_step(arguments):
 
 @pytest.mark.no_sanitizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_graph_of_a_training_step(dtype):
+def test_a_graph_replays_a_training_step(dtype):
     arguments = tensors("cuda", dtype, torch.float32, starts=True)
     arguments = [a if a is None else a.detach().requires_grad_(a.requires_grad) for a in arguments]
     side = torch.cuda.Stream()
@@ -103,7 +103,7 @@ def test_graph_of_a_training_step(dtype):
     with torch.cuda.graph(graph):
         output, leaves = static_step(arguments)
     for seed in (1, 2):
-        again(arguments, seed)
+        overwrite(arguments, seed)
         graph.replay()
         want = results(ms_deform_attn, arguments)
         have = [output.detach(), *(leaf.grad for leaf in leaves)]
@@ -112,7 +112,7 @@ def test_graph_of_a_training_step(dtype):
 
 @pytest.mark.no_sanitizer
 @pytest.mark.parametrize("metadata", ["tensors", "numbers"])
-def test_graph_of_a_forward(metadata):
+def test_a_graph_replays_a_forward(metadata):
     arguments = list(tensors("cuda", requires_grad=False, starts=True))
     if metadata == "numbers":
         arguments[1:3] = [list(map(list, LEVELS)), None]
@@ -120,7 +120,7 @@ def test_graph_of_a_forward(metadata):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = ms_deform_attn(*arguments[:5])
-    again(arguments, 3)
+    overwrite(arguments, 3)
     graph.replay()
     assert_same([output], [ms_deform_attn(*arguments[:5])], rtol=0)
 
@@ -158,7 +158,7 @@ def test_first_call_inside_a_capture_works_after_warmup(metadata):
     assert_same([output], [ms_deform_attn(*arguments)], rtol=0)
 
 
-def test_tensors_freed_right_after_the_call_on_a_side_stream():
+def test_tensors_may_be_freed_right_after_a_call_on_a_side_stream():
     want = [r.clone() for r in results(ms_deform_attn, tensors("cuda", starts=True))]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -176,7 +176,7 @@ def test_tensors_freed_right_after_the_call_on_a_side_stream():
 
 
 @pytest.mark.no_sanitizer("racecheck")
-def test_threads_on_streams_of_their_own():
+def test_threads_compute_on_their_own_streams():
     """Each compiles, launches and repeats at the same time; a thread's first use of CUDA is our call."""
     inputs = {P: of_points(P) for P in (5, 6, 7, 8)}
     torch.cuda.synchronize()
@@ -201,7 +201,7 @@ def test_threads_on_streams_of_their_own():
         assert_same([outputs[P]], [ms_deform_attn(*arguments)], rtol=0)
 
 
-def test_first_use_in_a_forked_child():
+def test_a_forked_child_may_be_the_first_to_use_cuda():
     code = """
 import os, torch, cupy, cupy_msda
 from cupy_msda.torch import ms_deform_attn
@@ -217,7 +217,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def peak(call):
-    """Bytes that a call takes at most beside what was there."""
+    """The most bytes that a call allocates at one time."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -245,7 +245,7 @@ def test_autocast_makes_no_float32_copies(dtype):
     assert peak(lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)) <= allowed
 
 
-def test_second_device_while_the_first_is_current():
+def test_tensors_on_another_device_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     arguments = tensors("cuda:1", starts=True)

@@ -20,7 +20,6 @@ from tests.helpers.torch_calls import (
     tensors,
 )
 
-
 # Exported programs that users have saved hold these names and schemas.
 INPUTS = (
     "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, "
@@ -54,7 +53,7 @@ def test_schemas_are_those_of_saved_programs(name):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("starts", [True, False], ids=["starts", "packed"])
+@pytest.mark.parametrize("starts", [True, False], ids=["starts", "contiguous"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_forward(device, starts, dtype):
     *inputs, _ = tensors(device, dtype, torch.float32, starts=starts)
@@ -108,7 +107,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compile(device, dynamic, mode):
+def test_compiled_code_gives_the_same_numbers(device, dynamic, mode):
     arguments = tensors(device, starts=True)
     compiled = torch.compile(between_other_operations, fullgraph=True, dynamic=dynamic, mode=mode)
     want = results(between_other_operations, arguments)
@@ -141,7 +140,7 @@ def with_numbers(device, **sizes):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compile_with_level_sizes_as_numbers(device, mode):
+def test_compiled_code_takes_level_sizes_as_numbers(device, mode):
     arguments = with_numbers(device)
     compiled = torch.compile(between_other_operations, fullgraph=True, mode=mode)
     want = results(between_other_operations, arguments)
@@ -179,7 +178,7 @@ def test_dynamic_compilation_serves_other_numbers(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_operator_with_level_sizes_as_numbers(device):
+def test_the_operator_takes_level_sizes_as_numbers(device):
     value, shapes, _, locations, weights, _ = tensors(device, torch.float64, starts=False)
     sizes = [size for level in shapes.tolist() for size in level]
     arguments = (value, None, None, locations, weights, 64, None, None, "bilinear", "zeros", False, None, sizes)
@@ -195,7 +194,7 @@ def test_operator_with_level_sizes_as_numbers(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compile_under_autocast(device):
+def test_compiled_code_follows_autocast(device):
     value, shapes, starts, locations, weights, _ = tensors(device, torch.bfloat16, torch.float32, requires_grad=False)
 
     def step(weights):
@@ -213,7 +212,7 @@ class Module(torch.nn.Module):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_export_with_dynamic_sizes(device):
+def test_an_exported_program_serves_other_sizes(device):
     *inputs, _ = tensors(device, requires_grad=False, starts=True)
     N, Q = torch.export.Dim("N", max=64), torch.export.Dim("Q", max=100000)
     dynamic = ({0: N}, {}, {}, {0: N, 1: Q}, {0: N, 1: Q})
@@ -228,7 +227,7 @@ def test_export_with_dynamic_sizes(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_functional_call_with_gradients(device):
+def test_torch_func_grad_differentiates_a_functional_call(device):
     class Scaled(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -250,7 +249,7 @@ def test_functional_call_with_gradients(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 1, 0)], ids=str)
-def test_vmap(device, in_dims):
+def test_vmap_agrees_with_a_loop(device, in_dims):
     value, shapes, starts, locations, weights, _ = tensors(device, requires_grad=False)
     stack = [
         tensor if dim is None else torch.stack((tensor, tensor.flip(0), tensor * 0.5), dim)
@@ -316,7 +315,7 @@ def test_mixed_dtypes_without_autocast_are_refused(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_training_step_with_gradient_scaler(device):
+def test_training_with_a_gradient_scaler_lowers_the_loss(device):
     torch.manual_seed(0)
     value, shapes, starts, locations, weights, _ = tensors(device, requires_grad=False)
     projection = torch.nn.Linear(8, 8).to(device)
@@ -360,7 +359,7 @@ def test_subclasses_and_modes_see_the_operator():
 
 
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
-def test_operator_against_the_reference(case):
+def test_the_operator_agrees_with_the_reference(case):
     inputs = case.inputs("float64")
     put = [None if a is None else torch.from_numpy(a) for a in inputs]
     output = forward_operator(*put[:5], 64, None)

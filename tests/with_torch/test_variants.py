@@ -23,7 +23,7 @@ def positional(case):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", FORMS, ids=str)
-def test_gradients_against_the_reference(device, case):
+def test_output_and_gradients_agree_with_the_reference(device, case):
     arguments = tensors_of(case, device)
     output, *grads = results(lambda *a: ms_deform_attn(*a, **case.variant), arguments)
     want_output, want = cases.expected(case.inputs(), **case.variant)
@@ -49,7 +49,7 @@ def test_opcheck(device, case):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", [FORMS[0], FORMS[3], FORMS[6]], ids=str)
-def test_compile(device, case):
+def test_compiled_code_gives_the_same_numbers(device, case):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: ms_deform_attn(*a, **case.variant) * 2, fullgraph=True)
     arguments = tensors_of(case, device)
@@ -57,7 +57,7 @@ def test_compile(device, case):
 
 
 @pytest.mark.parametrize("case", [FORMS[0], FORMS[3], FORMS[6]], ids=str)
-def test_export(case):
+def test_an_exported_program_gives_the_same_numbers(case):
     class Net(torch.nn.Module):
         def forward(self, *inputs):
             return ms_deform_attn(*inputs, **case.variant)
@@ -71,7 +71,7 @@ def test_export(case):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", FORMS, ids=str)
-def test_second_order(device, case):
+def test_second_derivatives_agree_with_finite_differences(device, case):
     value, shapes, starts, locations, weights, _ = tensors_of(case, device, torch.float64)
     leaves = [tensor for tensor in (value, locations, weights) if tensor.requires_grad]
 
@@ -85,7 +85,7 @@ def test_second_order(device, case):
 
 
 @pytest.mark.parametrize("case", FORMS, ids=str)
-def test_composition_agrees(case):
+def test_decomposed_calls_agree_with_the_operator(case):
     arguments = tensors_of(case, dtype=torch.float64)
     direct = results(lambda *a: ms_deform_attn(*a, **case.variant), arguments)
     with decomposed():
@@ -94,7 +94,7 @@ def test_composition_agrees(case):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(device, dtype):
+def test_autocast_takes_locations_and_weights_in_float32(device, dtype):
     case = FORMS[0]
     value, shapes, starts, locations, weights, _ = tensors_of(case, device, dtype, torch.float32)
     with torch.autocast(device, dtype):
