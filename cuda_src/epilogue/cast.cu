@@ -1,10 +1,12 @@
-// Rounds the float32 gradient of a 16-bit value to its dtype.
+// After a backward that sums with atomics: casts the float32 gradient of value to value's 16-bit dtype.
 #include "common/types.cuh"
 #include "common/vectors.cuh"
 
 namespace msda {
 
-extern "C" __global__ void msda_cast(const float* __restrict__ source, value_t* __restrict__ target, long long count) {
+// Four elements per thread and step; the first threads cast the last `count % 4` one by one.
+extern "C" __global__ void msda_cast(
+        const float* __restrict__ source, value_t* __restrict__ target, long long count) {
     const long long stride = (long long)gridDim.x * blockDim.x;
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count / 4; i += stride) {
         const float4 x = __ldg(reinterpret_cast<const float4*>(source) + i);
