@@ -46,24 +46,12 @@ MANY_PARAMETERS = {
     "torch.functional.ms_deform_attn",
     "torch.functional.ms_deform_attn_fused",
 }
-PRIVATE_WORDS = {
-    *(
-        "ahead",
-        "alone",
-        "aside",
-        "beside",
-        "bin",
-        "bins",
-        "joined",
-        "merged",
-        "own",
-        "piece",
-        "pieces",
-        "quick",
-        "recall",
-    ),
-    *("recipe", "recipes", "screened", "sliced", "together", "turn", "turns"),
-}
+PRIVATE_WORDS = set(
+    """
+    ahead alone aside beside bin bins joined merged own piece pieces quick recall recipe recipes screened sliced together
+    turn turns
+    """.split()  # noqa: SIM905
+)
 
 
 def name_of(path: Path) -> str:
