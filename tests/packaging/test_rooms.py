@@ -48,8 +48,8 @@ MANY_PARAMETERS = {
 }
 PRIVATE_WORDS = set(
     """
-    ahead alone aside beside bin bins joined merged own piece pieces quick recall recipe recipes screened sliced together
-    turn turns
+    ahead alone aside beside bin bins joined merged own piece pieces quick recall recipe recipes screened sliced
+    together turn turns
     """.split()  # noqa: SIM905
 )
 
