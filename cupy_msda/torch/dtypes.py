@@ -1,4 +1,4 @@
-"""Which dtypes the contract allows together, and the rule of autocast where they do not agree."""
+"""Which dtypes the contract allows in one call, and the rule of autocast where they do not agree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 def dtypes_agree(arguments: Arguments) -> bool:
-    """Whether the contract allows the dtypes of these arguments together."""
+    """Whether the contract allows the dtypes of these arguments in one call."""
     value, locations, weights, references = (
         arguments.value, arguments.locations, arguments.weights, arguments.reference_points
     )  # fmt: skip
@@ -20,20 +20,20 @@ def dtypes_agree(arguments: Arguments) -> bool:
     return _agree(value, (locations,) if weights is None else (locations, weights))
 
 
-def _agree(value: Tensor, together: tuple[Tensor, ...]) -> bool:
-    dtype = together[0].dtype
-    return all(tensor.dtype is dtype for tensor in together) and (
+def _agree(value: Tensor, samples: tuple[Tensor, ...]) -> bool:
+    dtype = samples[0].dtype
+    return all(tensor.dtype is dtype for tensor in samples) and (
         dtype is value.dtype or (dtype is torch.float32 and value.dtype in _SIXTEEN_BIT)
     )
 
 
-def agreed_dtypes(value: Tensor, *together: Tensor) -> tuple[Tensor, ...]:
-    """`together`, such as locations and weights, in dtypes that go with value's: their own, else the widest that does.
+def agreed_dtypes(value: Tensor, *samples: Tensor) -> tuple[Tensor, ...]:
+    """`samples`, such as locations and weights, in dtypes that go with value's: their own, else the widest that does.
 
     The rule of autocast. It lowers nothing and never touches value, so it costs no copy in the usual case, where a
     linear layer made value 16-bit, and softmax and the reference points made the others float32.
     """
-    if _agree(value, together):
-        return together
+    if _agree(value, samples):
+        return samples
     dtype = torch.float32 if value.dtype in _SIXTEEN_BIT else value.dtype
-    return tuple(tensor.to(dtype) for tensor in together)
+    return tuple(tensor.to(dtype) for tensor in samples)
