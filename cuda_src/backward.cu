@@ -13,8 +13,8 @@
 
 namespace msda {
 
-constexpr bool aggregated = config::aggregation_bits != 0;
-constexpr bool adds_each_sample = config::grad_value && !aggregated;
+enum : bool { aggregated = config::aggregation_bits != 0 };
+enum : bool { adds_each_sample = config::grad_value && !aggregated };
 
 using backward_shared = select<aggregated, aggregation_shared, block_shared<config::warps>>;
 using held_grad_output = select<tensor_cores, mma_grad_output, fma_grad_output>;
@@ -45,26 +45,26 @@ __device__ __forceinline__ assignment assignment_of_backward_block() {
         head = first_head_of_block();
     }
     // Backwards, so that the coarse levels come first: float32 alone gains (#backward-reversed-blocks).
-    if constexpr (aggregated && config::tile_rows && is_same<value_t, float>) block = gridDim.x - 1 - block;
+    if constexpr (aggregated && config::tile_rows && is_same<value_t, float>::value) block = gridDim.x - 1 - block;
     return assignment_of(head, block);
 }
 
 // The dot products of samples [k0, k0 + config::chunk) of this lane's query, to their places, and what each sample adds to
 // grad_value, unless that is aggregated. `value` and `grad_value` begin at pixel 0 of the image, at the channels of this lane.
 // By all lanes of a warp.
-template <typename Products, typename Held>
+template <typename Products, typename Held, typename Shared>
 __device__ __forceinline__ void multiply_chunk(
-        const level_info* levels, prepared_sample* samples, int k0, const value_t* grad_output, Held& held, address_t value,
+        const Shared& shared, prepared_sample* samples, int k0, const value_t* grad_output, Held& held, address_t value,
         address_t grad_value) {
     const int lane = threadIdx.x % 32 % dot_lanes;
 #pragma unroll config::unroll
     for (int k = 0; k < config::chunk; ++k) {
         const prepared_sample sample = samples[k];
         const int mask = (int)sample.pixel_and_mask;
-        const int level = K % config::chunk ? min(level_of(k0 + k), config::L - 1) : level_of(k0 + k);
+        const int level = K % config::chunk ? min(MSDA_LEVEL_OF(k0 + k), config::L - 1) : MSDA_LEVEL_OF(k0 + k);
         // Pixels of the upper and the lower row, added in the index's own bits, and their addresses in registers: else there
         // are more instructions per sample (docs/performance/decisions.md#backward-value-addresses-in-registers).
-        const index_t pixel = pixel_of(sample), pixels[2] = {pixel, pixel + levels[level].w};
+        const index_t pixel = pixel_of(sample), pixels[2] = {pixel, pixel + shared.levels[level].w};
         [[maybe_unused]] address_t from[2];
         if constexpr (grad_samples) {
 #pragma unroll
@@ -115,21 +115,21 @@ __device__ __forceinline__ void multiply_chunk(
 }
 
 // Gradients of the samples of a chunk, from their dot products.
+template <typename Shared>
 __device__ __forceinline__ void write_gradients(
-        prepared_sample* samples, const level_info* levels, const shared_queries& queries, const lane_samples& raw,
-        int tile, int k0, const block_arrays& block) {
+        prepared_sample* samples, const Shared& shared, const lane_samples& raw, int tile, int k0,
+        const block_arrays& block) {
     if constexpr (fused)
-        write_fused_gradients(samples, levels, queries, raw, tile, block.grad_locations, block.grad_weights);
+        write_fused_gradients(samples, shared, raw, tile, block.grad_locations, block.grad_weights);
     else
-        write_plain_gradients(samples, levels, queries, raw, tile, k0, block.grad_locations, block.grad_weights);
+        write_plain_gradients(samples, shared, raw, tile, k0, block.grad_locations, block.grad_weights);
     if constexpr (config::grad_references)
-        write_reference_gradients(samples, levels, queries, tile, block.grad_references);
+        write_reference_gradients(samples, shared, tile, block.grad_references);
 }
 
 // A block that adds up the samples of each cell before they go to grad_value.
 template <typename Shared>
 __device__ __forceinline__ void run_aggregated(Shared& shared, const block_arrays& block, int lane, int dot_lane) {
-    const shared_queries queries = {shared.query};
     const int warp = threadIdx.x / 32;
 #pragma unroll 1
     for (int k0 = 0; k0 < K; k0 += config::chunk) {
@@ -148,7 +148,7 @@ __device__ __forceinline__ void run_aggregated(Shared& shared, const block_array
                 // Of this lane, among the groups of dot_lanes lanes: its query, and the tile of that.
                 const int group = threadIdx.x % 32 / dot_lanes, local = group % queries_per_tile;
                 const int tile_of_lane = tile + group / queries_per_tile;
-                const index_t q = queries.at(tile_of_lane, local);
+                const index_t q = query_of(shared, tile_of_lane, local);
                 const value_t* grad_output = block.grad_output + (long long)(q < 0 ? 0 : q) * (config::M * config::D);
                 held_grad_output held;
                 held.load(grad_output, dot_lane);
@@ -160,23 +160,23 @@ __device__ __forceinline__ void run_aggregated(Shared& shared, const block_array
                 for (int j = 0; j < config::paired_tiles; ++j) {
                     if (config::paired_tiles == 1)
                         load_samples<false>(
-                            raw[j], queries, tile + j, k0, block.locations, block.weights, block.references);
+                            raw[j], shared, tile + j, k0, block.locations, block.weights, block.references);
                     samples[j] = shared.samples[(tile + j) * config::warps + warp];
                     if constexpr (fused) restore_weights(raw[j], samples[j]);
                 }
                 prepared_sample* samples_of_lane =
                     shared.samples[tile_of_lane * config::warps + warp] + local * sample_pitch;
                 multiply_chunk<dot_products>(
-                    shared.levels, samples_of_lane, k0, grad_output, held, block.value, block.grad_value);
+                    shared, samples_of_lane, k0, grad_output, held, block.value, block.grad_value);
                 __syncwarp();
 #pragma unroll
                 for (int j = 0; j < config::paired_tiles; ++j)
                     if (config::paired_tiles > 1)
                         load_samples<false>(
-                            raw[j], queries, tile + j, k0, block.locations, block.weights, block.references);
+                            raw[j], shared, tile + j, k0, block.locations, block.weights, block.references);
 #pragma unroll
                 for (int j = 0; j < config::paired_tiles; ++j)
-                    write_gradients(samples[j], shared.levels, queries, raw[j], tile + j, k0, block);
+                    write_gradients(samples[j], shared, raw[j], tile + j, k0, block);
             }
             __syncthreads();
         }
@@ -186,14 +186,13 @@ __device__ __forceinline__ void run_aggregated(Shared& shared, const block_array
 // A block whose samples go to grad_value one by one, if value needs a gradient.
 template <typename Shared>
 __device__ __forceinline__ void run_each_sample(Shared& shared, const block_arrays& block, int dot_lane) {
-    const shared_queries queries = {shared.query};
     const int local = threadIdx.x % 32 / config::lanes;
     prepared_sample* samples = shared.samples[threadIdx.x / 32];
     lane_samples raw;
-    load_samples<false>(raw, queries, 0, 0, block.locations, block.weights, block.references);
+    load_samples<false>(raw, shared, 0, 0, block.locations, block.weights, block.references);
 #pragma unroll 1
     for (int tile = 0; tile < config::query_tiles; ++tile) {
-        const index_t q = queries.at(tile, local);
+        const index_t q = query_of(shared, tile, local);
         // Lanes past the last query take part in the shuffles; query 0 stands in as an address they may read.
         const value_t* grad_output = block.grad_output + (long long)(q < 0 ? 0 : q) * (config::M * config::D);
         held_grad_output held;
@@ -201,20 +200,20 @@ __device__ __forceinline__ void run_each_sample(Shared& shared, const block_arra
 
 #pragma unroll 1
         for (int k0 = 0; k0 < K; k0 += config::chunk) {
-            prepare_samples(samples, shared_levels{shared.levels}, queries, raw, tile, k0);
+            prepare_samples(samples, shared, raw, tile, k0);
             __syncwarp();
             multiply_chunk<dot_products>(
-                shared.levels, samples + local * sample_pitch, k0, grad_output, held, block.value, block.grad_value);
+                shared, samples + local * sample_pitch, k0, grad_output, held, block.value, block.grad_value);
             __syncwarp();
             if constexpr (grad_samples) {
-                write_gradients(samples, shared.levels, queries, raw, tile, k0, block);
+                write_gradients(samples, shared, raw, tile, k0, block);
                 __syncwarp();
             }
             if (k0 + config::chunk < K) {
                 load_samples<false>(
-                    raw, queries, tile, k0 + config::chunk, block.locations, block.weights, block.references);
+                    raw, shared, tile, k0 + config::chunk, block.locations, block.weights, block.references);
             } else if (tile + 1 < config::query_tiles) {
-                load_samples<false>(raw, queries, tile + 1, 0, block.locations, block.weights, block.references);
+                load_samples<false>(raw, shared, tile + 1, 0, block.locations, block.weights, block.references);
             }
         }
     }

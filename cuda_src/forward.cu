@@ -21,7 +21,6 @@ using forward_shared = select<
     !config::warp_independent, block_shared<config::warps>,
     select<config::levels_in_registers, warp_shared, warp_shared_with_levels>>;
 using warp_levels = select<config::levels_in_registers, register_levels, shared_levels>;
-using warp_queries = select<config::warp_independent, lane_queries, shared_queries>;
 
 using channel_sums = acc_t[channel_tiles][config::vec];
 
@@ -29,14 +28,24 @@ static_assert(sizeof(forward_shared) == config::shared_bytes, "the planner and t
 
 // ---- work --------------------------------------------------------------------------------------------------
 
-// Levels and queries that the warps of a block share.
-template <typename Shared, typename Levels, typename Queries>
+// What the warps of a block share, where they are not independent.
+template <typename Levels, typename Shared>
 __device__ __forceinline__ void begin_shared(
-        Shared& shared, const assignment& work, const level_metadata& metadata, const long long* __restrict__ lengths,
-        long long S, index_t Q, Levels& levels, Queries& queries) {
+        Levels& levels, Shared& shared, const assignment& work, const level_metadata& metadata,
+        const long long* __restrict__ lengths, long long S, index_t Q) {
     levels.of = shared.levels;
-    queries.of_block = shared.query;
     begin_block<false>(shared, work, metadata, lengths, S, Q);
+}
+
+// The queries of a warp's tile: a lane each, or, where the warps of a block share them, in shared memory.
+template <typename Shared, typename Levels>
+__device__ __forceinline__ decltype(auto) queries_of_tile(
+        const Shared& shared, const Levels& levels, const assignment& work, int tile,
+        const long long* __restrict__ lengths, index_t Q, bool packed) {
+    if constexpr (config::warp_independent)
+        return lane_queries{query_of_tile(levels, work, tile, (int)(threadIdx.x % 32), lengths, Q, packed)};
+    else
+        return (shared);    // by reference
 }
 
 // Raw samples of the lanes to prepared ones, where warps are independent. A sample that does not exist is marked by its NaN.
@@ -45,13 +54,13 @@ __device__ __forceinline__ void prepare_marked_samples(
         prepared_sample* samples, const Levels& levels, lane_samples& raw, int k0) {
     if constexpr (fused) softmax(raw);
     // Where the lanes of a warp are whole queries, all samples of a lane are of one level.
-    level_info level = levels.at(min(level_of(k0 + (int)(threadIdx.x % sample_slots)), config::L - 1));
+    level_info level = levels.at(min(MSDA_LEVEL_OF(k0 + (int)(threadIdx.x % sample_slots)), config::L - 1));
 #pragma unroll
     for (int fill = 0; fill < samples_per_lane; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
         const int pair = i / sample_slots, slot = i % sample_slots;
         if (pair < pairs_per_tile && slot < config::chunk) {
-            const int l = min(level_of(k0 + slot), config::L - 1);
+            const int l = min(MSDA_LEVEL_OF(k0 + slot), config::L - 1);
             if (32 % sample_slots) level = levels.at(l);
             const sampling_point point = sampling_point_of(raw, fill, l, level);
             if constexpr (config::masked_neighbours)
@@ -106,18 +115,6 @@ __device__ __forceinline__ void sum_over_lane_groups(channel_sums& sum) {
             for (int v = 0; v < config::vec; ++v) sum[tile][v] += __shfl_xor_sync(0xffffffffu, sum[tile][v], mask);
 }
 
-__device__ __forceinline__ void store_output(value_t* target, const channel_sums& sum, int lane) {
-#pragma unroll
-    for (int tile = 0; tile < channel_tiles; ++tile) {
-        const int channel = tile * channel_tile + lane * config::vec;
-        if (config::D % channel_tile != 0 && channel >= config::D) continue;
-        channel_vector out;
-#pragma unroll
-        for (int v = 0; v < config::vec; ++v) narrow(sum[tile][v], out.element[v]);
-        __stcs(reinterpret_cast<decltype(out.word)*>(target + channel), out.word);
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_forward(
         const value_t* __restrict__ value, const __grid_constant__ level_metadata metadata,
         const location_t* __restrict__ locations, const location_t* __restrict__ weights,
@@ -130,17 +127,11 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks)
 
     if (config::query_tiles == 1 && first_head_of_block() >= heads) return;
     warp_levels levels;
-    [[maybe_unused]] warp_queries queries;
-    assignment work;
-    int tiles = 1;
-    [[maybe_unused]] bool packed = false;
-    if constexpr (config::warp_independent) {
-        work = assignment_of_warps(heads, tiles);
-        if constexpr (config::tile_rows != 0) packed = begin_levels(levels, shared, metadata, S, Q);
-    } else {
-        work = assignment_of_block();
-        begin_shared(shared, work, metadata, lengths, S, Q, levels, queries);
-    }
+    int tiles;
+    const assignment work = assignment_of_warps(heads, tiles);
+    [[maybe_unused]] bool packed = false;   // whether queries may be taken in tiles of pixels
+    if constexpr (!config::warp_independent) begin_shared(levels, shared, work, metadata, lengths, S, Q);
+    else if constexpr (config::tile_rows != 0) packed = begin_levels(levels, shared, metadata, S, Q);
     locations += first_element(work, Q_, locations_pitch);
     weights += first_element(work, Q_, weights_pitch);
     keep_in_register(locations), keep_in_register(weights);     // else their bases are added again at each load
@@ -158,6 +149,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks)
     if constexpr (vectorised_loads) next = query_of_tile(levels, work, 0, local, lengths, Q, packed);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
+        [[maybe_unused]] const auto& queries = queries_of_tile(shared, levels, work, tile, lengths, Q, packed);
         index_t q;
         [[maybe_unused]] vector_samples vectors;
         [[maybe_unused]] lane_samples raw;
@@ -165,10 +157,8 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks)
             q = next;
             load_vector_samples(vectors, q, head, lane, locations, weights);
         } else {
-            if constexpr (config::warp_independent)
-                queries = {query_of_tile(levels, work, tile, (int)(threadIdx.x % 32), lengths, Q, packed)};
             load_samples<config::warp_independent>(raw, queries, 0, 0, locations, weights, references);
-            q = queries.at(0, local);
+            q = query_of(queries, 0, local);
         }
         if constexpr (config::warp_independent && !config::tile_rows)
             begin_levels(levels, shared, metadata, S, Q);  // while the samples come
@@ -190,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks)
                 next = tile + 1 < tiles ? query_of_tile(levels, work, tile + 1, local, lengths, Q, packed) : -1;
             } else {
                 if constexpr (config::warp_independent) prepare_marked_samples(samples, levels, raw, k0);
-                else prepare_samples(samples, levels, queries, raw, 0, k0);
+                else prepare_samples(samples, queries, raw, 0, k0);
                 __syncwarp();
                 // The loads of the next chunk, so that this one hides their latency.
                 if (k0 + config::chunk < K)
@@ -205,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks)
                 for (int step = 0; step < config::chunk; step += config::lane_groups) {
                     const int k = step + first_k;
                     if (config::chunk % config::lane_groups != 0 && k >= config::chunk) break;
-                    const int level = config::chunk >= K ? level_of(k) : min(level_of(k0 + k), config::L - 1);
+                    const int level = config::chunk >= K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), config::L - 1);
                     const address_t below = (address_t)levels.width(level) * (config::pixel_stride * sizeof(value_t));
                     const prepared_sample sample = config::masked_neighbours ? ahead : of_query[sample_slot(k)];
                     if (config::masked_neighbours)
@@ -218,8 +208,18 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks)
 
         sum_over_lane_groups(sum);
         const index_t number = query_number(q);
-        if (number >= 0 && first_k == 0)
-            store_output(output + ((work.image * Q + number) * config::M + work.m + head) * config::D, sum, lane);
+        if (number >= 0 && first_k == 0) {
+            value_t* target = output + ((work.image * Q + number) * config::M + work.m + head) * config::D;
+#pragma unroll
+            for (int t = 0; t < channel_tiles; ++t) {
+                const int channel = t * channel_tile + lane * config::vec;
+                if (config::D % channel_tile != 0 && channel >= config::D) continue;
+                channel_vector out;
+#pragma unroll
+                for (int v = 0; v < config::vec; ++v) narrow(sum[t][v], out.element[v]);
+                __stcs(reinterpret_cast<decltype(out.word)*>(target + channel), out.word);
+            }
+        }
     }
 }
 

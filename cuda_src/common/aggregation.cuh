@@ -12,12 +12,11 @@
 
 namespace msda {
 
-constexpr int sort_keys = 1 << config::aggregation_bits;
-constexpr int level_bits =
-    bits_of(config::L) < config::aggregation_bits ? bits_of(config::L) : config::aggregation_bits;
-constexpr int cell_bits = config::aggregation_bits - level_bits;
-constexpr int y_bits = cell_bits / 2, x_bits = cell_bits - y_bits;
-constexpr int groups_per_block = config::warps * queries_per_tile;      // a group of lanes per query
+enum : int { sort_keys = 1 << config::aggregation_bits };
+enum : int { level_bits = bits_of(config::L) < config::aggregation_bits ? bits_of(config::L) : config::aggregation_bits };
+enum : int { cell_bits = config::aggregation_bits - level_bits };
+enum : int { y_bits = cell_bits / 2, x_bits = cell_bits - y_bits };
+enum : int { groups_per_block = config::warps * queries_per_tile };      // a group of lanes per query
 
 // Shared memory of a block that aggregates: it holds the samples of all its tiles.
 struct aggregation_shared : block_shared<config::warps * config::query_tiles> {
@@ -36,13 +35,12 @@ template <typename Shared>
 __device__ __forceinline__ unsigned prepare_sorted_samples(
         Shared& shared, int k0, const location_t* __restrict__ locations, const location_t* __restrict__ weights,
         const reference_t* __restrict__ references) {
-    const shared_queries queries = {shared.query};
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int key = threadIdx.x; key < sort_keys; key += threads_per_block) shared.key_begin[key] = 0;
     lane_samples raw[config::query_tiles];
 #pragma unroll
     for (int tile = 0; tile < config::query_tiles; ++tile)
-        load_samples<false>(raw[tile], queries, tile, k0, locations, weights, references);
+        load_samples<false>(raw[tile], shared, tile, k0, locations, weights, references);
     __syncthreads();
     unsigned key_and_rank[config::query_tiles][samples_per_lane];
 #pragma unroll
@@ -53,10 +51,10 @@ __device__ __forceinline__ unsigned prepare_sorted_samples(
             const int i = fill * 32 + lane, local = i / sample_slots, slot = i % sample_slots, k = k0 + slot;
             key_and_rank[tile][fill] = 0xffffffffu;
             if (local >= queries_per_tile || slot >= config::chunk) continue;
-            const index_t q = queries.at(tile, local);
+            const index_t q = query_of(shared, tile, local);
             prepared_sample sample = {0, 0, 0, 0};
             if (q >= 0 && k < K) {
-                const int level = level_of(k);
+                const int level = MSDA_LEVEL_OF(k);
                 const sampling_point point = sampling_point_of(raw[tile], fill, level, shared.levels[level]);
                 sample = prepare_sample(point.x, point.y, point.attention, shared.levels[level]);
                 if (sample.pixel_and_mask & 15) {
@@ -122,13 +120,14 @@ __device__ __forceinline__ void add_column(
 }
 
 // Adds the sums of a cell to grad_value, except the right column where it `stays`.
+template <typename Shared>
 __device__ __forceinline__ void flush_cell(
-        const level_info* levels, const cell_sums& cell, [[maybe_unused]] bool stays, address_t grad_value) {
+        const Shared& shared, const cell_sums& cell, [[maybe_unused]] bool stays, address_t grad_value) {
     address_t upper = grad_value + (long long)(cell.pixel_and_mask >> 4) * grad_value_pitch;
     keep_in_register(upper);
     if constexpr (!config::nearest) {
         const int mask = (int)cell.pixel_and_mask;
-        const address_t below = (address_t)levels[cell.level].w * grad_value_pitch;
+        const address_t below = (address_t)shared.levels[cell.level].w * grad_value_pitch;
         add_column(mask, upper, below, cell.sum[0], cell.sum[2]);
         if (!stays) add_column(mask >> 1, upper + grad_value_pitch, below, cell.sum[1], cell.sum[3]);
     } else {
@@ -159,7 +158,7 @@ __device__ __forceinline__ void add_sorted_samples(
         for (int u = 0; u < config::unroll; ++u) {
             const unsigned place = shared.order[min(i + u, last - 1)], query = place / sample_pitch;
             sample[u] = samples[place];
-            level[u] = level_of(k0 + (place - query * sample_pitch));
+            level[u] = MSDA_LEVEL_OF(k0 + (place - query * sample_pitch));
             loaded[u] =
                 load_channels(grad_output + (long long)shared.query[query] * (config::M * config::D * sizeof(value_t)));
         }
@@ -170,7 +169,7 @@ __device__ __forceinline__ void add_sorted_samples(
                 const bool stays = !config::nearest && level[u] == cell.level && (cell.pixel_and_mask & 10) != 0 &&
                                    (sample[u].pixel_and_mask & 5) != 0 &&
                                    (sample[u].pixel_and_mask >> 4) - (cell.pixel_and_mask >> 4) == 1;
-                if (cell.pixel_and_mask & 15) flush_cell(shared.levels, cell, stays, grad_value);
+                if (cell.pixel_and_mask & 15) flush_cell(shared, cell, stays, grad_value);
 #pragma unroll
                 for (int c = 0; c < neighbours; ++c)
 #pragma unroll
@@ -188,7 +187,7 @@ __device__ __forceinline__ void add_sorted_samples(
                 for (int v = 0; v < config::vec; ++v) cell.sum[c][v] = fma(weight[c], x[v], cell.sum[c][v]);
         }
     }
-    if (cell.pixel_and_mask & 15) flush_cell(shared.levels, cell, false, grad_value);
+    if (cell.pixel_and_mask & 15) flush_cell(shared, cell, false, grad_value);
 }
 
 }  // namespace msda

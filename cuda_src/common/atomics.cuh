@@ -5,19 +5,19 @@
 namespace msda {
 
 // Bytes from a value vector of grad_value, in the dtype of its sums, to that of the next pixel.
-constexpr auto grad_value_pitch = config::M * config::D * sizeof(acc_t);
+enum : address_t { grad_value_pitch = config::M * config::D * sizeof(acc_t) };
 
 // Adds contiguous channels: from sm_90 on by one vector reduction, elsewhere by an atomic addition per channel. (Predicated in
 // inline PTX or not, the compiler jumps around it.)
 template <typename T, int N>
 __device__ __forceinline__ void atomic_add_channels(address_t target, const T (&x)[N]) {
 #if MSDA_PTX && __CUDA_ARCH__ >= 900
-    if constexpr (is_same<T, float> && N == 4) {
+    if constexpr (is_same<T, float>::value && N == 4) {
         asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
                      :: "l"(target), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
         return;
     }
-    if constexpr (is_same<T, float> && N == 2) {
+    if constexpr (is_same<T, float>::value && N == 2) {
         asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(target), "f"(x[0]), "f"(x[1]));
         return;
     }

@@ -7,8 +7,8 @@
 
 namespace msda {
 
-constexpr int neighbours = config::nearest ? 1 : 4;
-constexpr bool clamped = config::nearest || config::border;     // pixel coordinates are clamped to the level
+enum : int { neighbours = config::nearest ? 1 : 4 };
+enum : bool { clamped = config::nearest || config::border };     // pixel coordinates are clamped to the level
 
 __device__ __forceinline__ acc_t quiet_nan() { return (acc_t)__int_as_float(0x7fc00000); }
 

@@ -45,16 +45,13 @@ __device__ __forceinline__ index_t query_at(
 // The number of a query that exists, valid or not; -1 past the last one.
 __device__ __forceinline__ index_t query_number(index_t q) { return config::ragged && q < -1 ? -2 - q : q; }
 
-// The queries of a block, in shared memory.
-struct shared_queries {
-    const index_t* of_block;
-
-    // Query `local` of this warp's tile number `tile`; only the lanes beyond the last group of a warp have a `local` that is
-    // too high. Negative where there is none to work on.
-    __device__ __forceinline__ index_t at(int tile, int local) const {
-        return local < queries_per_tile ? of_block[(tile * config::warps + threadIdx.x / 32) * queries_per_tile + local] : -1;
-    }
-};
+// Query `local` of this warp's tile number `tile`; only the lanes beyond the last group of a warp have a `local` that is too
+// high. Negative where there is none to work on.
+template <typename Shared>
+__device__ __forceinline__ index_t query_of(const Shared& shared, int tile, int local) {
+    const int first = (tile * config::warps + threadIdx.x / 32) * queries_per_tile;
+    return local < queries_per_tile ? shared.query[first + local] : -1;
+}
 
 template <typename Shared, typename Order>
 __device__ __forceinline__ void write_queries(

@@ -8,10 +8,10 @@
 
 namespace msda {
 
-constexpr int channel_tile = config::lanes * config::vec;
-constexpr int channel_tiles = (config::D + channel_tile - 1) / channel_tile;
+enum : int { channel_tile = config::lanes * config::vec };
+enum : int { channel_tiles = (config::D + channel_tile - 1) / channel_tile };
 
-constexpr int groups_per_warp = 32 / config::lanes;     // groups of `lanes` lanes
+enum : int { groups_per_warp = 32 / config::lanes };     // groups of `lanes` lanes
 
 using channel_vector = vector<value_t, config::vec>;
 

@@ -7,15 +7,15 @@
 
 namespace msda {
 
-constexpr bool grad_samples = config::grad_locations || config::grad_weights;
+enum : bool { grad_samples = config::grad_locations || config::grad_weights };
 
 // Lanes that share a dot product, and the channels of each: where tiles are paired, half the lanes with twice the channels.
-constexpr int dot_lanes = config::lanes / config::paired_tiles;
-constexpr int dot_vec = config::vec * config::paired_tiles;
+enum : int { dot_lanes = config::lanes / config::paired_tiles };
+enum : int { dot_vec = config::vec * config::paired_tiles };
 using dot_vector = vector<value_t, dot_vec>;
 
 // grad_output of a query stays in registers, unless a head has very many channels.
-constexpr bool grad_output_in_registers = channel_tiles <= 4;
+enum : bool { grad_output_in_registers = channel_tiles <= 4 };
 
 __device__ __forceinline__ acc_t shuffle_xor(acc_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 

@@ -15,8 +15,8 @@ template <bool condition, typename A, typename B> struct select_type { using typ
 template <typename A, typename B> struct select_type<false, A, B> { using type = B; };
 template <bool condition, typename A, typename B> using select = typename select_type<condition, A, B>::type;
 
-template <typename A, typename B> static constexpr bool is_same = false;
-template <typename A> static constexpr bool is_same<A, A> = true;
+template <typename A, typename B> struct is_same { enum : bool { value = false }; };
+template <typename A> struct is_same<A, A> { enum : bool { value = true }; };
 
 // ---- to the dtype of the arithmetic ------------------------------------------------------------------------
 

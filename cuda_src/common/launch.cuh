@@ -4,19 +4,19 @@
 
 namespace msda {
 
-constexpr int threads_per_block = 32 * config::warps;
+enum : int { threads_per_block = 32 * config::warps };
 
 // Threads that a multiprocessor holds.
 #if __CUDA_ARCH__ == 750
-constexpr int max_resident_threads = 1024;
+enum : int { max_resident_threads = 1024 };
 #elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
-constexpr int max_resident_threads = 1536;
+enum : int { max_resident_threads = 1536 };
 #else
-constexpr int max_resident_threads = 2048;
+enum : int { max_resident_threads = 2048 };
 #endif
 
 // For __launch_bounds__, which caps the registers.
-constexpr int max_resident_blocks = max_resident_threads / threads_per_block;
-constexpr int resident_blocks = config::min_blocks < max_resident_blocks ? config::min_blocks : max_resident_blocks;
+enum : int { max_resident_blocks = max_resident_threads / threads_per_block };
+enum : int { resident_blocks = config::min_blocks < max_resident_blocks ? config::min_blocks : max_resident_blocks };
 
 }  // namespace msda

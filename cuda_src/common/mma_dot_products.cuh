@@ -9,14 +9,13 @@
 namespace msda {
 
 #if MSDA_PTX && __CUDA_ARCH__ < 800
-constexpr bool has_mma = false;
+enum : bool { has_mma = false };
 #else
-constexpr bool has_mma = true;
+enum : bool { has_mma = true };
 #endif
 
-constexpr bool tensor_cores =
-    has_mma && grad_samples && sizeof(value_t) == 2 && (dot_vec == 4 || dot_vec == 8) && dot_lanes % 4 == 0 &&
-    config::D % channel_tile == 0 && grad_output_in_registers && (config::aggregation_bits || !config::grad_value);
+enum : bool { tensor_cores = has_mma && grad_samples && sizeof(value_t) == 2 && (dot_vec == 4 || dot_vec == 8) && dot_lanes % 4 == 0 &&
+    config::D % channel_tile == 0 && grad_output_in_registers && (config::aggregation_bits || !config::grad_value) };
 
 // sum[i][j] += the sum over k of a[i][k] * b[k][j], i < 16, j < 8, k < 16. Lane 4 * g + t has rows g and g + 8 of `a` at
 // k = 2t, 2t + 1 (words 0 and 1) and 2t + 8, 2t + 9 (words 2 and 3), column g of `b` at the same k, and of the sum rows
@@ -25,7 +24,7 @@ template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(
         float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
 #if MSDA_PTX
-    if constexpr (is_same<T, float16>)
+    if constexpr (is_same<T, float16>::value)
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                      "{%0, %1, %2, %3};"
                      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])

@@ -47,21 +47,22 @@ __device__ __forceinline__ void store_xy(location_t* __restrict__ grad_locations
 }
 
 // Gradients of the warp's samples [k0, k0 + config::chunk), `raw`, of its tile number `tile`.
+template <typename Shared>
 __device__ __forceinline__ void write_plain_gradients(
-        const prepared_sample* samples, const level_info* levels, const shared_queries& queries, const lane_samples& raw,
+        const prepared_sample* samples, const Shared& shared, const lane_samples& raw,
         int tile, int k0, location_t* __restrict__ grad_locations, location_t* __restrict__ grad_weights) {
 #pragma unroll
     for (int fill = 0; fill < samples_per_lane; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
         const int local = i / sample_slots, k = k0 + i % sample_slots;
-        const index_t q = queries.at(tile, local);
+        const index_t q = query_of(shared, tile, local);
         if (query_number(q) < 0 || k >= K) continue;
         sample_gradient grad = {0, 0, 0};
         if (!config::ragged || q >= 0) {
-            const int level = level_of(k);
-            const sampling_point point = sampling_point_of(raw, fill, level, levels[level]);
+            const int level = MSDA_LEVEL_OF(k);
+            const sampling_point point = sampling_point_of(raw, fill, level, shared.levels[level]);
             const prepared_sample* sample = samples + local * sample_pitch + i % sample_slots;
-            grad = sample_gradient_of(point, levels[level], reinterpret_cast<const acc_t*>(sample));
+            grad = sample_gradient_of(point, shared.levels[level], reinterpret_cast<const acc_t*>(sample));
         }
         if constexpr (config::grad_locations) store_xy(grad_locations, query_number(q), k, grad.x, grad.y);
         if constexpr (config::grad_weights)
@@ -72,33 +73,34 @@ __device__ __forceinline__ void write_plain_gradients(
 // The same with the fused front end: gradients of offsets and logits. With s the sum of weight * gradient over the samples of
 // a query, the gradient of a logit is weight * (gradient - s). Where reference points need a gradient, what a sample adds to
 // it takes the place of the sample.
+template <typename Shared>
 __device__ __forceinline__ void write_fused_gradients(
-        prepared_sample* samples, const level_info* levels, const shared_queries& queries, const lane_samples& raw,
+        prepared_sample* samples, const Shared& shared, const lane_samples& raw,
         int tile, location_t* __restrict__ grad_locations, location_t* __restrict__ grad_weights) {
 #pragma unroll
     for (int first = 0; first < samples_per_lane; first += pair_samples_per_lane) {
         const int local = (first * 32 + threadIdx.x % 32) / sample_slots;
-        const index_t q = queries.at(tile, local);
+        const index_t q = query_of(shared, tile, local);
         sample_gradient grad[pair_samples_per_lane];
         acc_t sum = 0;
 #pragma unroll
         for (int t = 0; t < pair_samples_per_lane; ++t) {
-            const int k = t * 32 + threadIdx.x % lanes_per_pair, level = min(level_of(k), config::L - 1);
+            const int k = t * 32 + threadIdx.x % lanes_per_pair, level = min(MSDA_LEVEL_OF(k), config::L - 1);
             grad[t] = {0, 0, 0};
             if (q < 0 || k >= K) continue;
-            const sampling_point point = sampling_point_of(raw, first + t, level, levels[level]);
+            const sampling_point point = sampling_point_of(raw, first + t, level, shared.levels[level]);
             acc_t* dot = reinterpret_cast<acc_t*>(samples + local * sample_pitch + k);
-            grad[t] = sample_gradient_of(point, levels[level], dot);
+            grad[t] = sample_gradient_of(point, shared.levels[level], dot);
             sum = fma(point.attention, grad[t].attention, sum);
         }
         sum = pair_sum(sum);
 #pragma unroll
         for (int t = 0; t < pair_samples_per_lane; ++t) {
-            const int k = t * 32 + threadIdx.x % lanes_per_pair, level = min(level_of(k), config::L - 1);
+            const int k = t * 32 + threadIdx.x % lanes_per_pair, level = min(MSDA_LEVEL_OF(k), config::L - 1);
             if (query_number(q) < 0 || k >= K) continue;
             const bool valid = !config::ragged || q >= 0;
             if constexpr (config::grad_locations) {
-                const offset_scale scale = offset_scale_of(raw, first + t, level, levels[level]);
+                const offset_scale scale = offset_scale_of(raw, first + t, level, shared.levels[level]);
                 store_xy(grad_locations, query_number(q), k, valid ? grad[t].x * scale.x : 0,
                          valid ? grad[t].y * scale.y : 0);
             }
@@ -118,22 +120,23 @@ __device__ __forceinline__ void write_fused_gradients(
 
 // What the samples of a level add to the gradient of the reference point of their query, for each query of the warp:
 // [Q, M, L, config::reference_coordinates] of this image and head, summed over heads by epilogue/reduce_references.cu.
+template <typename Shared>
 __device__ __forceinline__ void write_reference_gradients(
-        const prepared_sample* samples, const level_info* levels, const shared_queries& queries, int tile,
+        const prepared_sample* samples, const Shared& shared, int tile,
         acc_t* __restrict__ grad_references) {
     constexpr int coordinates = config::reference_coordinates;
     __syncwarp();
 #pragma unroll 1
     for (int i = threadIdx.x % 32; i < queries_per_tile * config::L; i += 32) {
         const int local = i / config::L, l = i % config::L;
-        const index_t q = query_number(queries.at(tile, local));
+        const index_t q = query_number(query_of(shared, tile, local));
         if (q < 0) continue;
         acc_t sum[4] = {0, 0, 0, 0};
         for (int k = first_sample_of(l); k < first_sample_of(l + 1); ++k) {
             const acc_t* parts = reinterpret_cast<const acc_t*>(samples + local * sample_pitch + k);
             for (int r = 0; r < coordinates; ++r) sum[r] += parts[r];
         }
-        const level_info level = levels[l];
+        const level_info level = shared.levels[l];
         for (int r = 0; r < coordinates; ++r) {
             const int size = r % 2 ? level.h : level.w;
             grad_references[(long long)q * (config::M * config::L * coordinates) + l * coordinates + r] =

@@ -8,17 +8,17 @@
 
 namespace msda {
 
-constexpr bool fused = config::reference_coordinates != 0;
-constexpr int reference_pairs = config::reference_coordinates / 2;      // (x, y), and (width, height) of a box
+enum : bool { fused = config::reference_coordinates != 0 };
+enum : int { reference_pairs = config::reference_coordinates / 2 };      // (x, y), and (width, height) of a box
 
 using location_t = config::location_t;
 using reference_t = config::reference_t;
 
 // Elements from a query and head to the next, of locations and of weights, and of their gradients.
-constexpr int locations_pitch = (config::packed ? 3 : 2) * K;
-constexpr int weights_pitch = (config::packed ? 3 : 1) * K;
+enum : int { locations_pitch = (config::packed ? 3 : 2) * K };
+enum : int { weights_pitch = (config::packed ? 3 : 1) * K };
 // (x, y) may be read at once: not where their pitch is odd.
-constexpr bool aligned_pairs = locations_pitch % 2 == 0;
+enum : bool { aligned_pairs = locations_pitch % 2 == 0 };
 
 // Samples that a lane has loaded, `count` of them.
 template <int count>
@@ -67,7 +67,7 @@ __device__ __forceinline__ void load_location(
         [[maybe_unused]] const reference_t* __restrict__ references) {
     raw.xy[i] = load_xy(locations, q, head, k);
     if constexpr (fused) {
-        const index_t point = q * config::reference_levels + (config::reference_levels > 1 ? level_of(k) : 0);
+        const index_t point = q * config::reference_levels + (config::reference_levels > 1 ? MSDA_LEVEL_OF(k) : 0);
 #pragma unroll
         for (int half = 0; half < reference_pairs; ++half) {
             vector<reference_t, 2>& pair = raw.reference[i][half];

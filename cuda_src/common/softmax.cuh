@@ -7,13 +7,13 @@
 namespace msda {
 
 // Places for the K samples: a power of two, or a multiple of a warp.
-constexpr int softmax_slots = K <= 32 ? next_power_of_two(K) : (K + 31) / 32 * 32;
-constexpr int lanes_per_pair = softmax_slots < 32 ? softmax_slots : 32;     // that hold a query and head
-constexpr int pair_samples_per_lane = (softmax_slots + 31) / 32;            // of one query and head
+enum : int { softmax_slots = K <= 32 ? next_power_of_two(K) : (K + 31) / 32 * 32 };
+enum : int { lanes_per_pair = softmax_slots < 32 ? softmax_slots : 32 };     // that hold a query and head
+enum : int { pair_samples_per_lane = (softmax_slots + 31) / 32 };            // of one query and head
 
 // Logits of this magnitude have exponentials that neither overflow nor vanish: their maximum need not be subtracted
 // (docs/performance/decisions.md#fused-softmax).
-constexpr int max_plain_logit = 60;
+enum : int { max_plain_logit = 60 };
 
 // Sum over the samples of each query and head, to all of its lanes.
 __device__ __forceinline__ acc_t pair_sum(acc_t x) {

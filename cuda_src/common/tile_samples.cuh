@@ -7,8 +7,8 @@
 namespace msda {
 
 // Places for the samples of a pair, of a chunk, among the lanes; a softmax needs all samples of the pair.
-constexpr int sample_slots = fused ? softmax_slots : config::chunk;
-constexpr int samples_per_lane = (pairs_per_tile * sample_slots + 31) / 32;
+enum : int { sample_slots = fused ? softmax_slots : config::chunk };
+enum : int { samples_per_lane = (pairs_per_tile * sample_slots + 31) / 32 };
 
 using lane_samples = raw_samples<samples_per_lane>;
 
@@ -27,7 +27,7 @@ __device__ __forceinline__ void load_samples(
     for (int fill = 0; fill < samples_per_lane; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
         const int pair = i / sample_slots, k = k0 + i % sample_slots;
-        const index_t q = queries.at(tile, pair / config::heads_per_warp);
+        const index_t q = query_of(queries, tile, pair / config::heads_per_warp);
         if constexpr (mark_missing) raw.xy[fill].word = all_ones(raw.xy[fill].word);
         if constexpr (fused || mark_missing) raw.attention[fill] = location_t();   // softmax() looks at it
         if (q >= 0 && k < K) {
@@ -38,21 +38,21 @@ __device__ __forceinline__ void load_samples(
 }
 
 // Raw samples to prepared ones in shared memory. Where there is none, a sample that is out of bounds.
-template <typename Levels, typename Queries>
+template <typename Shared>
 __device__ __forceinline__ void prepare_samples(
-        prepared_sample* samples, const Levels& levels, const Queries& queries, lane_samples& raw, int tile, int k0) {
+        prepared_sample* samples, const Shared& shared, lane_samples& raw, int tile, int k0) {
     if constexpr (fused) softmax(raw);
 #pragma unroll
     for (int fill = 0; fill < samples_per_lane; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32;
         const int pair = i / sample_slots, place = i % sample_slots, k = k0 + place;
         if (pair < pairs_per_tile && place < config::chunk) {
-            const index_t q = queries.at(tile, pair / config::heads_per_warp);
+            const index_t q = query_of(shared, tile, pair / config::heads_per_warp);
             prepared_sample sample = {0, 0, 0, 0};
             if (q >= 0 && k < K) {
-                const int level = level_of(k);
-                const sampling_point point = sampling_point_of(raw, fill, level, levels.of[level]);
-                sample = prepare_sample(point.x, point.y, point.attention, levels.of[level]);
+                const int level = MSDA_LEVEL_OF(k);
+                const sampling_point point = sampling_point_of(raw, fill, level, shared.levels[level]);
+                sample = prepare_sample(point.x, point.y, point.attention, shared.levels[level]);
             }
             samples[pair * sample_pitch + place] = sample;
         }

@@ -7,9 +7,9 @@
 namespace msda {
 
 // Where levels are in registers and samples come as locations and weights.
-constexpr bool vectorised_loads = config::warp_independent && config::levels_in_registers && !fused;
-constexpr int loads_per_query = K / config::samples_per_load;
-constexpr int loads_per_lane = (loads_per_query + config::lanes - 1) / config::lanes;
+enum : bool { vectorised_loads = config::warp_independent && config::levels_in_registers && !fused };
+enum : int { loads_per_query = K / config::samples_per_load };
+enum : int { loads_per_lane = (loads_per_query + config::lanes - 1) / config::lanes };
 
 // Place of sample k of a query in shared memory: what lanes write at a time lies together, in different banks.
 __device__ constexpr int sample_slot(int k) {
@@ -50,10 +50,10 @@ __device__ __forceinline__ void prepare_vector_samples(
         acc_t xy[2 * config::samples_per_load], attention[config::samples_per_load];
         unpack(raw.xy[load], xy);
         unpack(raw.attention[load], attention);
-        level_info level = levels.at(level_of(first));
+        level_info level = levels.at(MSDA_LEVEL_OF(first));
 #pragma unroll
         for (int i = 0; i < config::samples_per_load; ++i) {
-            if (i && (!equal_points || config::P % config::samples_per_load)) level = levels.at(level_of(first + i));
+            if (i && (!equal_points || config::P % config::samples_per_load)) level = levels.at(MSDA_LEVEL_OF(first + i));
             samples[pair * sample_pitch + sample_slot(first + i)] =
                 prepare_masked_sample(xy[2 * i], xy[2 * i + 1], attention[i], level);
         }

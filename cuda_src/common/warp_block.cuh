@@ -55,9 +55,11 @@ __device__ __forceinline__ index_t query_of_tile(
 // The queries of a tile, one per lane as far as there are any; the other lanes have -1.
 struct lane_queries {
     index_t of_lane;
-
-    // Query number `local`. By all lanes.
-    __device__ __forceinline__ index_t at(int, int local) const { return __shfl_sync(0xffffffffu, of_lane, local); }
 };
+
+// Query number `local`. By all lanes.
+__device__ __forceinline__ index_t query_of(const lane_queries& queries, int, int local) {
+    return __shfl_sync(0xffffffffu, queries.of_lane, local);
+}
 
 }  // namespace msda

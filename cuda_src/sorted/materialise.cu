@@ -22,14 +22,13 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks)
     locations += first_element(work, Q_, 2 * K);
     weights += first_element(work, Q_, K);
 
-    const shared_queries queries = {shared.query};
     lane_samples raw;
-    load_samples<false>(raw, queries, 0, 0, offsets, logits, references);
+    load_samples<false>(raw, shared, 0, 0, offsets, logits, references);
     softmax(raw);
 #pragma unroll
     for (int fill = 0; fill < samples_per_lane; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32, local = i / sample_slots, k = i % sample_slots;
-        const index_t q = queries.at(0, local);
+        const index_t q = query_of(shared, 0, local);
         if (q < 0 || k >= K) continue;
         const int level = level_of(k);
         const sampling_point point = sampling_point_of(raw, fill, level, shared.levels[level]);
