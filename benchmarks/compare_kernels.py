@@ -15,14 +15,15 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from cupy_msda.call import Problem
 from cupy_msda.cuda import kernels, plan
 from cupy_msda.cuda import run as cuda
+from cupy_msda.cuda.gpu import Gpu
 from cupy_msda.torch.integrations.patch import Patch
 
 from . import cases, implementations
@@ -31,7 +32,7 @@ from .timing import Timer, summary
 
 
 class Candidate(NamedTuple):
-    """A folder like ``cuda_src``, and fields of the forward's `KernelKey` that replace the planner's choice."""
+    """A folder like ``cuda_src``, and axes of the forward's `ForwardSpec` that replace the planner's choice."""
 
     sources: Path
     launch: Mapping[str, int]
@@ -60,9 +61,9 @@ def installed(candidate: Candidate) -> Iterator[dict[Any, Any]]:
     """Compile and launch kernels as `candidate` says within the context. Yields the kernels that were compiled."""
     planner = plan.forward
 
-    def plan_forward(problem: Any, *arguments: Any) -> plan.Launch:
-        launch = planner(problem, *arguments)
-        return plan.launch_of(problem, replace(launch.key, **candidate.launch)) if candidate.launch else launch
+    def plan_forward(problem: Problem, alignment: int, gpu: Gpu) -> plan.Launch:
+        launch = planner(problem, alignment, gpu)
+        return plan.launch_of(problem, launch.spec.with_axes(**candidate.launch), gpu) if candidate.launch else launch
 
     compiled: dict[Any, Any] = {}
     with Patch() as patch:

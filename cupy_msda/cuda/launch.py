@@ -1,4 +1,4 @@
-"""From a planned launch to the driver: its parameters laid out once, so that a call fills in addresses and no more."""
+"""From a planned launch to the driver: its parameters laid out once, so that a call fills in words and no more."""
 
 from __future__ import annotations
 
@@ -8,39 +8,36 @@ from collections.abc import Callable
 from importlib import import_module
 
 from . import kernels
-from .plan import SHARED_WITHOUT_OPT_IN, KernelKey, Launch
+from .heuristics import SHARED_WITHOUT_OPT_IN
+from .plan import Launch
 
-_PARAMETERS = {
-    "forward": 12, "backward": 16, "round": 3, "sort": 14, "count": 6, "sum": 16, "add": 12, "expand": 10,
-    "references": 3,
-}  # fmt: skip
-# The kernels that read levels, as their second parameter.
-_WITH_METADATA = ("forward", "backward", "sort", "expand")
+# Launches a kernel on the CUDA stream at an address, of the current device, with the 64-bit words of its parameters.
+Run = Callable[..., None]
 
 
 class PreparedLaunch:
-    """A :class:`~cupy_msda.plan.Launch` with its compiled kernel, ready to be launched any number of times.
+    """A :class:`~cupy_msda.cuda.plan.Launch` with its compiled kernel, ready to be launched any number of times.
 
     Every parameter of the kernels is made of 64-bit words (addresses, sizes, and the levels as one struct of several),
-    so a call packs its words into one block that the driver reads. It costs half of a call of ``cupy.RawKernel``, which
-    looks at the type of each argument (benchmarks/NOTES.md). Blocks are taken from a list and put back: threads that
-    launch at the same time never share one.
+    so a call packs its words into one block that the driver reads. ``cupy.RawKernel`` looks at the type of each
+    argument and takes twice as long: docs/performance/decisions.md#host-prepared-launch. Blocks are taken from a list
+    and put back: threads that launch at the same time never share one.
     """
 
     def __init__(self, launch: Launch, device: int) -> None:
         """Compiles the kernel where that has not happened; `device` must be current."""
-        self.key = launch.key
-        self._kernel = kernels.function(launch.key, device)  # keeps its module loaded
-        if launch.shared > SHARED_WITHOUT_OPT_IN:  # long runs of the sort; hundreds of levels and more
-            most = max(launch.shared, self._kernel.max_dynamic_shared_size_bytes)
+        self.spec = launch.spec
+        self._kernel = kernels.function(launch.spec, device)  # keeps its module loaded
+        if launch.shared_bytes > SHARED_WITHOUT_OPT_IN:  # long sorted runs; hundreds of levels and more
+            most = max(launch.shared_bytes, self._kernel.max_dynamic_shared_size_bytes)
             self._kernel.max_dynamic_shared_size_bytes = most
         function, driver_launch = self._kernel.kernel.ptr, import_module("cupy").cuda.driver.launchKernel
-        (x, y, z), threads, shared = launch.grid, launch.block, launch.shared
-        sizes = _words(launch.key)
+        (x, y, z), threads, shared = launch.grid, launch.threads, launch.shared_bytes
+        sizes = launch.spec.words()
         pack = struct.Struct(f"={sum(sizes)}q").pack_into
         blocks: list[_Block] = []
 
-        # A closure: its variables are at hand faster than attributes.
+        # A closure, because its variables are found faster than attributes.
         def run(stream: int, *words: int) -> None:
             try:
                 block = blocks.pop()
@@ -51,15 +48,16 @@ class PreparedLaunch:
             blocks.append(block)
 
         #: Launch on the CUDA stream at an address, of the current device, with the words of all parameters.
-        self.run: Callable[..., None] = run
+        self.run: Run = run
 
-
-def _words(key: KernelKey) -> tuple[int, ...]:
-    """64-bit words of each parameter: one, but for `msda_metadata`, which is two addresses or all the levels."""
-    words = [1] * _PARAMETERS[key.kind]
-    if key.kind in _WITH_METADATA:
-        words[1] = 2 if key.levels_on_device else 3 * key.L
-    return tuple(words)
+    def taking(self, *names: str) -> Run:
+        """:attr:`run`, for a caller that passes the parameters of these `names`, in this order."""
+        expected = tuple(parameter.name for parameter in self.spec.parameters)
+        if names != expected:
+            raise TypeError(
+                f"{self.spec.kernel}: expected the parameters {', '.join(expected)}, got {', '.join(names)}"
+            )
+        return self.run
 
 
 class _Block:

@@ -1,9 +1,8 @@
-"""The CUDA path: allocate, plan, launch. Works on addresses, on the caller's device and current stream."""
+"""The CUDA path: allocate, plan, launch. It works on addresses, on the caller's device and current stream."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,13 +11,14 @@ import numpy as np
 from .. import arrays
 from ..arrays import View
 from ..call import Call, Problem, Wanted
-from . import kernels, plan
+from . import gpu, kernels, plan
+from .axes import VECTOR_BYTES
 from .launch import PreparedLaunch
-from .steps import PreparedBackward
+from .steps import Addresses, PreparedBackward
 
 
 class Gradients(NamedTuple):
-    """In the caller's framework; None where not asked for. Of offsets and logits in one array: in `locations`."""
+    """In the caller's framework; None where not wanted. `locations` holds that of offsets and logits in one array."""
 
     value: Any
     locations: Any
@@ -59,7 +59,7 @@ def backward(call: Call) -> Gradients:
         weights = references = None
         if wanted.weights and not problem.packed:
             weights = _Result(operands.weights.shape, problem.location_dtype, like)
-        if wanted.references:
+        if wanted.references and operands.references:
             references = _Result(operands.references.shape, operands.references.dtype, like)
         results = (value, locations, weights, references)
         if problem.empty:
@@ -67,27 +67,27 @@ def backward(call: Call) -> Gradients:
                 if result is not None:
                     session.zero(result)
         elif any(wanted):
-            alignment = _alignment(session.value.data, session.grad_output.data)
+            grad_output = session.grad_output.data if session.grad_output else 0
+            alignment = _alignment(session.value.data, grad_output)
             steps = prepare_backward(problem, alignment, session.stream, wanted)
             at_weights = weights.data if weights else 0
             if locations and problem.packed:
                 at_weights = session.logits_in(locations)
             workspace = _Result((steps.workspace // 4,), "float32", like) if steps.workspace else None
-            steps.run(
-                session.stream,
-                session.metadata(),
-                session.value.data,
-                session.locations.data,
-                session.weights,
-                session.references.data if session.references else 0,
-                session.lengths(),
-                session.grad_output.data,
-                value.data if value else 0,
-                locations.data if locations else 0,
-                at_weights,
-                references.data if references else 0,
-                workspace.data if workspace else 0,
+            addresses = Addresses(
+                value=session.value.data,
+                locations=session.locations.data,
+                weights=session.weights,
+                references=session.references.data if session.references else 0,
+                lengths=session.lengths(),
+                grad_output=grad_output,
+                grad_value=value.data if value else 0,
+                grad_locations=locations.data if locations else 0,
+                grad_weights=at_weights,
+                grad_references=references.data if references else 0,
+                workspace=workspace.data if workspace else 0,
             )
+            steps.run(session.stream, session.metadata(), addresses)
     return Gradients(*(result.finish() if result else None for result in results))
 
 
@@ -121,7 +121,7 @@ class _Session:
         with contextlib.ExitStack() as stack:  # leaves the device again should a copy fail
             stack.enter_context(on_device(self.device))
             self.stream = self.framework.stream(self.problem.device)
-            # Copied only where its rows of channels are not contiguous.
+            # Copied only where its channels are not contiguous.
             self.value = operands.value if self.problem.value_strides else _contiguous(operands.value)
             self.locations = _contiguous(operands.locations)
             self.references = _contiguous(operands.references) if operands.references else None
@@ -138,34 +138,33 @@ class _Session:
         self._entered.close()
 
     def metadata(self) -> tuple[int, ...]:
-        """The words of the kernels' `msda_metadata`: numbers by value, or two addresses of int64 device arrays."""
+        """The words of the kernels' `metadata`: numbers by value, or two addresses of int64 device arrays."""
         levels = self.problem.levels
-        if plan.levels_by_value(self.problem):
+        if levels is not None and plan.levels_by_value(self.problem):
             return levels_by_value(levels)
+        parts: list[View | np.ndarray | None] = [self.operands.shapes, self.operands.starts]
         if levels is not None:
             table = np.array(levels, np.int64)
             parts = [np.ascontiguousarray(table[:, :2]), np.ascontiguousarray(table[:, 2])]
-        else:
-            parts = [self.operands.shapes, self.operands.starts]
         convert = self.framework.int64_on_cuda
         self.kept = [(0, None) if part is None else convert(part, self.problem.device) for part in parts]
         return tuple(address for address, _ in self.kept)
 
     def alignment(self, output: int) -> int:
-        """Bytes that all addresses are multiples of which the forward reads several numbers at."""
+        """Alignment of all arrays that the forward reads several numbers at a time of."""
         samples = () if self.problem.fused else (self.locations.data, self.weights)
         return _alignment(self.value.data, output, *samples)
 
     def logits_in(self, packed: View | _Result) -> int:
-        """Address of the first logits in an array that has offsets and logits."""
+        """Address of the first logits in an array that holds offsets and logits."""
         return packed.data + 2 * self.problem.K * arrays.item_size(self.problem.location_dtype)
 
     def lengths(self) -> int:
-        """Address of the queries that count, int64 on the device; 0 where all do."""
+        """Address of the valid queries of each image, int64 on the device; 0 where all are."""
         lengths: Any = self.operands.lengths
         if lengths is None:
             return 0
-        if lengths.device[0] == "cpu":  # as NumPy's, for a copy by value's framework on the stream of this call
+        if lengths.device[0] == "cpu":  # a NumPy array, which value's framework copies on the stream of this call
             lengths = np.ascontiguousarray(arrays.to_numpy(lengths), np.int64)
         address, self.kept_lengths = self.framework.int64_on_cuda(lengths, self.problem.device)
         return address
@@ -175,28 +174,36 @@ class _Session:
             self.cupy.cuda.runtime.memsetAsync(result.data, 0, result.nbytes, self.stream)
 
 
-# A model comes back to few problems; one that never does must not fill the memory.
+# A model has few problems. One whose problems never repeat must not fill the memory.
 _MOST_PREPARED = 4096
 _prepared: dict[tuple[Any, ...], Any] = {}
 
 
 def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLaunch:
-    """The forward's launch. Its words: value, metadata, locations, weights, references, lengths, output, sizes."""
-    device = problem.device[1]
+    """The launch of the forward.
+
+    Its words are value, metadata, locations, weights, references, lengths, output, sizes.
+    """
+    device, alignment = problem.device[1], min(alignment, VECTOR_BYTES)
 
     def make() -> PreparedLaunch:
-        return _prepare(plan.forward(problem, alignment, multiprocessors(device)), device, stream)
+        prepared = _prepare(plan.forward(problem, alignment, gpu.of_device(device)), device, stream)
+        prepared.taking(
+            "value", "metadata", "locations", "weights", "references", "lengths", "output", "S", "Q", "image_stride",
+            "head_stride", "heads",
+        )  # fmt: skip
+        return prepared
 
     return _remembered((problem, alignment), make)
 
 
 def prepare_backward(problem: Problem, alignment: int, stream: int, wanted: Wanted) -> PreparedBackward:
-    """The backward's launches, in their order."""
-    device = problem.device[1]
+    """The launches of the backward, in their order."""
+    device, alignment = problem.device[1], min(alignment, VECTOR_BYTES)
 
     def make() -> PreparedBackward:
         return PreparedBackward(
-            problem, alignment, multiprocessors(device), wanted, lambda launch: _prepare(launch, device, stream)
+            problem, alignment, gpu.of_device(device), wanted, lambda launch: _prepare(launch, device, stream)
         )
 
     return _remembered((problem, alignment, wanted), make)
@@ -213,7 +220,7 @@ def _remembered(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
 
 
 def _prepare(launch: plan.Launch, device: int, stream: int) -> PreparedLaunch:
-    if not kernels.is_compiled(launch.key, device):
+    if not kernels.is_compiled(launch.spec, device):
         _refuse_capture(stream)
     return PreparedLaunch(launch, device)
 
@@ -228,7 +235,7 @@ def _refuse_capture(stream: int) -> None:
 
 
 def levels_by_value(levels: tuple[tuple[int, int, int], ...]) -> tuple[int, ...]:
-    """The words of an `msda_metadata` that holds the levels themselves."""
+    """The words of a `metadata` that holds the levels themselves."""
     return tuple(number for level in levels for number in level)
 
 
@@ -245,12 +252,6 @@ def on_device(device: int) -> Iterator[None]:
             runtime.setDevice(before)
 
 
-@functools.cache
-def multiprocessors(device: int) -> int:
-    """Number of multiprocessors of a CUDA device."""
-    return arrays.require_cupy("an array on a CUDA device").cuda.Device(device).attributes["MultiProcessorCount"]
-
-
 def _contiguous(view: View) -> View:
     """`view`, or a copy of it on its device; the kernels read locations in pairs, so these are aligned too."""
     if view.contiguous and view.data % (2 * arrays.item_size(view.dtype)) == 0:
@@ -259,5 +260,5 @@ def _contiguous(view: View) -> View:
 
 
 def _alignment(*addresses: int) -> int:
-    """Largest power of two that divides every address; 16 if one is null."""
-    return min(address & -address for address in addresses) if all(addresses) else 16
+    """Largest power of two up to 16 that divides every address; 0 is no address."""
+    return min(address & -address or VECTOR_BYTES for address in (*addresses, VECTOR_BYTES))

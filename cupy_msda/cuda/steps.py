@@ -8,11 +8,15 @@ from typing import Any, NamedTuple
 from .. import arrays
 from ..call import Problem, Wanted
 from . import plan, plan_backward, streams
+from .gpu import Gpu
 from .launch import PreparedLaunch
 
 
 class Addresses(NamedTuple):
-    """Of the arrays of a run; with a front end, `locations` are offsets and `weights` logits."""
+    """Of the arrays of a backward; 0 for what is not there or not wanted.
+
+    In a fused call, `locations` are offsets and `weights` are logits.
+    """
 
     value: int
     locations: int
@@ -27,7 +31,9 @@ class Addresses(NamedTuple):
     workspace: int
 
 
-_GRAD_VALUE, _WORKSPACE = map(Addresses._fields.index, ("grad_value", "workspace"))
+# A step of a backward: ``step(stream, metadata, addresses)``, with the words of the kernels' `metadata`.
+Step = Callable[[int, tuple[int, ...], Addresses], None]
+Prepare = Callable[[plan.Launch], PreparedLaunch]
 
 
 class PreparedBackward:
@@ -36,161 +42,175 @@ class PreparedBackward:
     Attributes
     ----------
     workspace : int
-        Bytes of uninitialised device memory, aligned to 256, that a run needs beside the gradients.
+        Bytes of uninitialised device memory, aligned to 256, that a run needs besides the gradients.
     run : callable
-        ``run(stream, metadata, *addresses)``: the words of the kernels' `msda_metadata`, and :class:`Addresses`; 0
-        for what is not there or not wanted.
+        ``run(stream, metadata, addresses)``: the words of the kernels' `metadata`, and :class:`Addresses`.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        alignment: int,
-        multiprocessors: int,
-        wanted: Wanted,
-        prepare: Callable[[plan.Launch], PreparedLaunch],
-    ) -> None:
-        planned = plan_backward.backward(problem, alignment, multiprocessors, wanted)
+    def __init__(self, problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, prepare: Prepare) -> None:
+        planned = plan_backward.backward(problem, alignment, gpu, wanted)
         self.workspace = planned.workspace
-        steps: list[Callable[..., None]] = []
+        steps: list[Step] = []
         if planned.summation:
             steps.append(_summation(planned.summation, problem, prepare))
-        if planned.expand:
-            steps.append(_expanded(prepare(planned.expand).run, planned.expanded, problem, steps.pop()))
+        if planned.materialise:
+            steps.append(_materialised(prepare(planned.materialise), planned.materialised, problem, steps.pop()))
         if planned.samples:
-            steps.append(_backward(prepare(planned.samples).run, False, planned.parts, plan.size_words(problem)))
+            steps.append(_backward(prepare(planned.samples), planned, problem))
         if len(steps) == 2:
-            steps = [_beside(*steps, problem.device[1])]
+            steps = [_concurrent(steps[0], steps[1], problem.device[1])]
         if planned.atomics:
-            count = problem.N * problem.S * problem.M * problem.D
-            rounded = planned.rounding is not None
-            steps.append(_zeros(rounded, count * arrays.item_size(problem.accumulator_dtype)))
-            steps.append(_backward(prepare(planned.atomics).run, rounded, planned.parts, plan.size_words(problem)))
-        if planned.rounding:
-            steps.append(_rounding(prepare(planned.rounding).run, count))
+            steps.append(_zeros(planned, problem))
+            steps.append(_backward(prepare(planned.atomics), planned, problem))
+        if planned.cast:
+            steps.append(_cast(prepare(planned.cast), problem))
         if planned.references:
-            steps.append(_references(prepare(planned.references).run, planned.parts, problem))
+            steps.append(_references(prepare(planned.references), planned.reference_parts, problem))
 
-        def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
+        def run(stream: int, metadata: tuple[int, ...], addresses: Addresses) -> None:
             for step in steps:
-                step(stream, metadata, *addresses)
+                step(stream, metadata, addresses)
 
-        self.run = run if len(steps) > 1 else steps[0]
+        self.run: Step = run if len(steps) > 1 else steps[0]
 
 
-def _beside(longer: Callable[..., None], other: Callable[..., None], device: int) -> Callable[..., None]:
-    """Two steps that do not need each other, side by side.
+def _concurrent(longer: Step, other: Step, device: int) -> Step:
+    """Two steps that do not need each other, the `other` on a side stream.
 
-    Few queries do not fill the GPU, and where they do, one fills the gaps of the other at its beginning and its end.
+    Few queries do not fill the GPU. Where they do, one step fills the gaps of the other at its beginning and its end.
+    docs/performance/decisions.md#sorted-side-stream
     """
-    streams.make_ahead(device)
+    streams.create_first(device)
     idle = streams.idle(device)
 
-    def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
+    def run(stream: int, metadata: tuple[int, ...], addresses: Addresses) -> None:
         try:
-            beside = idle.pop()
+            side = idle.pop()
         except IndexError:
-            beside = streams.Aside()
-        beside.fork(stream)
-        longer(stream, metadata, *addresses)
-        other(beside.stream, metadata, *addresses)
-        beside.join(stream)
-        idle.append(beside)
+            side = streams.SideStream()
+        side.fork(stream)
+        longer(stream, metadata, addresses)
+        other(side.stream, metadata, addresses)
+        side.join(stream)
+        idle.append(side)
 
     return run
 
 
-def _backward(kernel: Callable[..., None], rounded: bool, parts: int, sizes: tuple[int, ...]) -> Callable[..., None]:
-    """Additions go to grad_value, or where they are `rounded` once, for 16-bit values, to float32 in the workspace.
+def _backward(kernel: PreparedLaunch, planned: plan_backward.Backward, problem: Problem) -> Step:
+    """The backward kernel.
 
-    What each head adds to the gradient of reference points goes to byte `parts` of the workspace.
+    It adds to grad_value, or to float32 sums in the workspace where these are cast. What each head adds to the gradient
+    of the reference points goes to the workspace.
     """
+    launch = kernel.taking(
+        "value", "metadata", "locations", "weights", "references", "lengths", "grad_output", "grad_value",
+        "grad_locations", "grad_weights", "grad_references", "S", "Q", "image_stride", "head_stride", "heads",
+    )  # fmt: skip
+    in_workspace, parts, sizes = planned.cast is not None, planned.reference_parts, plan.size_words(problem)
 
-    def run(
-        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, references: int, lengths: int,
-        grad_output: int, grad_value: int, grad_locations: int, grad_weights: int, grad_references: int, workspace: int,
-    ) -> None:  # fmt: skip
-        sums = workspace if rounded else grad_value
-        inputs = (value, *metadata, locations, weights, references, lengths, grad_output)
-        kernel(stream, *inputs, sums, grad_locations, grad_weights, workspace + parts, *sizes)
+    def run(stream: int, metadata: tuple[int, ...], addresses: Addresses) -> None:
+        (
+            value, locations, weights, references, lengths, grad_output, grad_value, grad_locations, grad_weights, _,
+            workspace,
+        ) = addresses  # fmt: skip
+        launch(
+            stream, value, *metadata, locations, weights, references, lengths, grad_output,
+            workspace if in_workspace else grad_value, grad_locations, grad_weights, workspace + parts, *sizes,
+        )  # fmt: skip
 
     return run
 
 
-def _zeros(rounded: bool, nbytes: int) -> Callable[..., None]:
+def _zeros(planned: plan_backward.Backward, problem: Problem) -> Step:
+    """Zeros where the backward kernel adds to."""
     fill: Any = arrays.require_cupy("an array on a CUDA device").cuda.runtime.memsetAsync
+    nbytes = problem.N * problem.S * problem.M * problem.D * arrays.item_size(problem.accumulator_dtype)
+    in_workspace = planned.cast is not None
 
-    target = _WORKSPACE if rounded else _GRAD_VALUE
-
-    def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
-        fill(addresses[target], 0, nbytes, stream)
-
-    return run
-
-
-def _rounding(kernel: Callable[..., None], count: int) -> Callable[..., None]:
-    def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
-        kernel(stream, addresses[_WORKSPACE], addresses[_GRAD_VALUE], count)
+    def run(stream: int, metadata: tuple[int, ...], addresses: Addresses) -> None:
+        fill(addresses.workspace if in_workspace else addresses.grad_value, 0, nbytes, stream)
 
     return run
 
 
-def _references(kernel: Callable[..., None], parts: int, problem: Problem) -> Callable[..., None]:
+def _cast(kernel: PreparedLaunch, problem: Problem) -> Step:
+    """The float32 sums of the workspace to 16 bits."""
+    launch = kernel.taking("source", "target", "count")
+    count = problem.N * problem.S * problem.M * problem.D
+
+    def run(stream: int, metadata: tuple[int, ...], addresses: Addresses) -> None:
+        launch(stream, addresses.workspace, addresses.grad_value, count)
+
+    return run
+
+
+def _references(kernel: PreparedLaunch, parts: int, problem: Problem) -> Step:
+    """The gradient of the reference points: the sum of what the heads have put at byte `parts` of the workspace."""
+    launch = kernel.taking("per_head", "grad_references", "count")
     assert problem.fused is not None
     count = problem.N * problem.Q * problem.fused.levels * problem.fused.coordinates
 
-    def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
-        of = Addresses(*addresses)
-        kernel(stream, of.workspace + parts, of.grad_references, count)
+    def run(stream: int, metadata: tuple[int, ...], addresses: Addresses) -> None:
+        launch(stream, addresses.workspace + parts, addresses.grad_references, count)
 
     return run
 
 
-def _expanded(
-    kernel: Callable[..., None], at: int, problem: Problem, after: Callable[..., None]
-) -> Callable[..., None]:
-    """The step `after`, with locations in pixels and weights, made at byte `at` of the workspace."""
+def _materialised(kernel: PreparedLaunch, at: int, problem: Problem, then: Step) -> Step:
+    """The step `then`, with locations in pixels and weights, which are computed at byte `at` of the workspace."""
+    launch = kernel.taking(
+        "offsets", "metadata", "logits", "references", "lengths", "locations", "weights", "S", "Q", "heads"
+    )  # fmt: skip
     samples = problem.N * problem.Q * problem.M * problem.K
     nbytes = 2 * samples * arrays.item_size(problem.accumulator_dtype)
     sizes = (problem.S, problem.Q, problem.N * problem.M)
 
-    def run(stream: int, metadata: tuple[int, ...], *addresses: int) -> None:
-        of = Addresses(*addresses)
-        locations, weights = of.workspace + at, of.workspace + at + nbytes
-        inputs = (of.locations, *metadata, of.weights, of.references, of.lengths)
-        kernel(stream, *inputs, locations, weights, *sizes)
-        after(stream, metadata, *of._replace(locations=locations, weights=weights))
+    def run(stream: int, metadata: tuple[int, ...], addresses: Addresses) -> None:
+        _, offsets, logits, references, lengths, *_, workspace = addresses
+        locations, weights = workspace + at, workspace + at + nbytes
+        launch(stream, offsets, *metadata, logits, references, lengths, locations, weights, *sizes)
+        then(stream, metadata, addresses._replace(locations=locations, weights=weights))
 
     return run
 
 
-def _summation(
-    planned: plan_backward.Summation, problem: Problem, prepare: Callable[[plan.Launch], PreparedLaunch]
-) -> Callable[..., None]:
-    """grad_value by lists, in the order of the samples: the same bits every time."""
-    sort, total = prepare(planned.sort).run, prepare(planned.sum).run
-    count = prepare(planned.count).run if planned.count else None
-    sizes, all_heads = (problem.S, problem.Q), problem.N * problem.M
+def _summation(planned: plan_backward.Summation, problem: Problem, prepare: Prepare) -> Step:
+    """grad_value without atomics, in the order of the samples: the same bits every time."""
+    slab_names = ("first_head", "heads", "first_pixel", "pixels")
+    sort = prepare(planned.sort).taking(
+        "locations", "metadata", "weights", "references", "lengths", "segment_starts", "contributions", "counts", "S",
+        "Q", *slab_names,
+    )  # fmt: skip
+    split = None
+    if planned.split:
+        split = prepare(planned.split).taking(
+            "segment_starts", "counts", "list", "runs", "pixels", "contributions_per_chunk"
+        )
+    by_block = planned.reduce.spec.kernel == "block_reduce"
+    of_chunks = ("counts", "list", "chunk_sums", "contributions_per_chunk") if by_block else ()
+    reduce = prepare(planned.reduce).taking(
+        "grad_output", "contributions", "segment_starts", "grad_value", "S", "Q", "runs", "capacity", *slab_names,
+        *of_chunks,
+    )  # fmt: skip
+    sizes, runs, all_heads = (problem.S, problem.Q), (planned.runs, planned.capacity), problem.N * problem.M
     slabs = [
-        (head, all_heads, row, planned.rows)
+        (head, all_heads, row, planned.pixels)
         for head in range(0, all_heads, planned.heads)
-        for row in range(0, problem.S, planned.rows)
+        for row in range(0, problem.S, planned.pixels)
     ]
-    runs = (planned.runs, planned.capacity)
-    in_workspace = (planned.counts, planned.pieces, planned.sums)
-    by_block = planned.sum.key.kind == "sum"
+    in_workspace = (planned.counts, planned.chunks, planned.sums)
 
-    def run(
-        stream: int, metadata: tuple[int, ...], value: int, locations: int, weights: int, references: int, lengths: int,
-        grad_output: int, grad_value: int, grad_locations: int, grad_weights: int, grad_references: int, workspace: int,
-    ) -> None:  # fmt: skip
-        starts, entries = workspace, workspace + planned.entries
-        counts, pieces, sums = (workspace + at if count else 0 for at in in_workspace)
-        of_pieces = (counts, pieces, sums, planned.piece) if by_block else ()
+    def run(stream: int, metadata: tuple[int, ...], addresses: Addresses) -> None:
+        _, locations, weights, references, lengths, grad_output, grad_value, *_, workspace = addresses
+        starts, contributions = workspace, workspace + planned.contributions
+        counts, chunks, sums = (workspace + at if split else 0 for at in in_workspace)
+        chunk_words = (counts, chunks, sums, planned.bucket_chunk) if by_block else ()
+        inputs = (locations, *metadata, weights, references, lengths)
         for slab in slabs:
-            sort(stream, locations, *metadata, weights, references, lengths, starts, entries, counts, *sizes, *slab)
-            if count:
-                count(stream, starts, counts, pieces, planned.runs, planned.rows, planned.piece)
-            total(stream, grad_output, entries, starts, grad_value, *sizes, *runs, *slab, *of_pieces)
+            sort(stream, *inputs, starts, contributions, counts, *sizes, *slab)
+            if split:
+                split(stream, starts, counts, chunks, planned.runs, planned.pixels, planned.bucket_chunk)
+            reduce(stream, grad_output, contributions, starts, grad_value, *sizes, *runs, *slab, *chunk_words)
 
     return run

@@ -1,4 +1,4 @@
-"""Work beside the caller's stream: between a fork and a join, on a stream of our own."""
+"""Side streams: work that runs at the same time as the caller's stream, between a fork and a join."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from .. import arrays
 
 
-class Aside:
-    """A stream, and the two events that tie it to another. Whoever has it has it alone until the join is queued."""
+class SideStream:
+    """A stream of our own, and the two events that order it with another. One call has it from the fork to the join."""
 
     def __init__(self) -> None:
         """On the current device."""
@@ -32,16 +32,16 @@ class Aside:
         self.join: Callable[[int], None] = join
 
 
-# By device. Kept for ever: as many as threads that were ever between a fork and a join at the same time.
-_idle: dict[int, list[Aside]] = {}
+# By device. Never freed: as many as threads that were ever between a fork and a join at the same time.
+_idle: dict[int, list[SideStream]] = {}
 
 
-def idle(device: int) -> list[Aside]:
-    """Those of a device that nobody has: take one, or make one, and put it back."""
+def idle(device: int) -> list[SideStream]:
+    """The side streams of a device that no call has. A call takes one, or makes one, and puts it back."""
     return _idle.setdefault(device, [])
 
 
-def make_ahead(device: int) -> None:
-    """See to it that there is one of `device`, which must be current: not first in the capture of a CUDA graph."""
+def create_first(device: int) -> None:
+    """Create a side stream of `device`, which must be current, if it has none: the capture of a CUDA graph cannot."""
     if not idle(device):
-        idle(device).append(Aside())
+        idle(device).append(SideStream())

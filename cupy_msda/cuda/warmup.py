@@ -1,4 +1,4 @@
-"""Compiling ahead: the kernels of calls to come, so that none of them waits and CUDA graphs can capture the first."""
+"""Warm-up: compiles the kernels of later calls, so that none of these waits and a CUDA graph can capture the first."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from typing import Any
 from .. import arrays, validate
 from ..call import ALL, SIXTEEN_BIT, VALUE_DTYPES, FusedFrontEnd, Problem, Variant, contiguous_starts
 from . import kernels, plan, plan_backward, run, streams
+from .gpu import Gpu, of_device
+from .kernel_spec import KernelSpec
 
-# A bar for less would be gone before it is read.
+# With fewer kernels, a progress bar would be gone before it is read.
 _MANY = 8
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a call in the notation of the contract: `levels` of (H, W); Q None stands for Q = S, an encoder.
+    """The sizes of a call in the notation of the contract. `levels` holds (H, W) of each; Q None stands for Q = S, an
+    encoder.
 
-    `num_points` to `align_corners` are those of :func:`cupy_msda.ms_deform_attn`; with `num_points`, P says nothing.
+    `num_points` to `align_corners` are those of :func:`cupy_msda.ms_deform_attn`; with `num_points`, P has no meaning.
     `ragged` stands for calls with `query_lengths`.
 
     `reference_coordinates` of 2 (points) or 4 (boxes) stands for calls of :func:`cupy_msda.ms_deform_attn_fused`, with
@@ -60,10 +63,10 @@ def warmup(
     """Compile and load every CUDA kernel that calls of these sizes and dtypes use, in parallel.
 
     A kernel serves many sizes (it depends on dtypes, L, P, M and D, and on whether Q = S and the GPU is filled), so one
-    entry a layer of a model is enough. Covers locations in value's dtype and in float32, metadata on the host and on
+    entry per layer of a model is enough. Covers locations in value's dtype and in float32, metadata on the host and on
     the GPU, and the backward with all gradients, `deterministic` or not; with reference points, these in the dtypes of
     locations too, and the backward with their gradient and without. A value with strides has kernels of its own,
-    which the first call compiles.
+    which its first call compiles.
 
     Parameters
     ----------
@@ -93,32 +96,33 @@ def warmup(
     reason = arrays.cuda_unavailable()
     if reason is not None:
         raise RuntimeError(f"warmup: {reason}")
-    if device is None:
-        device = arrays.require_cupy("warmup").cuda.runtime.getDevice()
+    number: int = arrays.require_cupy("warmup").cuda.runtime.getDevice() if device is None else device
     wanted = launches(
         [sizes] if isinstance(sizes, Sizes) else list(sizes),
         [dtypes] if isinstance(dtypes, str) else list(dtypes),
-        device=device,
+        device=number,
         backward=backward,
-        multiprocessors=run.multiprocessors(device),
+        gpu=of_device(number),
     )
-    missing = [key for key in dict.fromkeys(launch.key for launch in wanted) if not kernels.is_compiled(key, device)]
+    missing = [
+        spec for spec in dict.fromkeys(launch.spec for launch in wanted) if not kernels.is_compiled(spec, number)
+    ]
 
-    def compile_one(key: plan.KernelKey) -> None:
-        with run.on_device(device):
-            kernels.function(key, device)
+    def compile_one(spec: KernelSpec) -> None:
+        with run.on_device(number):
+            kernels.function(spec, number)
 
     with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
         for _ in _with_bar(pool.map(compile_one, missing), len(missing), progress):
             pass
     if backward:
-        with run.on_device(device):
-            streams.make_ahead(device)
+        with run.on_device(number):
+            streams.create_first(number)
     return len(missing)
 
 
 def launches(
-    sizes: Sequence[Sizes], dtypes: Sequence[str], *, device: int, backward: bool, multiprocessors: int
+    sizes: Sequence[Sizes], dtypes: Sequence[str], *, device: int, backward: bool, gpu: Gpu
 ) -> list[plan.Launch]:
     """The launches of all these calls, as the planner decides."""
     for dtype in dtypes:
@@ -131,30 +135,31 @@ def launches(
         S = size.S
         starts = contiguous_starts(size.levels)
         levels = tuple((h, w, start) for (h, w), start in zip(size.levels, starts, strict=True))
-        form = Variant(size.num_points, size.interpolation, size.padding_mode, size.align_corners)
+        num_points = None if size.num_points is None else tuple(size.num_points)
+        form = Variant(num_points, size.interpolation, size.padding_mode, size.align_corners)
         variant, P = validate.equal_points(validate.read_variant(form, len(levels)), size.P)
-        dtypes_beside = dict.fromkeys((dtype, "float32") if dtype in SIXTEEN_BIT else (dtype,))
-        for location_dtype, front in product(dtypes_beside, _front_ends(size, dtypes_beside)):
+        location_dtypes = dict.fromkeys((dtype, "float32") if dtype in SIXTEEN_BIT else (dtype,))
+        for location_dtype, fused in product(location_dtypes, _fused_front_ends(size, location_dtypes)):
             call = Problem(
                 size.N, S, size.M, size.D, len(levels), P, S if size.Q is None else size.Q,
                 value_dtype=dtype, location_dtype=location_dtype, device=("cuda", device),
-                levels=levels if by_value else None, variant=variant, ragged=size.ragged, fused=front,
+                levels=levels if by_value else None, variant=variant, ragged=size.ragged, fused=fused,
             )  # fmt: skip
-            found.append(plan.forward(call, plan.VECTOR_BYTES, multiprocessors))
+            found.append(plan.forward(call, plan.VECTOR_BYTES, gpu))
             if backward:
-                for fixed_order, of_references in product((False, True), (False, True) if front else (False,)):
+                for fixed_order, of_references in product((False, True), (False, True) if fused else (False,)):
                     ordered = replace(call, deterministic=fixed_order)
                     wanted = call.computed(ALL._replace(references=of_references))
-                    found += plan_backward.backward(ordered, plan.VECTOR_BYTES, multiprocessors, wanted).launches
+                    found += plan_backward.backward(ordered, plan.VECTOR_BYTES, gpu, wanted).launches
     return found
 
 
-def _front_ends(size: Sizes, dtypes: Iterable[str]) -> list[FusedFrontEnd | None]:
+def _fused_front_ends(size: Sizes, dtypes: Iterable[str]) -> list[FusedFrontEnd | None]:
     """What the samples of calls of this size come from: reference points of each dtype, or nothing."""
     coordinates = size.reference_coordinates
     if coordinates is None:
         if size.one_reference or size.packed:
-            raise ValueError("sizes: expected reference_coordinates 2 or 4 beside one_reference or packed, got None")
+            raise ValueError("sizes: expected reference_coordinates 2 or 4 with one_reference or packed, got None")
         return [None]
     if coordinates not in (2, 4):
         raise ValueError(f"sizes: expected reference_coordinates 2, 4 or None, got {coordinates!r}")

@@ -19,6 +19,7 @@ from .. import api, arrays, validate
 from ..call import PLAIN, Arguments, Call, Problem, Variant, Wanted
 from ..cuda import plan as planner
 from ..cuda import run as cuda
+from ..cuda.steps import Addresses
 from . import compat
 
 # What vector loads of the kernels need, and what torch's allocator gives.
@@ -176,10 +177,11 @@ class LaunchPlan:
             before = get_device()
             set_device(device)
             try:
-                run(
-                    stream_of(device), metadata, at_value, at_locations, at_weights, at_references, 0, at_grad_output,
-                    at_grad_value, at_grad_locations, at_grad_weights, at_grad_references, at_workspace,
+                addresses = Addresses(
+                    at_value, at_locations, at_weights, at_references, 0, at_grad_output, at_grad_value,
+                    at_grad_locations, at_grad_weights, at_grad_references, at_workspace,
                 )  # fmt: skip
+                run(stream_of(device), metadata, addresses)
             finally:
                 if before != device:
                     set_device(before)

@@ -8,6 +8,7 @@ import torch
 from benchmarks import cases, compare_kernels, implementations, models_report, report, run
 from cupy_msda.call import Problem
 from cupy_msda.cuda import kernels, plan
+from cupy_msda.cuda.gpu import H100
 
 SMALL = {
     "workloads": {
@@ -162,13 +163,13 @@ def test_a_candidate_replaces_sources_and_launch_only_inside_its_context(tmp_pat
     (tmp_path / "forward.cu").write_text("#pragma once\n// another forward\n")
     levels = ((8, 8, 0),)
     problem = Problem(1, 64, 2, 32, 1, 4, 64, "float32", "float32", ("cuda", 0), levels)
-    planned, source = plan.forward(problem, 16), kernels.source("forward")
+    planned, source = plan.forward(problem, 16, H100), kernels.source("forward")
     candidate = compare_kernels.Candidate(tmp_path, compare_kernels.parse_launch("warps=4,unroll=2"))
     with compare_kernels.installed(candidate):
-        launch = plan.forward(problem, 16)
-        assert (launch.key.warps, launch.key.unroll, launch.block) == (4, 2, 128)
-        assert launch.grid[0] * 4 == planned.grid[0] * planned.key.warps
+        launch = plan.forward(problem, 16, H100)
+        assert (launch.spec.block.warps, launch.spec.block.unroll, launch.threads) == (4, 2, 128)
+        assert launch.grid[0] * 4 == planned.grid[0] * planned.spec.block.warps
         assert kernels.source("forward") == "// another forward\n"
-    assert plan.forward(problem, 16) == planned
+    assert plan.forward(problem, 16, H100) == planned
     assert kernels.source("forward") == source
     assert compare_kernels.parse_launch("") == {}

@@ -5,7 +5,7 @@ import pytest
 
 import cupy_msda
 from cupy_msda.call import ALL
-from cupy_msda.cuda import plan_backward
+from cupy_msda.cuda import plan_backward, sorted_heuristics
 from tests.helpers import cases
 from tests.helpers.backends import TorchBackend
 from tests.helpers.cases import DTYPE_PAIRS, SMALL_CASES, VARIANTS, Case
@@ -82,7 +82,7 @@ def test_workspace_and_bucket_limits_do_not_change_the_bits(monkeypatch):
     case = LARGE[1]
     put = [BACKEND.put(array) for array in case.inputs(seed=4)]
     one = gradients(put, case)
-    monkeypatch.setattr(plan_backward, "MAX_BINS", 16)
+    monkeypatch.setattr(sorted_heuristics, "MAX_BUCKETS", 16)
     monkeypatch.setattr(plan_backward, "WORKSPACE", 1 << 22)
     monkeypatch.setattr(cuda, "_prepared", {})
     np.testing.assert_array_equal(bits(gradients(put, case)[0]), bits(one[0]))

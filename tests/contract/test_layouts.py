@@ -7,6 +7,7 @@ import cupy_msda
 from cupy_msda.arrays import frameworks
 from cupy_msda.call import ValueStrides
 from cupy_msda.cuda import plan
+from cupy_msda.cuda.gpu import H100
 from tests.helpers import cases
 from tests.helpers.calls import call_of
 from tests.helpers.cases import Case
@@ -110,8 +111,8 @@ def test_strides_bound_the_vector_width():
     wide = np.zeros((2, 54, 3, 18), np.float32)
     found = problem_of(wide[..., :16], inputs)
     assert found.stride_alignment == 8
-    assert plan.forward(found, 16).key.vec == 2
-    assert plan.forward(found, 16).key.stride == 54
+    assert plan.forward(found, 16, H100).spec.channels.vec == 2
+    assert plan.forward(found, 16, H100).spec.pixel_stride == 54
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

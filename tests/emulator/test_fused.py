@@ -147,5 +147,5 @@ def test_order_of_threads_does_not_matter(order):
 
 
 def test_64_bit_offsets_under_the_sanitizers(monkeypatch):
-    emulator.force_index_64(monkeypatch, True)
+    emulator.force_wide_index(monkeypatch, True)
     check(PATHS[0], form=FORMS[7], sanitize=True)

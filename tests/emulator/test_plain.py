@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cupy_msda.cuda import plan, plan_backward
+from cupy_msda.cuda import heuristics, plan, plan_backward, sorted_heuristics
+from cupy_msda.cuda.gpu import H100
 from tests.helpers import cases, emulator, reference
 from tests.helpers.cases import CASES, CROSS_LEVEL, DTYPE_PAIRS, VARIANTS, Case
+from tests.helpers.emulator import SMALL_GPU
 from tests.helpers.tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
@@ -32,7 +34,7 @@ PATHS = [
 def check(case, pair, seed=0, **options):
     inputs = case.inputs(*pair, seed=seed)
     want_output, want_grads = cases.expected(inputs, **case.variant)
-    in_lists = {name: option for name, option in options.items() if name != "multiprocessors"}
+    in_lists = {name: option for name, option in options.items() if name != "gpu"}
     assert_close(emulator.summation(inputs, variant=case.variant, **in_lists), want_grads[0], pair[0], "in lists")
     assert_close(emulator.forward(inputs, variant=case.variant, **options), want_output, pair[0])
     check_gradients(case, pair, inputs, want_grads, **options)
@@ -63,9 +65,9 @@ def test_dtypes(case, pair):
     ("pair", "queries"), [(DTYPE_PAIRS[0], 7), (DTYPE_PAIRS[1], 30), (DTYPE_PAIRS[2], 30), (DTYPE_PAIRS[1], None)]
 )
 def test_grid_with_room_for_more_heads_than_there_are(monkeypatch, pair, queries):
-    monkeypatch.setattr(plan, "MAX_GRID_Y", 5)
+    monkeypatch.setattr(heuristics, "MAX_GRID_Y", 5)
     case = Case("twelve_heads", levels=((4, 5), (3, 3)), N=3, M=4, D=64, queries=queries)
-    check(case, pair, multiprocessors=1, sanitize=True)
+    check(case, pair, gpu=SMALL_GPU, sanitize=True)
 
 
 @pytest.mark.parametrize("pair", [("float16", "float16"), ("bfloat16", "float32")], ids="-".join)
@@ -103,12 +105,12 @@ def test_hostile_locations_in_variants_under_the_sanitizers(variant, bad):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
 @pytest.mark.parametrize("pair", [DTYPE_PAIRS[0], DTYPE_PAIRS[2]], ids="-".join)
-@pytest.mark.parametrize("multiprocessors", [1, 132], ids=["screened", "zeros"])
-def test_what_is_not_finite_reaches_its_samples_only(multiprocessors, pair, bad):
+@pytest.mark.parametrize("gpu", [SMALL_GPU, H100], ids=["masked neighbours", "zeros"])
+def test_what_is_not_finite_reaches_its_samples_only(gpu, pair, bad):
     inputs = PATHS[0].inputs(*pair, seed=6)
     inputs.value[0, [0, 7, 40, 98, 100]] = bad
     want = cases.expected(inputs)[0]
-    got = emulator.forward(inputs, multiprocessors=multiprocessors).astype(np.float64)
+    got = emulator.forward(inputs, gpu=gpu).astype(np.float64)
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
     finite = np.isfinite(want)
     assert finite.any()
@@ -118,7 +120,7 @@ def test_what_is_not_finite_reaches_its_samples_only(multiprocessors, pair, bad)
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 def test_pixels_as_queries_on_a_full_gpu(pair):
-    check(PATHS[0], pair, seed=7, multiprocessors=1, sanitize=True)
+    check(PATHS[0], pair, seed=7, gpu=SMALL_GPU, sanitize=True)
 
 
 # More heads than are left for the end: samples in pairs, lanes beyond the last query, an odd number of samples in two
@@ -137,20 +139,21 @@ ROUNDS = [
 @pytest.mark.parametrize("case", ROUNDS, ids=str)
 def test_pixels_taken_in_rounds(case, pair):
     inputs = case.inputs(*pair, seed=8)
-    launch = plan.forward(emulator.prepare(inputs, True, None), 16, 1)
-    assert launch.key.rounds == 2
-    assert 0 < launch.grid[1] - case.N * case.M // launch.key.heads < case.N * case.M // launch.key.heads
-    got = emulator.forward(inputs, multiprocessors=1, levels_on_device=True, sanitize=True)
+    launch = plan.forward(emulator.prepare(inputs, True, None), 16, SMALL_GPU)
+    assert launch.spec.queries.query_tiles == 2
+    heads = case.N * case.M // launch.spec.heads_per_warp
+    assert 0 < launch.grid[1] - heads < heads
+    got = emulator.forward(inputs, gpu=SMALL_GPU, levels_on_device=True, sanitize=True)
     assert_close(got, cases.expected(inputs)[0], pair[0])
     if pair[0] == "float32":
-        np.testing.assert_array_equal(emulator.forward(inputs, multiprocessors=1, sanitize=True), got)
+        np.testing.assert_array_equal(emulator.forward(inputs, gpu=SMALL_GPU, sanitize=True), got)
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS[:3], ids="-".join)
 @pytest.mark.parametrize("case", CROSS_LEVEL, ids=str)
 def test_pixels_taken_in_slices(case, pair):
     inputs = case.inputs(*pair, seed=9)
-    assert plan.backward(emulator.prepare(inputs, True, None), 16).key.merge
+    assert plan.backward(emulator.prepare(inputs, True, None), 16, H100).spec.aggregation_bits
     check_gradients(case, pair, inputs, cases.expected(inputs)[1], levels_on_device=True, sanitize=True)
 
 
@@ -158,16 +161,16 @@ def test_pixels_taken_in_slices(case, pair):
 def test_padded_pixels_taken_in_rounds(lengths):
     inputs = ROUNDS[0].inputs(seed=9)
     want = cases.expected_ragged(inputs, lengths)[0]
-    got = emulator.forward(inputs, multiprocessors=1, lengths=np.array(lengths), sanitize=True)
+    got = emulator.forward(inputs, gpu=SMALL_GPU, lengths=np.array(lengths), sanitize=True)
     assert_close(got, want, "float32")
 
 
-@pytest.mark.parametrize("index_64", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("starts", [(0, 99, 119), (24, 4, 0), (0, 0, 0)], ids=str)
-def test_pixels_in_rounds_wherever_their_levels_begin(starts, index_64, monkeypatch):
-    emulator.force_index_64(monkeypatch, index_64)
+def test_pixels_in_rounds_wherever_their_levels_begin(starts, wide, monkeypatch):
+    emulator.force_wide_index(monkeypatch, wide)
     inputs = ROUNDS[0].inputs(seed=10)._replace(starts=np.array(starts))
-    got = emulator.forward(inputs, multiprocessors=1, levels_on_device=True, sanitize=True)
+    got = emulator.forward(inputs, gpu=SMALL_GPU, levels_on_device=True, sanitize=True)
     assert_close(got, cases.expected(inputs)[0], "float32")
 
 
@@ -175,14 +178,14 @@ def test_pixels_in_rounds_wherever_their_levels_begin(starts, index_64, monkeypa
 def test_a_level_that_does_not_fit_gives_nan_to_pixels_in_rounds(start):
     inputs = ROUNDS[0].inputs(seed=11)
     bad = {"shapes": inputs.shapes, "starts": [start, 99, 119]}
-    got = emulator.forward(inputs, multiprocessors=1, levels_on_device=True, sanitize=True, **bad)
+    got = emulator.forward(inputs, gpu=SMALL_GPU, levels_on_device=True, sanitize=True, **bad)
     assert np.isnan(got).all()
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 132], ids=["throughput", "latency"])
-def test_launch_shapes(multiprocessors):
+@pytest.mark.parametrize("gpu", [SMALL_GPU, H100], ids=["throughput", "latency"])
+def test_launch_shapes(gpu):
     case = Case("wide", levels=((5, 6), (3, 3)), N=2, M=2, D=16, queries=45)
-    check(case, ("float32", "float32"), multiprocessors=multiprocessors)
+    check(case, ("float32", "float32"), gpu=gpu)
 
 
 def test_levels_on_the_device():
@@ -281,11 +284,11 @@ def test_sum_in_lists_does_not_depend_on_the_order_of_threads(case):
 @pytest.mark.parametrize("where", [None, 0.37])
 def test_pieces_of_large_bins(monkeypatch, where, order):
     """Bins of up to twelve pieces, and others of one."""
-    monkeypatch.setattr(plan_backward, "PIECE", 512)
+    monkeypatch.setattr(plan_backward, "BUCKET_CHUNK", 512)
     inputs = Case("pieces", levels=((9, 11), (5, 6)), N=1, M=2, D=32, P=4, queries=400).inputs(seed=9)
     if where is not None:
         inputs.locations[:, ::2, 0] = where
-    assert plan_backward.summation(emulator.prepare(inputs, False, None), 16).count
+    assert plan_backward.summation(emulator.prepare(inputs, False, None), 16, H100).split
     got = emulator.summation(inputs, sanitize=True, order=order)
     assert_close(got, cases.expected(inputs)[1][0], "float32")
     np.testing.assert_array_equal(emulator.summation(inputs), got)
@@ -294,17 +297,16 @@ def test_pieces_of_large_bins(monkeypatch, where, order):
 def test_slabs_and_groups_of_heads_change_nothing(monkeypatch):
     inputs = Case("slabs", levels=((15, 17), (4, 5)), N=2, M=3, D=8, queries=40).inputs(seed=7)
     one = emulator.summation(inputs)
-    monkeypatch.setattr(plan_backward, "MAX_BINS", 2)
+    monkeypatch.setattr(sorted_heuristics, "MAX_BUCKETS", 2)
     monkeypatch.setattr(plan_backward, "WORKSPACE", 1 << 15)
-    planned = plan_backward.summation(emulator.prepare(inputs, False, None), 16)
-    assert planned.rows < 275
+    planned = plan_backward.summation(emulator.prepare(inputs, False, None), 16, H100)
+    assert planned.pixels < 275
     assert 1 <= planned.heads < 6
     np.testing.assert_array_equal(emulator.summation(inputs, sanitize=True), one)
 
 
 def test_64_bit_offsets_in_lists_under_the_sanitizers(monkeypatch):
-    keys = [plan_backward._sum_key]
-    monkeypatch.setattr(plan_backward, "_sum_key", lambda *a, **k: replace(keys[0](*a, **k), index_64=True))
+    monkeypatch.setattr(sorted_heuristics, "needs_wide_index_sorted", lambda problem: True)
     for case in (PATHS[0], PATHS[8]):
         inputs = case.inputs(seed=8)
         assert_close(emulator.summation(inputs, sanitize=True), cases.expected(inputs)[1][0], "float32")
@@ -354,5 +356,5 @@ def test_dtypes_under_the_sanitizers(pair):
 
 
 def test_64_bit_offsets_under_the_sanitizers(monkeypatch):
-    emulator.force_index_64(monkeypatch, True)
+    emulator.force_wide_index(monkeypatch, True)
     check(PATHS[0], ("float32", "float32"), sanitize=True)

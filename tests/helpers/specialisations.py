@@ -1,6 +1,6 @@
 """Every kernel that the planner can choose, compiled without a GPU and held against a budget.
 
-`python tests/specialisations.py` writes tests/kernel_budget.json anew, for the NVRTC that is installed.
+`python -m tests.helpers.specialisations` writes tests/kernels/kernel_budget.json anew, for the NVRTC that is installed.
 """
 
 import hashlib
@@ -11,14 +11,15 @@ import os
 import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from cupy_msda.call import ALL, FusedFrontEnd, Problem, ValueStrides, Variant
-from cupy_msda.cuda import kernels, plan, plan_backward
+from cupy_msda.cuda import kernels, plan, plan_backward, sorted_heuristics
+from cupy_msda.cuda.gpu import ARCHITECTURES, H100
 from tests.helpers import cases
 from tests.helpers.cases import DTYPE_PAIRS
 
-ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 120)
 BUDGET = Path(__file__).parent.parent / "kernels" / "kernel_budget.json"
 CACHE = Path(tempfile.gettempdir()) / f"cupy_msda_compiled_{os.getuid()}"
 LEVELS = ((100, 167, 0), (50, 84, 16700), (25, 42, 20900), (13, 21, 21950))
@@ -67,40 +68,57 @@ def problem_of(row):
     )  # fmt: skip
 
 
-def launches_of(row):
+def launches_of(row, gpu=H100):
     """The planner's answer to a row of the budget: launches by their role in the problem, the budgeted one first."""
     if "value" in row:
-        return {"cast": plan.round_gradient(row["value"], 1000)}
+        return {"cast": plan.cast_gradient(row["value"], 1000)}
     found, alignment, wanted = problem_of(row), row["alignment"], row["wanted"]
     if wanted == "output":
-        return {"forward": plan.forward(found, alignment)}
+        return {"forward": plan.forward(found, alignment, gpu)}
     if "in order" in wanted:
-        sort, *count, summed = plan_backward.summation(found, alignment).launches
-        expand = plan_backward.expansion(found)
-        first = {"expand": expand} if expand else {"sort": sort}
-        counted = {"count": count[0]} if count else {"sort": sort}
-        return {"sort": first, "count": counted, "sum": {"sum": summed}}[wanted.split()[-1]]
+        sort, *split, reduce = plan_backward.summation(found, alignment, gpu).launches
+        first = {"sort": sort}
+        if sorted_heuristics.is_materialised(found):
+            first = {"expand": plan.materialise(found)}
+        counted = {"count": split[0]} if split else {"sort": sort}
+        return {"sort": first, "count": counted, "sum": {"sum": reduce}}[wanted.split()[-1]]
     wanted = WANTED[wanted]._replace(references=bool(found.fused) and WANTED[wanted].weights)
-    backward = {"backward": plan.backward(found, alignment, wanted=found.computed(wanted))}
-    return backward | ({"references": plan.sum_references(found)} if wanted.references else {})
+    backward = {"backward": plan.backward(found, alignment, gpu, found.computed(wanted))}
+    return backward | ({"references": plan.reduce_references(found)} if wanted.references else {})
 
 
-def key_of(row):
-    """The budgeted key of a row: the budget does not hold the sum over heads of the gradient of references."""
-    return next(iter(launches_of(row).values())).key
+def gpu_of(architecture):
+    """The GPU that stands for an architecture; with as many multiprocessors as an H100, for the same choices."""
+    return replace(ARCHITECTURES[architecture], multiprocessors=H100.multiprocessors)
 
 
-def every():
-    """All keys; variants and layouts only with the alignment and the sizes that they usually come with."""
+def specs_of(rows, architecture):
+    """The specialisations that rows ask for on an architecture, by their labels."""
+    gpu = gpu_of(architecture)
+    return {f"{text_of(row)}: {role}": launch.spec for row in rows for role, launch in launches_of(row, gpu).items()}
+
+
+def text_of(row):
+    """A row of the budget as text: what a problem is called, whatever its kernels are called."""
+    return "; ".join(f"{axis}={spelled(row[axis])}" for axis in (*AXES, "value") if axis in row)
+
+
+def spelled(value):
+    """A value of an axis as text."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def every_row():
+    """All rows; variants and layouts only with the alignment and the sizes that they usually come with."""
     names = list(AXES)
-    keys = set()
+    rows = []
     for combination in itertools.product(*AXES.values()):
         of = dict(zip(names, combination, strict=True))
         usual = (of["alignment"], of["size"]) == (16, "32 bits")
         simple = (of["variant"], of["layout"]) == ("plain", "contiguous")
         if (usual and of["front"] == "none") or (usual and simple) or (simple and of["front"] == "none"):
-            keys.add(key_of(of))
-    return sorted(keys | rounding(), key=str)
+            rows.append(of)
+    return rows + rounding_rows()
 
 
 def common_rows():
@@ -116,17 +134,8 @@ def common_rows():
     return found + [pixels | sizes | usual | {"D": D} for D in (16, 36, 128)]
 
 
-def common():
-    """Keys of what models ask for."""
-    return {key_of(row) for row in common_rows()}
-
-
 def rounding_rows():
     return [{"value": dtype} for dtype in ("float16", "bfloat16")]
-
-
-def rounding():
-    return {key_of(row) for row in rounding_rows()}
 
 
 def pairwise_rows():
@@ -152,19 +161,14 @@ def pairwise_rows():
     return chosen
 
 
-def pairwise():
-    """Keys such that any two values of two axes meet in the problem of one of them."""
-    return sorted({key_of(row) for row in pairwise_rows()} | rounding(), key=str)
-
-
 def budgeted_rows():
     """The problems of the budget, as plain data."""
     return [*pairwise_rows(), *common_rows(), *rounding_rows()]
 
 
-def budgeted():
-    """The keys of the budget file."""
-    return sorted({*pairwise(), *common()}, key=str)
+def budgeted(architecture=90):
+    """The specialisations of the budget, by their labels."""
+    return specs_of(budgeted_rows(), architecture)
 
 
 def _gain(row, axis, value, uncovered):
@@ -172,25 +176,25 @@ def _gain(row, axis, value, uncovered):
     return sum(pair in uncovered for pair in pairs)
 
 
-def flags(key, architecture):
-    """NVRTC options of one specialisation: those of kernels.py, and those that CuPy adds."""
-    return (*kernels.options(key), f"-arch=sm_{architecture}", "--ptxas-options=-v", "-ftz=true")
+def flags(architecture):
+    """NVRTC options: those of kernels.py, and those that CuPy adds."""
+    return (*kernels.OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v", "-ftz=true")
 
 
-def resources(key, architecture):
+def resources(spec, architecture):
     """Registers, bytes spilled and warnings of one specialisation; raises RuntimeError where it does not compile."""
     from cupy_backends.cuda.libs import nvrtc
 
-    options, text = flags(key, architecture), kernels.source(key.kind)
+    options, text = flags(architecture), kernels.program(spec)
     name = hashlib.sha256(repr((text, options, nvrtc.getVersion())).encode()).hexdigest()[:32]
     cached = CACHE / name
     if cached.exists():
         return json.loads(cached.read_text())
-    program = nvrtc.createProgram(text, f"msda_{key.kind}.cu", (), ())
+    program = nvrtc.createProgram(text, f"{spec.function}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
     except nvrtc.NVRTCError as error:
-        raise RuntimeError(f"sm_{architecture} {key}\n{nvrtc.getProgramLog(program)}") from error
+        raise RuntimeError(f"sm_{architecture} {spec}\n{nvrtc.getProgramLog(program)}") from error
     log = nvrtc.getProgramLog(program).replace("\0", "")
     assert nvrtc.getCUBIN(program)
     found = {
@@ -207,11 +211,17 @@ def _resources(task):
     return resources(*task)
 
 
-def compile_all(keys):
-    """Resources by (key, architecture), on all cores."""
-    tasks = list(itertools.product(keys, ARCHITECTURES))
+def compile_all(rows):
+    """Specialisation and resources of rows by (label, architecture), on all cores."""
+    asked = {
+        (label, architecture): (spec, architecture)
+        for architecture in ARCHITECTURES
+        for label, spec in specs_of(rows, architecture).items()
+    }
+    tasks = list(dict.fromkeys(asked.values()))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(tasks, pool.map(_resources, tasks, chunksize=4), strict=True))
+        found = dict(zip(tasks, pool.map(_resources, tasks, chunksize=4), strict=True))
+    return {problem: (task[0], found[task]) for problem, task in asked.items()}
 
 
 def nvrtc_version():
@@ -222,16 +232,13 @@ def nvrtc_version():
 
 def make_budget():
     """What the budget file should say now: registers, bytes spilled, shared memory, in the order of ARCHITECTURES."""
-    found = compile_all(budgeted())
     entries = {}
-    for (key, architecture), measured in found.items():
-        # That of the sort depends on S too: tests/test_plan.py.
-        shared = 0 if key.kind in ("round", "sort") else plan.shared_bytes(key)
-        entry = entries.setdefault(str(key), {"shared": shared, "registers": [], "spilled": []})
-        assert architecture == ARCHITECTURES[len(entry["registers"])]
+    for (label, _), (spec, measured) in compile_all(budgeted_rows()).items():
+        # The shared memory of the bucket sort depends on S too: tests/kernels/test_plan.py.
+        entry = entries.setdefault(label, {"shared": spec.shared_bytes or 0, "registers": [], "spilled": []})
         entry["registers"].append(measured["registers"])
         entry["spilled"].append(measured["spilled"])
-    return {"nvrtc": nvrtc_version(), "architectures": list(ARCHITECTURES), "kernels": entries}
+    return {"nvrtc": nvrtc_version(), "architectures": list(ARCHITECTURES), "kernels": dict(sorted(entries.items()))}
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python -m tests.kernels.machine_code list
 
 Each side says by its own `list` which kernel each problem of the budget asks for. Kernels are paired by that problem,
-so names of kernels, keys and macros may differ. Compared are the contents of the code sections and of constant data,
-and registers; not symbols, section names or debug information. Exits with 1 where anything differs, and 0 otherwise.
+so names of kernels, axes and macros may differ. Compared are the contents of the code sections, of each constant of
+OLD, and registers; not symbols, section names or debug information. Exits with 1 where anything differs, and 0
+otherwise.
 """
 
 import argparse
@@ -35,6 +36,7 @@ if __name__ == "__main__":  # an installed cupy_msda may be that of another chec
 import cupy_msda
 from cupy_msda.cuda import kernels
 from tests.helpers import specialisations
+from tests.helpers.specialisations import spelled
 
 ARCHITECTURES = specialisations.ARCHITECTURES
 CACHE = Path(tempfile.gettempdir()) / f"cupy_msda_machine_code_{os.getuid()}"
@@ -44,22 +46,13 @@ INSTRUCTION = 16  # bytes, from sm_70 on
 # What a checkout asks for: `list`.
 
 
-def text_of(row):
-    """A row of the budget as text: what both sides call the problem."""
-    return "; ".join(f"{axis}={_spelled(row[axis])}" for axis in (*specialisations.AXES, "value") if axis in row)
-
-
-def _spelled(value):
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 @functools.cache
 def _values():
     """Values of each axis by their text; those of AXES come first."""
-    found = {axis: {_spelled(value): value for value in values} for axis, values in specialisations.AXES.items()}
+    found = {axis: {spelled(value): value for value in values} for axis, values in specialisations.AXES.items()}
     for row in specialisations.common_rows():
         for axis, value in row.items():
-            found[axis].setdefault(_spelled(value), value)
+            found[axis].setdefault(spelled(value), value)
     return found
 
 
@@ -79,18 +72,19 @@ def row_of(text):
 
 def listed(architectures, texts=()):
     """Every kernel that the problems of the budget and those of `texts` ask for, by architecture and label."""
-    rows = {text_of(row): row for row in specialisations.budgeted_rows()}
+    rows = {specialisations.text_of(row): row for row in specialisations.budgeted_rows()}
     rows |= {text: row for text in texts if (row := row_of(text)) is not None}
-    sources, asked = {}, {str(architecture): {} for architecture in architectures}
-    for (text, row), architecture in ((item, architecture) for item in rows.items() for architecture in architectures):
-        for role, launch in specialisations.launches_of(row).items():
-            source = kernels.source(launch.key.kind)
+    sources, asked = {}, {}
+    for architecture in architectures:
+        of_architecture = asked[str(architecture)] = {}
+        for label, spec in specialisations.specs_of(rows.values(), architecture).items():
+            source = kernels.program(spec)
             name = hashlib.sha256(source.encode()).hexdigest()
             sources[name] = source
-            asked[str(architecture)][f"{text}: {role}"] = {
+            of_architecture[label] = {
                 "source": name,
-                "options": specialisations.flags(launch.key, architecture),
-                "kernel": f"msda_{launch.key.kind}",
+                "options": specialisations.flags(architecture),
+                "kernel": spec.function,
             }
     return {"problems": list(rows), "sources": sources, "kernels": asked}
 
@@ -99,34 +93,40 @@ def listed(architectures, texts=()):
 
 
 def sections(cubin):
-    """Name and contents of each section of a 64-bit ELF file that has contents."""
+    """Name, type and contents of each section of a 64-bit ELF file."""
     assert cubin[:6] == b"\x7fELF\x02\x01", "expected a 64-bit little-endian ELF file"
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
     entry_size, count, of_names = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", cubin, table + entry_size * index) for index in range(count)]
     names = headers[of_names][4]
     for name, kind, _, _, offset, size in headers:
-        if kind != 8:  # SHT_NOBITS
-            start = names + name
-            yield cubin[start : cubin.index(b"\0", start)].decode(), cubin[offset : offset + size]
+        start = names + name
+        contents = b"" if kind == 8 else cubin[offset : offset + size]  # SHT_NOBITS has none
+        yield cubin[start : cubin.index(b"\0", start)].decode(), kind, contents
 
 
 def code_of(cubin):
-    """Contents of the code sections, and of constant data, in an order that does not depend on names.
+    """Contents of the code sections, and of each constant, in an order that does not depend on names.
 
     Constant bank 0 is left out: it has the place of the parameters, which the code says itself.
     """
     found = list(sections(cubin))
-    code = sorted(contents for name, contents in found if name.startswith(".text."))
-    data = sorted(contents for name, contents in found if re.match(r"\.nv\.(constant[1-9]|global\.init)", name))
-    return code, data
+    code = sorted(contents for name, _, contents in found if name.startswith(".text."))
+    data = []
+    for symbols in (contents for _, kind, contents in found if kind == 2):  # SHT_SYMTAB
+        for _, info, _, section, value, size in struct.iter_unpack("<IBBHQQ", symbols):
+            if info & 15 == 1 and section < len(found):  # STT_OBJECT
+                name, _, contents = found[section]
+                if re.match(r"\.nv\.(constant[1-9]|global\.init)", name):
+                    data.append(contents[value : value + size])
+    return code, sorted(data)
 
 
 def measure(text, options, kernel):
     """Machine code and resources of one kernel, from the cache where it is there."""
     from cupy_backends.cuda.libs import nvrtc
 
-    task = repr((text, tuple(options), kernel, nvrtc.getVersion()))
+    task = repr(("constants one by one", text, tuple(options), kernel, nvrtc.getVersion()))
     cached = CACHE / hashlib.sha256(task.encode()).hexdigest()
     if cached.exists():
         return json.loads(cached.read_text())
@@ -175,11 +175,19 @@ def measure_all(tasks, jobs):
 # Two sides.
 
 
+def _differs(old, new):
+    """Whether two kernels differ.
+
+    A constant more is no difference: NVRTC keeps every constexpr variable, whether it is used or not.
+    """
+    lost = Counter(old["data"]) - Counter(new["data"])
+    return bool(lost) or any(old[what] != new[what] for what in ("code", "registers", "shared"))
+
+
 def compare(old, new):
     """Labels that are equal, that differ and that only one side has: from label to what `measure` says."""
     both = [label for label in old if label in new]
-    compared = ("code", "data", "registers", "shared")
-    different = [label for label in both if any(old[label][what] != new[label][what] for what in compared)]
+    different = [label for label in both if _differs(old[label], new[label])]
     resources = ("registers", "spilled", "shared", "instructions")
     return {
         "equal": [label for label in both if label not in set(different)],

@@ -1,4 +1,4 @@
-"""The stream beside the caller's: what waits for what, and that no two calls have one at the same time."""
+"""Side streams: what waits for what, and that no two calls have one at the same time."""
 
 import pytest
 
@@ -38,45 +38,45 @@ def runtime(monkeypatch):
     return Cupy.cuda.runtime
 
 
-def beside(runtime, nested=None):
-    def longer(stream, metadata, *addresses):
+def concurrent(runtime, nested=None):
+    def longer(stream, metadata, addresses):
         runtime.queued.append(("longer", stream, addresses))
         if nested:
             nested()
 
-    def other(stream, metadata, *addresses):
+    def other(stream, metadata, addresses):
         runtime.queued.append(("other", stream, addresses))
 
-    return steps._beside(longer, other, 0)
+    return steps._concurrent(longer, other, 0)
 
 
-def test_fork_before_and_join_after(runtime):
-    run = beside(runtime)
+def test_the_other_step_is_between_fork_and_join(runtime):
+    run = concurrent(runtime)
     (found,) = streams.idle(0)
-    run(7, (), 1, 2)
+    run(7, (), "addresses")
     begin, end = runtime.queued[0][1], runtime.queued[-1][1]
     assert runtime.queued == [
         ("record", begin, 7),
         ("wait", begin, found.stream),
-        ("longer", 7, (1, 2)),
-        ("other", found.stream, (1, 2)),
+        ("longer", 7, "addresses"),
+        ("other", found.stream, "addresses"),
         ("record", end, found.stream),
         ("wait", end, 7),
     ]
     assert streams.idle(0) == [found]
 
 
-def test_one_is_made_ahead_and_used_again(runtime):
-    runs = [beside(runtime) for _ in range(3)]
+def test_a_side_stream_is_created_first_and_used_again(runtime):
+    runs = [concurrent(runtime) for _ in range(3)]
     made = runtime.made
     for run in runs:
-        run(7, ())
+        run(7, (), ())
     assert runtime.made == made == 3  # a stream and two events
 
 
-def test_calls_at_the_same_time_have_one_each(runtime):
-    inner = beside(runtime)
-    outer = beside(runtime, nested=lambda: inner(8, ()))
-    outer(7, ())
+def test_calls_at_the_same_time_have_one_side_stream_each(runtime):
+    inner = concurrent(runtime)
+    outer = concurrent(runtime, nested=lambda: inner(8, (), ()))
+    outer(7, (), ())
     used = {entry[1] for entry in runtime.queued if entry[0] == "other"}
     assert len(used) == len(streams.idle(0)) == 2

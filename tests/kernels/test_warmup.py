@@ -1,4 +1,4 @@
-"""Compiling ahead: which kernels, and what is refused."""
+"""The warm-up compiles what later calls launch, and refuses what is no call."""
 
 import pytest
 
@@ -6,36 +6,37 @@ import cupy_msda
 from cupy_msda import Sizes, arrays
 from cupy_msda.call import ALL, FusedFrontEnd, Problem
 from cupy_msda.cuda import plan, plan_backward, warmup
+from cupy_msda.cuda.gpu import H100
 
 ENCODER = Sizes(levels=((20, 30), (10, 15)), N=2)
 DECODER = Sizes(levels=((20, 30), (10, 15)), N=2, Q=300)
 
 
-def keys(sizes, dtypes, backward=True):
-    return {launch.key for launch in warmup.launches(sizes, dtypes, device=0, backward=backward, multiprocessors=132)}
+def specs(sizes, dtypes, backward=True):
+    return {launch.spec for launch in warmup.launches(sizes, dtypes, device=0, backward=backward, gpu=H100)}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("location_dtype", ["float32", None])
 @pytest.mark.parametrize("by_value", [True, False])
 @pytest.mark.parametrize("Q", [750, 300])
-def test_what_a_call_launches_was_compiled(dtype, location_dtype, by_value, Q):
-    found = keys([ENCODER, DECODER], [dtype])
+def test_what_a_call_launches_is_compiled(dtype, location_dtype, by_value, Q):
+    found = specs([ENCODER, DECODER], [dtype])
     levels = ((20, 30, 0), (10, 15, 600)) if by_value else None
     call = Problem(2, 750, 8, 32, 2, 4, Q, dtype, location_dtype or dtype, ("cuda", 0), levels)
-    launches = [plan.forward(call, 16), plan.backward(call, 16)]
+    launches = [plan.forward(call, 16, H100), plan.backward(call, 16, H100)]
     if dtype == "float16":
-        launches.append(plan.round_gradient(dtype, 2 * 750 * 256))
-    assert {launch.key for launch in launches} <= found
+        launches.append(plan.cast_gradient(dtype, 2 * 750 * 256))
+    assert {launch.spec for launch in launches} <= found
 
 
-def test_kernels_are_shared_by_sizes():
+def test_sizes_share_kernels():
     more = [Sizes(levels=((100 + i, 160), (50, 80)), N=2 + i) for i in range(4)]
-    assert len(keys(more, ["float32"])) == len(keys(more[:1], ["float32"]))
+    assert len(specs(more, ["float32"])) == len(specs(more[:1], ["float32"]))
 
 
-def test_without_a_backward():
-    assert {key.kind for key in keys([ENCODER], ["float16"], backward=False)} == {"forward"}
+def test_without_the_backward_only_the_forward_is_compiled():
+    assert {spec.kernel for spec in specs([ENCODER], ["float16"], backward=False)} == {"forward"}
 
 
 @pytest.mark.parametrize(
@@ -46,9 +47,9 @@ def test_without_a_backward():
         ([Sizes(levels=())], ["float32"], ValueError, r"sizes: expected levels of positive \(H, W\)"),
     ],
 )
-def test_bad_sizes(sizes, dtypes, error, message):
+def test_what_is_no_call_is_refused(sizes, dtypes, error, message):
     with pytest.raises(error, match=message):
-        keys(sizes, dtypes)
+        specs(sizes, dtypes)
 
 
 def test_without_a_gpu_it_says_why(monkeypatch):
@@ -63,25 +64,25 @@ def test_progress_bar(progress, count, shown, capsys):
     assert ("compiling kernels" in capsys.readouterr().err) == shown
 
 
-def test_variants_are_compiled_ahead():
+def test_variants_are_compiled():
     sizes = [
         Sizes(ENCODER.levels, num_points=[3, 6], interpolation="nearest"),
         Sizes(ENCODER.levels, num_points=[2, 2], padding_mode="border"),
     ]
-    # The sums see parts of samples only.
-    chosen = [key for key in keys(sizes, ["float32"]) if key.kind not in ("count", "sum", "add")]
-    assert {(key.points, key.P, key.nearest, key.border) for key in chosen} == {
+    # The reductions see contributions only.
+    chosen = [spec.samples for spec in specs(sizes, ["float32"]) if hasattr(spec, "samples")]
+    assert {(samples.points, samples.P, samples.nearest, samples.border) for samples in chosen} == {
         ((3, 6), 0, True, False),
         ((), 2, False, True),
     }
     with pytest.raises(ValueError, match=r"num_points: .*L = 2"):
-        keys([Sizes(ENCODER.levels, num_points=[1])], ["float32"])
+        specs([Sizes(ENCODER.levels, num_points=[1])], ["float32"])
 
 
-def test_calls_with_query_lengths_are_compiled_ahead():
-    chosen = keys([Sizes(ENCODER.levels, ragged=True)], ["float32"])
-    assert {key.padded for key in chosen if key.kind in ("forward", "backward", "sort")} == {True}
-    assert not any(key.padded for key in keys([ENCODER], ["float32"]))
+def test_calls_with_query_lengths_are_compiled():
+    chosen = specs([Sizes(ENCODER.levels, ragged=True)], ["float32"])
+    assert {spec.samples.ragged for spec in chosen if hasattr(spec, "samples")} == {True}
+    assert not any(spec.samples.ragged for spec in specs([ENCODER], ["float32"]) if hasattr(spec, "samples"))
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
@@ -89,18 +90,18 @@ def test_calls_with_query_lengths_are_compiled_ahead():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("reference_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("of_references", [False, True])
-def test_calls_with_a_front_end_are_compiled_ahead(coordinates, one_reference, packed, reference_dtype, of_references):
+def test_fused_calls_are_compiled(coordinates, one_reference, packed, reference_dtype, of_references):
     sizes = Sizes(ENCODER.levels, N=2, reference_coordinates=coordinates, one_reference=one_reference, packed=packed)
-    front = FusedFrontEnd(coordinates, 1 if one_reference else 2, reference_dtype, packed)
+    fused = FusedFrontEnd(coordinates, 1 if one_reference else 2, reference_dtype, packed)
     levels = ((20, 30, 0), (10, 15, 600))
-    call = Problem(2, 750, 8, 32, 2, 4, 750, "float16", "float16", ("cuda", 0), levels, fused=front)
+    call = Problem(2, 750, 8, 32, 2, 4, 750, "float16", "float16", ("cuda", 0), levels, fused=fused)
     wanted = call.computed(ALL._replace(references=of_references))
-    launches = [plan.forward(call, 16), *plan_backward.backward(call, 16, 132, wanted).launches]
-    assert {launch.key for launch in launches} <= keys([sizes], ["float16"])
+    launches = [plan.forward(call, 16, H100), *plan_backward.backward(call, 16, H100, wanted).launches]
+    assert {launch.spec for launch in launches} <= specs([sizes], ["float16"])
 
 
-def test_references_are_points_or_boxes():
+def test_reference_points_are_points_or_boxes():
     with pytest.raises(ValueError, match="sizes: expected reference_coordinates 2, 4 or None, got 3"):
-        keys([Sizes(ENCODER.levels, reference_coordinates=3)], ["float32"])
-    with pytest.raises(ValueError, match="sizes: expected reference_coordinates 2 or 4 beside one_reference or packed"):
-        keys([Sizes(ENCODER.levels, packed=True)], ["float32"])
+        specs([Sizes(ENCODER.levels, reference_coordinates=3)], ["float32"])
+    with pytest.raises(ValueError, match="sizes: expected reference_coordinates 2 or 4 with one_reference or packed"):
+        specs([Sizes(ENCODER.levels, packed=True)], ["float32"])

@@ -214,7 +214,11 @@ class StubLaunches:
 
     def prepare_backward(self, problem, alignment, stream, wanted):
         self.planned.append((problem, wanted))
-        return SimpleNamespace(run=lambda *words: self.backwards.append((self.device, *words)), workspace=256)
+
+        def run(stream, metadata, addresses):
+            self.backwards.append((self.device, stream, metadata, *addresses))
+
+        return SimpleNamespace(run=run, workspace=256)
 
     def levels_by_value(self, levels):
         return ()  # as for metadata on the device, whose addresses a launch takes

@@ -1,0 +1,374 @@
+"""Which specialisation of a kernel a problem gets: a pure function of the problem, the alignment and the GPU.
+
+``launch_tables.py`` holds the measured choices by architecture. Here are the rules: which entry applies, and what
+follows from the sizes. `alignment` is the bytes, a power of two, that all value-like addresses are multiples of.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from ..arrays import item_size
+from ..call import SIXTEEN_BIT, Problem, Wanted
+from .axes import (
+    MAX_LEVELS_OF_WARP,
+    VECTOR_BYTES,
+    BlockAxes,
+    BoundAxes,
+    ChannelAxes,
+    FusedSampleAxes,
+    GradientAxes,
+    QueryAxes,
+    SampleAxes,
+    sample_bytes,
+)
+from .gpu import Gpu
+from .launch_tables import BackwardTable, Block, Bounds, ForwardEntry, table_of
+from .specs import BackwardSpec, ForwardSpec
+
+# Shared memory of the samples of a warp. It is small, because the rest of the memory is L1 cache.
+WARP_SHARED_BYTES = 5 * 1024
+# Samples that a lane holds in registers between loading and preparing them.
+MAX_SAMPLES_PER_LANE = 4
+# Samples of a query that are unrolled as a whole with masked neighbours. forward-unrolled-samples
+MAX_UNROLLED = 32
+# Bytes that the L1 cache delivers per clock, if they lie in different parts of their lines.
+LINE_BYTES = 128
+MAX_HEADS_PER_WARP = 4
+# With more channel tiles than this, a kernel has an entry of its own.
+MANY_CHANNEL_TILES = 4
+# Rows of the patch of pixels that shares a block where queries are pixels. forward-tile-order
+TILE_ROWS = 8
+# Most queries of an image that are taken so: the kernels find the tile by divisions that are exact up to here.
+MAX_TILED_QUERIES = 2**21
+# Blocks along the second axis of a grid, at most: a limit of CUDA.
+MAX_GRID_Y = 65535
+# Samples per value vector from which on a block aggregates them. backward-aggregation-threshold
+AGGREGATED_SAMPLES = 4
+# Shared memory that a block may have without opting in. A block that aggregates takes no more.
+SHARED_WITHOUT_OPT_IN = 48 * 1024
+# Shared memory of the samples of a block in a fused call, while the block has more than one warp.
+FUSED_SHARED_BYTES = 40 * 1024
+# With more levels than this, they do not fit into the parameters of a kernel.
+MAX_LEVELS_BY_VALUE = 64
+
+
+# ---- axes that follow from the problem -------------------------------------------------------------------------------
+
+
+def levels_by_value(problem: Problem) -> bool:
+    """Whether the levels travel in the parameters of the kernels."""
+    return problem.levels is not None and problem.L <= MAX_LEVELS_BY_VALUE
+
+
+def sample_axes(problem: Problem, materialised: bool = False) -> SampleAxes:
+    """How a kernel finds its samples. `materialised` ones are in the accumulator's dtype and in pixels."""
+    if problem.fused and not materialised:
+        return fused_sample_axes(problem)
+    dtype = problem.accumulator_dtype if materialised else problem.location_dtype
+    return SampleAxes(location_dtype=dtype, **_common_sample_axes(problem))
+
+
+def fused_sample_axes(problem: Problem) -> FusedSampleAxes:
+    """How a kernel finds samples that come as offsets and logits."""
+    fused = problem.fused
+    assert fused is not None
+    return FusedSampleAxes(
+        location_dtype=problem.location_dtype,
+        reference_dtype=fused.dtype,
+        reference_coordinates=fused.coordinates,
+        reference_levels=fused.levels,
+        packed=fused.packed,
+        **_common_sample_axes(problem),
+    )
+
+
+def _common_sample_axes(problem: Problem) -> dict[str, Any]:
+    variant = problem.variant
+    return {
+        "L": problem.L,
+        "P": problem.P,
+        "points": variant.num_points or (),
+        "nearest": variant.nearest,
+        "border": variant.padding_mode == "border",
+        "align_corners": variant.align_corners,
+        "pixel_locations": problem.fused is not None,
+        "levels_on_device": not levels_by_value(problem),
+        "ragged": problem.ragged,
+    }
+
+
+def needs_wide_index(problem: Problem) -> bool:
+    """Whether offsets inside one image need 64 bits, in a kernel that takes queries."""
+    # A sample holds 16 times its pixel, which may lie a row and a pixel outside the image.
+    widest = max(problem.S * 32, problem.Q * problem.M * problem.K * 2)
+    if problem.fused:
+        widest = max(widest, problem.Q * problem.M * problem.K * 3, problem.Q * problem.L * 4)
+    return widest >= 2**31
+
+
+def bound_axes(chosen: Bounds, gpu: Gpu, warps: int | None = None) -> BoundAxes:
+    """A table's choice with no more resident blocks than the GPU holds; `warps` where these are not the table's."""
+    warps = warps or chosen.warps
+    return BoundAxes(warps=warps, min_blocks=min(chosen.min_blocks, gpu.resident_blocks(32 * warps)))
+
+
+def block_axes(chosen: Block, gpu: Gpu, warps: int | None = None) -> BlockAxes:
+    """The same for a kernel that loads several value vectors at a time."""
+    bounds = bound_axes(chosen, gpu, warps)
+    return BlockAxes(warps=bounds.warps, min_blocks=bounds.min_blocks, unroll=chosen.unroll)
+
+
+def query_axes(problem: Problem, chunk: int, query_tiles: int) -> QueryAxes:
+    """Queries are taken by tiles of the image where they are its pixels."""
+    tiled = problem.Q == problem.S and problem.Q <= MAX_TILED_QUERIES and problem.L <= MAX_LEVELS_OF_WARP
+    return QueryAxes(chunk=chunk, query_tiles=query_tiles, tile_rows=TILE_ROWS if tiled else 0)
+
+
+# ---- lanes -----------------------------------------------------------------------------------------------------------
+
+
+def forward_channels(problem: Problem, alignment: int) -> ChannelAxes:
+    """A lane moves as many bytes at a time as the addresses allow."""
+    vec = _vector(problem, min(alignment, problem.stride_alignment, VECTOR_BYTES))
+    return _channel_axes(problem, vec)
+
+
+def backward_channels(problem: Problem, alignment: int, sums: bool) -> ChannelAxes:
+    """Where the kernel `sums` grad_value, a lane holds 16 bytes of the float32 or float64 gradient.
+
+    Wider lanes make two vector reductions each. backward-gradient-vector-width
+    """
+    widest = VECTOR_BYTES
+    if sums:
+        widest = VECTOR_BYTES // item_size(problem.accumulator_dtype) * item_size(problem.value_dtype)
+    vec = _vector(problem, min(alignment, problem.stride_alignment, widest))
+    channels = _channel_axes(problem, vec)
+    # The shuffles need a power of two.
+    return channels.with_axes(lanes=1 << (channels.lanes - 1).bit_length())
+
+
+def _vector(problem: Problem, width: int) -> int:
+    vec = max(1, width // item_size(problem.value_dtype))
+    while problem.D % vec:
+        vec //= 2
+    return vec
+
+
+def _channel_axes(problem: Problem, vec: int) -> ChannelAxes:
+    """As few channel tiles as a warp allows.
+
+    More tiles of fewer lanes would leave fewer lanes idle. But each lane group would read shorter segments, and a
+    segment costs the L1 cache as much as a whole line.
+    """
+    vectors = problem.D // vec
+    lanes = -(-vectors // -(-vectors // 32))
+    return ChannelAxes(value_dtype=problem.value_dtype, M=problem.M, D=problem.D, vec=vec, lanes=lanes)
+
+
+def warps_needed(problem: Problem, lanes: int) -> int:
+    """Warps that the queries of all heads fill."""
+    return problem.N * problem.M * -(-problem.Q // (32 // lanes))
+
+
+def _heads_per_warp(problem: Problem, lanes: int) -> int:
+    """Heads whose value vectors of a pixel are one cache line, up to as many as a warp has `lanes` lanes for.
+
+    All vectors of one head lie in the same part of their lines, and the cache delivers one such part per clock.
+    forward-heads-per-warp
+    """
+    row = problem.D * item_size(problem.value_dtype)
+    if LINE_BYTES % row or problem.strides.head != problem.D:
+        return 1
+    return math.gcd(problem.M, min(LINE_BYTES // row, MAX_HEADS_PER_WARP, 1 << (32 // lanes).bit_length() - 1))
+
+
+def _lane_groups(entry: ForwardEntry, lanes: int, K: int) -> int:
+    """Groups of `lanes` lanes that share the samples of a query, where there is work for them."""
+    if not entry.lanes_per_query or lanes & (lanes - 1):
+        return 1  # the shuffles that add up their sums need a power of two
+    return max(1, min(entry.lanes_per_query // lanes, 1 << (K.bit_length() - 1)))
+
+
+# ---- samples in shared memory ----------------------------------------------------------------------------------------
+
+
+def _most_in_chunk(problem: Problem, lanes: int, wide_index: bool, unrolled: bool) -> int:
+    """Samples of a query that fit into shared memory and registers at a time, with `lanes` lanes for each query."""
+    held = MAX_SAMPLES_PER_LANE * lanes
+    if unrolled and lanes >= 4:  # with fewer lanes a warp has more queries, which take shared memory
+        held = max(held, MAX_UNROLLED)
+    entry = sample_bytes(wide_index, item_size(problem.accumulator_dtype))
+    return max(1, min(WARP_SHARED_BYTES // (32 // lanes * entry) - 1, held))
+
+
+def _chunk(problem: Problem, most: int) -> int:
+    """Samples of a query at a time. The softmax of a fused call needs all of them at once."""
+    return problem.K if problem.fused else -(-problem.K // -(-problem.K // most))
+
+
+def fused_warps(problem: Problem, warps: int, queries: int, wide_index: bool) -> int:
+    """Warps of a block whose samples fit into shared memory in a fused call; `queries` per warp."""
+    entry = sample_bytes(wide_index, item_size(problem.accumulator_dtype))
+    while problem.fused and warps > 1 and warps * queries * (problem.K | 1) * entry > FUSED_SHARED_BYTES:
+        warps //= 2
+    return warps
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _forward_entry(problem: Problem, channels: ChannelAxes, gpu: Gpu) -> ForwardEntry:
+    table = table_of(gpu)
+    few = warps_needed(problem, channels.lanes) < table.filling_warps * gpu.multiprocessors
+    narrow = problem.value_dtype in SIXTEEN_BIT
+    if channels.channel_tiles > MANY_CHANNEL_TILES:
+        return table.forward.many_channel_tiles
+    if problem.value_dtype == "float64":
+        return table.forward.float64
+    if problem.Q == problem.S and not few:
+        return table.forward.pixels_16_bits if narrow else table.forward.pixels_32_bits
+    if not narrow:
+        return table.forward.queries_32_bits
+    return table.forward.few_queries_16_bits if few else table.forward.queries_16_bits
+
+
+def forward(problem: Problem, alignment: int, gpu: Gpu) -> ForwardSpec:
+    """The forward kernel.
+
+    Masked neighbours cost registers, and a lane waits for some neighbours of a sample before it loads the next. So not
+    with nested loops over samples or several channel tiles, and not for clamped locations, few of which are outside.
+    With them a warp takes two query tiles, of neighbouring patches, with all samples of a query unrolled. 16-bit
+    vectors of 8 lanes or more keep one. forward-query-tiles-per-warp, forward-one-tile-for-wide-16-bit
+    """
+    wide_index, channels = needs_wide_index(problem), forward_channels(problem, alignment)
+    entry = _forward_entry(problem, channels, gpu)
+    groups = _lane_groups(entry, channels.lanes, problem.K)
+    per_query = channels.lanes * groups
+    masked = entry.masked_neighbours and channels.channel_tiles == 1 and not problem.variant.clamped
+    most = _most_in_chunk(problem, per_query, wide_index, unrolled=masked)
+    chunk = _chunk(problem, most)
+    block = block_axes(entry, gpu, fused_warps(problem, entry.warps, 32 // per_query, wide_index))
+    if entry.unroll_per_query:
+        block = block.with_axes(unroll=max(1, entry.unroll // groups))
+    if chunk > most:  # a fused call with many samples per query: the registers of a lane hold its share of them
+        block = block.with_axes(min_blocks=1)
+    spec = ForwardSpec(
+        wide_index=wide_index,
+        channels=channels,
+        samples=sample_axes(problem),
+        block=block,
+        queries=query_axes(problem, chunk, query_tiles=1),
+        pixel_stride=problem.strides.pixel,
+        lane_groups=groups,
+        heads_per_warp=_heads_per_warp(problem, per_query),
+        masked_neighbours=masked and chunk == problem.K and problem.L <= MAX_LEVELS_OF_WARP,
+    )
+    narrow = problem.value_dtype in SIXTEEN_BIT
+    if spec.masked_neighbours and chunk <= MAX_UNROLLED and not (narrow and channels.lanes >= 8):
+        tiled = spec.with_axes(query_tiles=2, unroll=chunk)
+        if grid_rows(problem, tiled, gpu) <= MAX_GRID_Y:
+            return tiled
+    return spec
+
+
+def grid_rows(problem: Problem, spec: ForwardSpec, gpu: Gpu) -> int:
+    """Rows of the grid of a forward: one per head, or pair of heads. The last heads have one per query tile.
+
+    Their blocks of one query tile are about a wave, all that the GPU holds at a time. The multiprocessors then end at
+    about the same time. forward-last-wave
+    """
+    heads, tiles = problem.N * problem.M // spec.heads_per_warp, spec.queries.query_tiles
+    if tiles == 1:
+        return heads
+    blocks = -(-problem.Q // (spec.block.warps * tiles * spec.queries_per_tile))
+    wave = spec.resident_blocks(gpu) * gpu.multiprocessors
+    return heads + min(heads, max(1, round(wave / blocks))) * (tiles - 1)
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+def aggregates(problem: Problem) -> bool:
+    """Whether a block adds up its samples of a cell before the atomics: where each value vector gets many."""
+    return problem.Q * problem.K >= AGGREGATED_SAMPLES * problem.S
+
+
+def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> BackwardSpec:
+    """The backward kernel, for the gradients that are wanted.
+
+    A block that aggregates works on a part of the image, in the tiles of all levels. backward-cross-level-tiles
+    """
+    table = table_of(gpu).backward
+    channels = backward_channels(problem, alignment, wanted.value)
+    tiles = channels.channel_tiles
+    if tiles > MANY_CHANNEL_TILES:
+        entry = table.many_channel_tiles
+    elif not wanted.value:
+        entry = _samples_entry(problem, tiles, table)
+    elif aggregates(problem):
+        spec = _aggregated(problem, alignment, gpu, wanted)
+        if spec is not None:
+            return spec
+        entry = table.atomics
+    elif warps_needed(problem, channels.lanes) < table_of(gpu).filling_warps * gpu.multiprocessors:
+        entry = table.atomics_few_queries
+    else:
+        entry = table.atomics
+    return _backward_spec(problem, channels, entry, gpu, wanted)
+
+
+def _samples_entry(problem: Problem, channel_tiles: int, table: BackwardTable) -> Block:
+    """Entry of a kernel that computes no gradient of value. Several channel tiles have loads enough in flight."""
+    if problem.value_dtype == "float64":
+        return table.samples_float64
+    entry = table.samples_16_bits if problem.value_dtype in SIXTEEN_BIT else table.samples_32_bits
+    return entry if channel_tiles == 1 else replace(entry, unroll=2)
+
+
+def _aggregated(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> BackwardSpec | None:
+    """The kernel whose blocks aggregate their samples, if these fit into shared memory.
+
+    In 16 bits half of the lanes make the products with value, each with 16 bytes of a vector. backward-mma-products
+    """
+    table, narrow = table_of(gpu).backward, problem.value_dtype in SIXTEEN_BIT
+    entry = table.aggregated_16_bits if narrow else table.aggregated
+    channels = backward_channels(problem, alignment, True)
+    wide_loads = 2 * channels.vec * item_size(problem.value_dtype) == VECTOR_BYTES
+    wide_loads = wide_loads and min(alignment, problem.stride_alignment) >= VECTOR_BYTES
+    whole_lanes = channels.lanes >= 8 and problem.D % channels.channel_tile == 0
+    paired = narrow and wide_loads and whole_lanes and (wanted.locations or wanted.weights)
+    tiles = max(1, table.aggregated_queries * channels.lanes // (32 * entry.warps))
+    spec = _backward_spec(problem, channels, entry, gpu, wanted, query_tiles=tiles)
+    spec = replace(spec, aggregation_bits=table.aggregation_bits, paired_tiles=2 if paired else 1)
+    return spec if spec.shared_bytes <= SHARED_WITHOUT_OPT_IN else None
+
+
+def _backward_spec(
+    problem: Problem, channels: ChannelAxes, entry: Block, gpu: Gpu, wanted: Wanted, query_tiles: int = 1
+) -> BackwardSpec:
+    """The backward kernel of an entry, without aggregation."""
+    wide_index, queries = needs_wide_index(problem), query_tiles * (32 // channels.lanes)
+    block = block_axes(entry, gpu, fused_warps(problem, entry.warps, queries, wide_index))
+    most = _most_in_chunk(problem, channels.lanes, wide_index, unrolled=False)
+    chunk = _chunk(problem, most)
+    if chunk > most:  # a fused call with many samples per query
+        block = block.with_axes(min_blocks=1)
+    return BackwardSpec(
+        wide_index=wide_index,
+        channels=channels,
+        samples=sample_axes(problem),
+        block=block,
+        queries=query_axes(problem, chunk, query_tiles),
+        gradients=GradientAxes(
+            grad_value=wanted.value,
+            grad_locations=wanted.locations,
+            grad_weights=wanted.weights,
+            grad_references=wanted.references,
+        ),
+        pixel_stride=problem.strides.pixel,
+        aggregation_bits=0,
+        paired_tiles=1,
+    )

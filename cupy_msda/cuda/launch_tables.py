@@ -1,0 +1,141 @@
+"""Launch configurations by architecture. An entry is a measured choice; its comment says why, its link what it is
+worth.
+
+Links are headings of ``docs/performance/decisions.md``. Only Hopper is measured so far. The other architectures take
+its entries, with no more resident blocks than they hold (:func:`cupy_msda.cuda.heuristics.block_axes`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .gpu import Gpu
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Warps per block, and blocks that should be resident on a multiprocessor.
+
+    `min_blocks` caps the registers. Too many blocks spill registers, too few do not hide the latency of loads.
+    """
+
+    warps: int
+    min_blocks: int
+
+
+@dataclass(frozen=True)
+class Block(Bounds):
+    """The same, and how many value vectors are loaded before the first is used."""
+
+    unroll: int
+
+
+@dataclass(frozen=True)
+class ForwardEntry(Block):
+    """`lanes_per_query`: lanes, of one or more lane groups, that share the samples of a query; 0 for one group.
+
+    `unroll_per_query`: the lane groups share `unroll`. `masked_neighbours`: where all samples of a query fit.
+    """
+
+    lanes_per_query: int = 0
+    unroll_per_query: bool = False
+    masked_neighbours: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardTable:
+    many_channel_tiles: ForwardEntry
+    float64: ForwardEntry
+    pixels_32_bits: ForwardEntry
+    pixels_16_bits: ForwardEntry
+    queries_32_bits: ForwardEntry
+    queries_16_bits: ForwardEntry
+    few_queries_16_bits: ForwardEntry
+
+
+@dataclass(frozen=True)
+class BackwardTable:
+    many_channel_tiles: Block
+    samples_float64: Block
+    samples_32_bits: Block
+    samples_16_bits: Block
+    aggregated: Block
+    aggregated_16_bits: Block
+    atomics: Block
+    atomics_few_queries: Block
+    aggregated_queries: int
+    aggregation_bits: int
+
+
+@dataclass(frozen=True)
+class SortedTable:
+    bucket_sort: Bounds
+    block_reduce: Block
+    warp_reduce: Block
+
+
+@dataclass(frozen=True)
+class Table:
+    """All entries of an architecture.
+
+    With fewer than `filling_warps` warps per multiprocessor, the latency of a kernel counts, not its throughput.
+    """
+
+    filling_warps: int
+    forward: ForwardTable
+    backward: BackwardTable
+    sorted: SortedTable
+
+
+HOPPER = Table(
+    filling_warps=16,
+    forward=ForwardTable(
+        # The channel tiles alone keep enough loads in flight, and their sums need the registers.
+        many_channel_tiles=ForwardEntry(warps=8, min_blocks=1, unroll=1),
+        float64=ForwardEntry(warps=8, min_blocks=3, unroll=2),
+        # Large blocks share a patch of pixels in the L1 cache. Masked neighbours cost registers, and read less.
+        # forward-masked-neighbours
+        pixels_32_bits=ForwardEntry(warps=16, min_blocks=3, unroll=4, masked_neighbours=True),
+        # More resident warps spill. forward-resident-warps-16-bit
+        pixels_16_bits=ForwardEntry(warps=8, min_blocks=5, unroll=4, masked_neighbours=True),
+        # Small blocks end independently, and lane groups that share the samples shorten each query.
+        # forward-lane-groups, forward-few-queries-launch
+        queries_32_bits=ForwardEntry(warps=2, min_blocks=6, unroll=4, lanes_per_query=16, unroll_per_query=True),
+        # Many queries fill the GPU with half the lanes for each.
+        queries_16_bits=ForwardEntry(warps=4, min_blocks=8, unroll=2, lanes_per_query=8, unroll_per_query=True),
+        few_queries_16_bits=ForwardEntry(warps=2, min_blocks=6, unroll=4, lanes_per_query=16),
+    ),
+    backward=BackwardTable(
+        many_channel_tiles=Block(warps=4, min_blocks=1, unroll=1),
+        # Without grad_value there are registers for more resident blocks and more loads in flight.
+        # backward-sample-gradients-launch
+        samples_float64=Block(warps=4, min_blocks=10, unroll=2),
+        samples_32_bits=Block(warps=4, min_blocks=10, unroll=4),
+        samples_16_bits=Block(warps=8, min_blocks=5, unroll=4),
+        # The samples of 64 queries share value vectors, and a block of them leaves room for three others or four.
+        # backward-block-aggregation
+        aggregated=Block(warps=8, min_blocks=4, unroll=2),
+        aggregated_16_bits=Block(warps=8, min_blocks=5, unroll=2),
+        aggregated_queries=64,
+        aggregation_bits=10,
+        atomics=Block(warps=4, min_blocks=8, unroll=2),
+        # Small blocks spread few queries over more multiprocessors.
+        atomics_few_queries=Block(warps=2, min_blocks=8, unroll=2),
+    ),
+    sorted=SortedTable(
+        bucket_sort=Bounds(warps=8, min_blocks=4),
+        # sorted-block-reduction-launch
+        block_reduce=Block(warps=8, min_blocks=5, unroll=2),
+        # A load of each channel tile is in flight: the tiles of a value vector share `unroll`.
+        # sorted-warp-reduction-launch
+        warp_reduce=Block(warps=4, min_blocks=8, unroll=4),
+    ),
+)
+
+#: By the major compute capability.
+TABLES = {9: HOPPER}
+
+
+def table_of(gpu: Gpu) -> Table:
+    """The table of a GPU; Hopper's where its architecture is not measured."""
+    return TABLES.get(gpu.architecture // 10, HOPPER)

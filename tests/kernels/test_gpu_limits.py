@@ -1,0 +1,116 @@
+"""Every choice of the planner fits the GPU: on each architecture, for random problems."""
+
+from dataclasses import replace
+
+import pytest
+
+from cupy_msda.cuda import gpu, plan, plan_backward
+from cupy_msda.cuda.gpu import ARCHITECTURES, H100
+from tests.helpers import random_problems
+
+CUDA_THREADS_PER_BLOCK = 1024
+# Asked of the planner on every architecture.
+ASKED = random_problems.draw(400, seed=1)
+
+
+def launches(asked, on):
+    problem, alignment, wanted = asked
+    for plan_one in (
+        lambda: (plan.forward(problem, alignment, on),),
+        lambda: plan_backward.backward(problem, alignment, on, wanted).launches,
+    ):
+        try:
+            yield from plan_one()
+        except NotImplementedError:  # a fused call with more samples than shared memory holds
+            assert problem.fused
+            assert problem.K > 32
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_choice_fits(architecture):
+    on, kernels = ARCHITECTURES[architecture], set()
+    for asked in ASKED:
+        for launch in launches(asked, on):
+            spec, resident = launch.spec, launch.spec.min_blocks
+            kernels.add(spec.kernel)
+            assert launch.threads <= CUDA_THREADS_PER_BLOCK, launch
+            assert resident * launch.threads <= on.threads_per_multiprocessor, launch
+            assert 1 <= resident <= on.blocks_per_multiprocessor, launch
+            assert launch.shared_bytes <= on.shared_memory_per_block, launch
+            # The carve-out and the last wave count the blocks that the shared memory has room for.
+            held = spec.resident_blocks(on)
+            assert 1 <= held <= resident
+            if spec.shared_bytes:
+                needed = held * (spec.shared_bytes + on.reserved_shared_memory)
+                assert needed <= on.shared_memory_per_multiprocessor, launch
+    assert len(kernels) == 9
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_resident_blocks_are_what_the_table_wants_or_what_fits(architecture):
+    """No architecture gets fewer blocks than it holds."""
+    on = replace(ARCHITECTURES[architecture], multiprocessors=H100.multiprocessors)
+    for asked in ASKED:
+        for launch, hopper in zip(launches(asked, on), launches(asked, H100), strict=True):
+            most = on.threads_per_multiprocessor // launch.threads
+            assert launch.spec.min_blocks == min(hopper.spec.min_blocks, most)
+
+
+def test_turing_holds_two_blocks_of_16_warps():
+    encoder = next(a.problem for a in ASKED if forward_warps(a.problem, H100) == 16)
+    t4 = replace(ARCHITECTURES[75], multiprocessors=1)
+    spec = plan.forward(encoder, 16, t4).spec
+    assert (spec.block.warps, spec.block.min_blocks) == (16, 2)
+
+
+def forward_warps(problem, on):
+    try:
+        return plan.forward(problem, 16, on).spec.block.warps
+    except NotImplementedError:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("threads", "shared", "blocks"), [(512, 0, 2), (1024, 0, 1), (32, 0, 16), (64, 30 << 10, 2), (64, 40 << 10, 1)]
+)
+def test_resident_blocks_of_turing(threads, shared, blocks):
+    assert ARCHITECTURES[75].resident_blocks(threads, shared) == blocks
+
+
+def test_carveout_is_what_the_resident_blocks_need():
+    assert H100.carveout(3, 18 << 10) == 25  # 3 * 19 KiB of 228
+    assert H100.carveout(9, 48 << 10) == 100
+
+
+# ---- a GPU by its attributes -----------------------------------------------------------------------------------------
+
+ATTRIBUTES = {
+    "MultiProcessorCount": 20,
+    "MaxThreadsPerMultiProcessor": 1536,
+    "MaxBlocksPerMultiprocessor": 24,
+    "MaxRegistersPerMultiprocessor": 65536,
+    "MaxSharedMemoryPerMultiprocessor": 233472,
+    "MaxSharedMemoryPerBlockOptin": 232448,
+    "ReservedSharedMemoryPerBlock": 1024,
+    "L2CacheSize": 1 << 25,
+}
+
+
+def test_an_architecture_that_is_not_listed_is_served_from_its_attributes():
+    assert 110 not in ARCHITECTURES
+    found = gpu.from_attributes(110, ATTRIBUTES)
+    assert (found.multiprocessors, found.threads_per_multiprocessor, found.l2_bytes) == (20, 1536, 1 << 25)
+    planned = [launch for asked in ASKED[:50] for launch in launches(asked, found)]
+    assert all(launch.spec.min_blocks * launch.threads <= 1536 for launch in planned)
+
+
+def test_the_list_agrees_with_attributes():
+    """What a device would say, written as the list does."""
+    listed = ARCHITECTURES[120]
+    said = gpu.from_attributes(
+        120,
+        ATTRIBUTES
+        | {"MultiProcessorCount": 170, "L2CacheSize": 96 << 20}
+        | {"MaxSharedMemoryPerMultiprocessor": 102400, "MaxSharedMemoryPerBlockOptin": 101376},
+    )
+    assert said == listed
