@@ -114,111 +114,6 @@ __device__ __forceinline__ void multiply_chunk(
     }
 }
 
-// Gradients of the samples of a chunk, from their dot products.
-template <typename Shared>
-__device__ __forceinline__ void write_gradients(
-        prepared_sample* samples, const Shared& shared, const lane_samples& raw, int tile, int k0,
-        const block_arrays& block) {
-    if constexpr (fused)
-        write_fused_gradients(samples, shared, raw, tile, block.grad_locations, block.grad_weights);
-    else
-        write_plain_gradients(samples, shared, raw, tile, k0, block.grad_locations, block.grad_weights);
-    if constexpr (config::grad_references)
-        write_reference_gradients(samples, shared, tile, block.grad_references);
-}
-
-// A block that adds up the samples of each cell before they go to grad_value.
-template <typename Shared>
-__device__ __forceinline__ void run_aggregated(Shared& shared, const block_arrays& block, int lane, int dot_lane) {
-    const int warp = threadIdx.x / 32;
-#pragma unroll 1
-    for (int k0 = 0; k0 < K; k0 += config::chunk) {
-        const unsigned count = prepare_sorted_samples(shared, k0, block.locations, block.weights, block.references);
-#pragma unroll 1
-        for (int tile = 0; tile < channel_tiles; ++tile) {
-            const int channel = tile * channel_tile + lane * config::vec;
-            if (config::D % channel_tile != 0 && channel >= config::D) continue;
-            add_sorted_samples(shared, count, k0, (address_t)(block.grad_output + channel),
-                               block.grad_value + tile * channel_tile * sizeof(acc_t));
-        }
-        __syncthreads();
-        if constexpr (grad_samples) {
-#pragma unroll 1
-            for (int tile = 0; tile < config::query_tiles; tile += config::paired_tiles) {
-                // Of this lane, among the groups of dot_lanes lanes: its query, and the tile of that.
-                const int group = threadIdx.x % 32 / dot_lanes, local = group % queries_per_tile;
-                const int tile_of_lane = tile + group / queries_per_tile;
-                const index_t q = query_of(shared, tile_of_lane, local);
-                const value_t* grad_output = block.grad_output + (long long)(q < 0 ? 0 : q) * (config::M * config::D);
-                held_grad_output held;
-                held.load(grad_output, dot_lane);
-                // The raw samples of one tile are loaded before the dot products, which hide their latency. Those of two
-                // would take registers from the dot products (#backward-samples-before-products).
-                lane_samples raw[config::paired_tiles];
-                prepared_sample* samples[config::paired_tiles];
-#pragma unroll
-                for (int j = 0; j < config::paired_tiles; ++j) {
-                    if (config::paired_tiles == 1)
-                        load_samples<false>(
-                            raw[j], shared, tile + j, k0, block.locations, block.weights, block.references);
-                    samples[j] = shared.samples[(tile + j) * config::warps + warp];
-                    if constexpr (fused) restore_weights(raw[j], samples[j]);
-                }
-                prepared_sample* samples_of_lane =
-                    shared.samples[tile_of_lane * config::warps + warp] + local * sample_pitch;
-                multiply_chunk<dot_products>(
-                    shared, samples_of_lane, k0, grad_output, held, block.value, block.grad_value);
-                __syncwarp();
-#pragma unroll
-                for (int j = 0; j < config::paired_tiles; ++j)
-                    if (config::paired_tiles > 1)
-                        load_samples<false>(
-                            raw[j], shared, tile + j, k0, block.locations, block.weights, block.references);
-#pragma unroll
-                for (int j = 0; j < config::paired_tiles; ++j)
-                    write_gradients(samples[j], shared, raw[j], tile + j, k0, block);
-            }
-            __syncthreads();
-        }
-    }
-}
-
-// A block whose samples go to grad_value one by one, if value needs a gradient.
-template <typename Shared>
-__device__ __forceinline__ void run_each_sample(Shared& shared, const block_arrays& block, int dot_lane) {
-    const int local = threadIdx.x % 32 / config::lanes;
-    prepared_sample* samples = shared.samples[threadIdx.x / 32];
-    lane_samples raw;
-    load_samples<false>(raw, shared, 0, 0, block.locations, block.weights, block.references);
-#pragma unroll 1
-    for (int tile = 0; tile < config::query_tiles; ++tile) {
-        const index_t q = query_of(shared, tile, local);
-        // Lanes past the last query take part in the shuffles; query 0 stands in as an address they may read.
-        const value_t* grad_output = block.grad_output + (long long)(q < 0 ? 0 : q) * (config::M * config::D);
-        held_grad_output held;
-        held.load(grad_output, dot_lane);
-
-#pragma unroll 1
-        for (int k0 = 0; k0 < K; k0 += config::chunk) {
-            prepare_samples(samples, shared, raw, tile, k0);
-            __syncwarp();
-            multiply_chunk<dot_products>(
-                shared, samples + local * sample_pitch, k0, grad_output, held, block.value, block.grad_value);
-            __syncwarp();
-            if constexpr (grad_samples) {
-                write_gradients(samples, shared, raw, tile, k0, block);
-                __syncwarp();
-            }
-            if (k0 + config::chunk < K) {
-                load_samples<false>(
-                    raw, shared, tile, k0 + config::chunk, block.locations, block.weights, block.references);
-            } else if (tile + 1 < config::query_tiles) {
-                load_samples<false>(raw, shared, tile + 1, 0, block.locations, block.weights, block.references);
-            }
-        }
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_backward(
         const value_t* __restrict__ value, const __grid_constant__ level_metadata metadata,
         const location_t* __restrict__ locations, const location_t* __restrict__ weights,
@@ -239,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks)
     if (!(aggregated && fused)) keep_in_register(work.image);
     if (!aggregated) keep_in_register(work.m);
     begin_block<aggregated && config::tile_rows != 0 && config::L <= 8>(shared, work, metadata, lengths, S, Q);
+    const int local = threadIdx.x % 32 / config::lanes;
     const int lane = threadIdx.x % 32 % config::lanes, dot_lane = threadIdx.x % 32 % dot_lanes;
     block_arrays block;
     block.locations = locations + first_element(work, Q_, locations_pitch);
@@ -256,8 +152,98 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks)
         (address_t)grad_value +
         (work.image * S * (config::M * config::D) + work.m * config::D + lane * config::vec) * sizeof(acc_t);
 
-    if constexpr (aggregated) run_aggregated(shared, block, lane, dot_lane);
-    else run_each_sample(shared, block, dot_lane);
+    if constexpr (aggregated) {
+#pragma unroll 1
+        for (int k0 = 0; k0 < K; k0 += config::chunk) {
+            const unsigned count = prepare_sorted_samples(shared, k0, block.locations, block.weights, block.references);
+#pragma unroll 1
+            for (int tile = 0; tile < channel_tiles; ++tile) {
+                const int channel = tile * channel_tile + lane * config::vec;
+                if (config::D % channel_tile != 0 && channel >= config::D) continue;
+                add_sorted_samples(shared, count, k0, (address_t)(block.grad_output + channel),
+                                   block.grad_value + tile * channel_tile * sizeof(acc_t));
+            }
+            __syncthreads();
+            if constexpr (grad_samples) {
+#pragma unroll 1
+                for (int tile = 0; tile < config::query_tiles; tile += config::paired_tiles) {
+                    // Of this lane, among the groups of dot_lanes lanes: its query, and the tile of that.
+                    const int group = threadIdx.x % 32 / dot_lanes, local = group % queries_per_tile;
+                    const int tile_of_lane = tile + group / queries_per_tile;
+                    const index_t q = query_of(shared, tile_of_lane, local);
+                    const value_t* grad_output = block.grad_output + (long long)(q < 0 ? 0 : q) * (config::M * config::D);
+                    held_grad_output held = held_grad_output::load(grad_output, dot_lane);
+                    // The raw samples of one tile are loaded before the dot products, which hide their latency. Those of two
+                    // would take registers from the dot products (#backward-samples-before-products).
+                    lane_samples raw[config::paired_tiles];
+                    prepared_sample* samples[config::paired_tiles];
+#pragma unroll
+                    for (int j = 0; j < config::paired_tiles; ++j) {
+                        if (config::paired_tiles == 1)
+                            load_samples<false>(
+                                raw[j], shared, tile + j, k0, block.locations, block.weights, block.references);
+                        samples[j] = shared.samples[(tile + j) * config::warps + threadIdx.x / 32];
+                        if constexpr (fused) restore_weights(raw[j], samples[j]);
+                    }
+                    prepared_sample* samples_of_lane =
+                        shared.samples[tile_of_lane * config::warps + threadIdx.x / 32] + local * sample_pitch;
+                    multiply_chunk<dot_products>(
+                        shared, samples_of_lane, k0, grad_output, held, block.value, block.grad_value);
+                    __syncwarp();
+#pragma unroll
+                    for (int j = 0; j < config::paired_tiles; ++j)
+                        if (config::paired_tiles > 1)
+                            load_samples<false>(
+                                raw[j], shared, tile + j, k0, block.locations, block.weights, block.references);
+#pragma unroll
+                    for (int j = 0; j < config::paired_tiles; ++j) {
+                        if constexpr (fused)
+                            write_fused_gradients(samples[j], shared, raw[j], tile + j, block.grad_locations, block.grad_weights);
+                        else
+                            write_plain_gradients(samples[j], shared, raw[j], tile + j, k0, block.grad_locations, block.grad_weights);
+                        if constexpr (config::grad_references)
+                            write_reference_gradients(samples[j], shared, tile + j, block.grad_references);
+                    }
+                }
+                __syncthreads();
+            }
+        }
+    } else {
+        prepared_sample* samples = shared.samples[threadIdx.x / 32];
+        lane_samples raw;
+        load_samples<false>(raw, shared, 0, 0, block.locations, block.weights, block.references);
+#pragma unroll 1
+        for (int tile = 0; tile < config::query_tiles; ++tile) {
+            const index_t q = query_of(shared, tile, local);
+            // Lanes past the last query take part in the shuffles; query 0 stands in as an address they may read.
+            const value_t* grad_output = block.grad_output + (long long)(q < 0 ? 0 : q) * (config::M * config::D);
+            held_grad_output held = held_grad_output::load(grad_output, dot_lane);
+
+#pragma unroll 1
+            for (int k0 = 0; k0 < K; k0 += config::chunk) {
+                prepare_samples(samples, shared, raw, tile, k0);
+                __syncwarp();
+                multiply_chunk<dot_products>(
+                    shared, samples + local * sample_pitch, k0, grad_output, held, block.value, block.grad_value);
+                __syncwarp();
+                if constexpr (grad_samples) {
+                    if constexpr (fused)
+                        write_fused_gradients(samples, shared, raw, tile, block.grad_locations, block.grad_weights);
+                    else
+                        write_plain_gradients(samples, shared, raw, tile, k0, block.grad_locations, block.grad_weights);
+                    if constexpr (config::grad_references)
+                        write_reference_gradients(samples, shared, tile, block.grad_references);
+                    __syncwarp();
+                }
+                if (k0 + config::chunk < K) {
+                    load_samples<false>(
+                        raw, shared, tile, k0 + config::chunk, block.locations, block.weights, block.references);
+                } else if (tile + 1 < config::query_tiles) {
+                    load_samples<false>(raw, shared, tile + 1, 0, block.locations, block.weights, block.references);
+                }
+            }
+        }
+    }
 }
 
 }  // namespace msda

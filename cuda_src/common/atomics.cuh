@@ -15,12 +15,9 @@ __device__ __forceinline__ void atomic_add_channels(address_t target, const T (&
     if constexpr (is_same<T, float>::value && N == 4) {
         asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
                      :: "l"(target), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
-        return;
-    }
-    if constexpr (is_same<T, float>::value && N == 2) {
+    } else if constexpr (is_same<T, float>::value && N == 2) {
         asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(target), "f"(x[0]), "f"(x[1]));
-        return;
-    }
+    } else
 #endif
     for (int v = 0; v < N; ++v) atomicAdd((T*)target + v, x[v]);
 }

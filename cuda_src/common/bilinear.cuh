@@ -113,8 +113,8 @@ __device__ __forceinline__ prepared_sample prepare_sample(acc_t x, acc_t y, acc_
     sample.pixel_and_mask = pixel * 16 + neighbour_mask(cell, level);
     sample.fraction_x = cell.in_bounds ? cell.fraction_x : 0;
     sample.fraction_y = cell.in_bounds ? cell.fraction_y : 0;
-    const bool keeps_weight = config::reference_coordinates && attention == attention;
-    sample.attention = cell.in_bounds || keeps_weight ? attention : (acc_t)0;
+    sample.attention =
+        cell.in_bounds || (config::reference_coordinates && attention == attention) ? attention : (acc_t)0;
     if (!cell.in_bounds && level.w == 0) sample.attention = quiet_nan();
     return sample;
 }

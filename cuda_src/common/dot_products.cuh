@@ -40,14 +40,16 @@ struct fma_grad_output {
         unpack(load_channels<dot_vec>((address_t)(source + channel)), grad);
     }
 
-    __device__ __forceinline__ void load(const value_t* source, int lane) {
+    static __device__ __forceinline__ fma_grad_output load(const value_t* source, int lane) {
+        fma_grad_output held;
         if constexpr (grad_output_in_registers) {
 #pragma unroll
-            for (int t = 0; t < channel_tiles; ++t) load_tile(source, t, lane, tile[t]);
+            for (int t = 0; t < channel_tiles; ++t) load_tile(source, t, lane, held.tile[t]);
         } else {
 #pragma unroll
-            for (int v = 0; v < dot_vec; ++v) tile[0][v] = 0;
+            for (int v = 0; v < dot_vec; ++v) held.tile[0][v] = 0;
         }
+        return held;
     }
 };
 

@@ -55,10 +55,12 @@ __device__ __forceinline__ void mma_m16n8k16(
 struct mma_grad_output {
     dot_vector tile[channel_tiles];
 
-    __device__ __forceinline__ void load(const value_t* source, int lane) {
+    static __device__ __forceinline__ mma_grad_output load(const value_t* source, int lane) {
+        mma_grad_output held;
 #pragma unroll
         for (int t = 0; t < channel_tiles; ++t)
-            tile[t] = load_channels<dot_vec>((address_t)(source + t * channel_tile + lane * dot_vec));
+            held.tile[t] = load_channels<dot_vec>((address_t)(source + t * channel_tile + lane * dot_vec));
+        return held;
     }
 };
 
