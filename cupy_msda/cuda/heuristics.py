@@ -32,20 +32,23 @@ from .specs import BackwardSpec, ForwardSpec
 WARP_SHARED_BYTES = 5 * 1024
 # Samples that a lane holds in registers between loading and preparing them.
 MAX_SAMPLES_PER_LANE = 4
-# Samples of a query that are unrolled as a whole with masked neighbours. forward-unrolled-samples
+# Samples of a query that are unrolled as a whole with masked neighbours.
+# docs/performance/decisions.md#forward-unrolled-samples
 MAX_UNROLLED = 32
 # Bytes that the L1 cache delivers per clock, if they lie in different parts of their lines.
 LINE_BYTES = 128
 MAX_HEADS_PER_WARP = 4
 # With more channel tiles than this, a kernel has an entry of its own.
 MANY_CHANNEL_TILES = 4
-# Rows of the patch of pixels that shares a block where queries are pixels. forward-tile-order
+# Rows of the patch of pixels that shares a block where queries are pixels.
+# docs/performance/decisions.md#forward-tile-order
 TILE_ROWS = 8
 # Most queries of an image that are taken so: the kernels find the tile by divisions that are exact up to here.
 MAX_TILED_QUERIES = 2**21
 # Blocks along the second axis of a grid, at most: a limit of CUDA.
 MAX_GRID_Y = 65535
-# Samples per value vector from which on a block aggregates them. backward-aggregation-threshold
+# Samples per value vector from which on a block aggregates them.
+# docs/performance/decisions.md#backward-aggregation-threshold
 AGGREGATED_SAMPLES = 4
 # Shared memory that a block may have without opting in. A block that aggregates takes no more.
 SHARED_WITHOUT_OPT_IN = 48 * 1024
@@ -139,7 +142,8 @@ def forward_channels(problem: Problem, alignment: int) -> ChannelAxes:
 def backward_channels(problem: Problem, alignment: int, sums: bool) -> ChannelAxes:
     """Where the kernel `sums` grad_value, a lane holds 16 bytes of the float32 or float64 gradient.
 
-    Wider lanes make two vector reductions each. backward-gradient-vector-width
+    Wider lanes make two vector reductions each.
+    docs/performance/decisions.md#backward-gradient-vector-width
     """
     widest = VECTOR_BYTES
     if sums:
@@ -177,7 +181,7 @@ def _heads_per_warp(problem: Problem, lanes: int) -> int:
     """Heads whose value vectors of a pixel are one cache line, up to as many as a warp has `lanes` lanes for.
 
     All vectors of one head lie in the same part of their lines, and the cache delivers one such part per clock.
-    forward-heads-per-warp
+    docs/performance/decisions.md#forward-heads-per-warp
     """
     row = problem.D * item_size(problem.value_dtype)
     if LINE_BYTES % row or problem.strides.head != problem.D:
@@ -241,7 +245,9 @@ def forward(problem: Problem, alignment: int, gpu: Gpu) -> ForwardSpec:
     Masked neighbours cost registers, and a lane waits for some neighbours of a sample before it loads the next. So not
     with nested loops over samples or several channel tiles, and not for clamped locations, few of which are outside.
     With them a warp takes two query tiles, of neighbouring patches, with all samples of a query unrolled. 16-bit
-    vectors of 8 lanes or more keep one. forward-query-tiles-per-warp, forward-one-tile-for-wide-16-bit
+    vectors of 8 lanes or more keep one.
+    docs/performance/decisions.md#forward-query-tiles-per-warp
+    docs/performance/decisions.md#forward-one-tile-for-wide-16-bit
     """
     wide_index, channels = needs_wide_index(problem), forward_channels(problem, alignment)
     entry = _forward_entry(problem, channels, gpu)
@@ -278,7 +284,7 @@ def grid_rows(problem: Problem, spec: ForwardSpec, gpu: Gpu) -> int:
     """Rows of the grid of a forward: one per head, or pair of heads. The last heads have one per query tile.
 
     Their blocks of one query tile are about a wave, all that the GPU holds at a time. The multiprocessors then end at
-    about the same time. forward-last-wave
+    about the same time. docs/performance/decisions.md#forward-last-wave
     """
     heads, tiles = problem.N * problem.M // spec.heads_per_warp, spec.queries.query_tiles
     if tiles == 1:
@@ -299,7 +305,8 @@ def aggregates(problem: Problem) -> bool:
 def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> BackwardSpec:
     """The backward kernel, for the gradients that are wanted.
 
-    A block that aggregates works on a part of the image, in the tiles of all levels. backward-cross-level-tiles
+    A block that aggregates works on a part of the image, in the tiles of all levels.
+    docs/performance/decisions.md#backward-cross-level-tiles
     """
     table = table_of(gpu).backward
     channels = backward_channels(problem, alignment, wanted.value)
@@ -331,7 +338,8 @@ def _samples_entry(problem: Problem, channel_tiles: int, table: BackwardTable) -
 def _aggregated(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> BackwardSpec | None:
     """The kernel whose blocks aggregate their samples, if these fit into shared memory.
 
-    In 16 bits half of the lanes make the products with value, each with 16 bytes of a vector. backward-mma-products
+    In 16 bits half of the lanes make the products with value, each with 16 bytes of a vector.
+    docs/performance/decisions.md#backward-mma-products
     """
     table, narrow = table_of(gpu).backward, problem.value_dtype in SIXTEEN_BIT
     entry = table.aggregated_16_bits if narrow else table.aggregated

@@ -1,8 +1,7 @@
-"""Launch configurations by architecture. An entry is a measured choice; its comment says why, its link what it is
-worth.
+"""Launch configurations by architecture. The comment of an entry says why, its link how much it is worth.
 
-Links are headings of ``docs/performance/decisions.md``. Only Hopper is measured so far. The other architectures take
-its entries, with no more resident blocks than they hold (:func:`cupy_msda.cuda.heuristics.block_axes`).
+Only Hopper is measured so far. The other architectures take its entries, with no more resident blocks than they hold
+(:func:`cupy_msda.cuda.heuristics.bound_axes`).
 """
 
 from __future__ import annotations
@@ -88,46 +87,57 @@ class Table:
 
 
 HOPPER = Table(
+    # A quarter of what a multiprocessor holds.
     filling_warps=16,
     forward=ForwardTable(
-        # The channel tiles alone keep enough loads in flight, and their sums need the registers.
+        # Very many channels per head: the channel tiles alone keep enough loads in flight, and their sums need the
+        # registers.
         many_channel_tiles=ForwardEntry(warps=8, min_blocks=1, unroll=1),
+        # Its vectors and sums take twice the registers.
         float64=ForwardEntry(warps=8, min_blocks=3, unroll=2),
-        # Large blocks share a patch of pixels in the L1 cache. Masked neighbours cost registers, and read less.
-        # forward-masked-neighbours
+        # Queries are pixels and fill the GPU. Large blocks share a patch of pixels in the L1 cache. Masked neighbours
+        # read less. docs/performance/decisions.md#forward-masked-neighbours
         pixels_32_bits=ForwardEntry(warps=16, min_blocks=3, unroll=4, masked_neighbours=True),
-        # More resident warps spill. forward-resident-warps-16-bit
+        # More resident warps spill. docs/performance/decisions.md#forward-resident-warps-16-bit
         pixels_16_bits=ForwardEntry(warps=8, min_blocks=5, unroll=4, masked_neighbours=True),
-        # Small blocks end independently, and lane groups that share the samples shorten each query.
-        # forward-lane-groups, forward-few-queries-launch
+        # Queries are no pixels, or do not fill the GPU. Small blocks end independently, and lane groups that share the
+        # samples shorten each query.
+        # docs/performance/decisions.md#forward-lane-groups
+        # docs/performance/decisions.md#forward-few-queries-launch
         queries_32_bits=ForwardEntry(warps=2, min_blocks=6, unroll=4, lanes_per_query=16, unroll_per_query=True),
         # Many queries fill the GPU with half the lanes for each.
         queries_16_bits=ForwardEntry(warps=4, min_blocks=8, unroll=2, lanes_per_query=8, unroll_per_query=True),
+        # Few queries leave lanes to spare.
         few_queries_16_bits=ForwardEntry(warps=2, min_blocks=6, unroll=4, lanes_per_query=16),
     ),
     backward=BackwardTable(
+        # As in the forward.
         many_channel_tiles=Block(warps=4, min_blocks=1, unroll=1),
         # Without grad_value there are registers for more resident blocks and more loads in flight.
-        # backward-sample-gradients-launch
+        # docs/performance/decisions.md#backward-sample-gradients-launch
         samples_float64=Block(warps=4, min_blocks=10, unroll=2),
         samples_32_bits=Block(warps=4, min_blocks=10, unroll=4),
         samples_16_bits=Block(warps=8, min_blocks=5, unroll=4),
-        # The samples of 64 queries share value vectors, and a block of them leaves room for three others or four.
-        # backward-block-aggregation
+        # The samples of a block of 64 queries share value vectors. Fewer share less, more leave no room for other
+        # blocks. Keys of 10 bits tell the cells of such a block apart.
+        # docs/performance/decisions.md#backward-block-aggregation
         aggregated=Block(warps=8, min_blocks=4, unroll=2),
         aggregated_16_bits=Block(warps=8, min_blocks=5, unroll=2),
         aggregated_queries=64,
         aggregation_bits=10,
+        # The atomic additions are the limit, so the occupancy matters more than the loads in flight.
         atomics=Block(warps=4, min_blocks=8, unroll=2),
         # Small blocks spread few queries over more multiprocessors.
         atomics_few_queries=Block(warps=2, min_blocks=8, unroll=2),
     ),
     sorted=SortedTable(
+        # A sorted run of eight warps fits into the shared memory of every architecture.
         bucket_sort=Bounds(warps=8, min_blocks=4),
-        # sorted-block-reduction-launch
+        # More resident blocks hide the latency better than more loads in flight.
+        # docs/performance/decisions.md#sorted-block-reduction-launch
         block_reduce=Block(warps=8, min_blocks=5, unroll=2),
         # A load of each channel tile is in flight: the tiles of a value vector share `unroll`.
-        # sorted-warp-reduction-launch
+        # docs/performance/decisions.md#sorted-warp-reduction-launch
         warp_reduce=Block(warps=4, min_blocks=8, unroll=4),
     ),
 )

@@ -25,12 +25,12 @@ from .sorted_specs import segment_starts_bytes
 from .specs import BlockReduceSpec, WarpReduceSpec
 
 # Value vectors, of all images and heads, from which on the sorted way pays for its launches: of 32 bits and more, and
-# of 16, which atomics have to cast as well. sorted-threshold
+# of 16, which atomics have to cast as well. docs/performance/decisions.md#sorted-threshold
 SORTED_VECTORS = (2**18, 2**17)
 # Slabs up to which the sorted way is chosen for its speed: each slab reads all samples again.
 MAX_SLABS = 4
 # Contributions that a block reduces. A larger bucket is reduced in chunks of so many, a multiple of what a block sorts
-# at a time. sorted-chunks-of-a-bucket
+# at a time. docs/performance/decisions.md#sorted-chunks-of-a-bucket
 BUCKET_CHUNK = 8 * 1024
 # Bytes of contributions between the launches, unless one head needs more: heads are done in groups.
 WORKSPACE = 256 << 20

@@ -17,12 +17,13 @@ from .heuristics import (
 from .launch_tables import table_of
 from .specs import BlockReduceSpec, BucketSortSpec, MaterialiseSpec, SplitBucketsSpec, WarpReduceSpec
 
-# Contributions per value vector from which on a block reduces a bucket, instead of a warp. sorted-block-or-warp
+# Contributions per value vector from which on a block reduces a bucket, instead of a warp.
+# docs/performance/decisions.md#sorted-block-or-warp
 DENSE = 4
 # Sums of a bucket in shared memory, in bytes.
 BUCKET_BYTES = 8 * 1024
 # Value vectors of a bucket, at most, and buckets whose segments a block can count in shared memory. With more buckets
-# the image is done slab after slab. sorted-bucket-size
+# the image is done slab after slab. docs/performance/decisions.md#sorted-bucket-size
 MAX_BUCKET_SIZE, MAX_BUCKETS = 32, 1024
 # Contributions of a sorted run in shared memory, in bytes: a size that every architecture has.
 RUN_BYTES = 48 * 1024
@@ -65,7 +66,10 @@ def _bucket_size(most: int) -> int:
 
 
 def bucket_sort(problem: Problem, bucket_size: int, gpu: Gpu) -> BucketSortSpec:
-    """The bucket sort. Long runs keep the beginnings of segments few, short ones fill the GPU. sorted-run-length"""
+    """The bucket sort. Long runs keep the beginnings of segments few, short ones fill the GPU.
+
+    docs/performance/decisions.md#sorted-run-length
+    """
     bounds = bound_axes(table_of(gpu).sorted.bucket_sort, gpu)
     contribution = len(problem.variant.neighbours) * contribution_bytes(problem.value_dtype)
     fits = RUN_BYTES // (32 * bounds.warps * contribution) * 32
@@ -89,7 +93,8 @@ def split_buckets(bucket_size: int) -> SplitBucketsSpec:
 def is_materialised(problem: Problem) -> bool:
     """Whether locations and weights are computed before the sort: where it cannot do it for a fused call.
 
-    The sort has one sample per lane, so the softmax needs queries that do not straddle warps. sorted-materialise
+    The sort has one sample per lane, so the softmax needs queries that do not straddle warps.
+    docs/performance/decisions.md#sorted-materialise
     """
     return problem.fused is not None and problem.K not in (1, 2, 4, 8, 16, 32)
 

@@ -1,4 +1,4 @@
-"""The fused front end in the CUDA sources, run on the CPU: against the reference, under the sanitizers too."""
+"""The fused front end of the CUDA sources, run on the CPU: against the reference, under the sanitizers too."""
 
 import itertools
 from dataclasses import replace
@@ -14,7 +14,7 @@ from tests.helpers.tolerance import assert_close
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 
 ALL = Wanted(references=True)
-# Queries are pixels and merged, tails, more samples than lanes, several rounds of lanes, odd counts, several turns.
+# Queries are pixels and aggregated, tails, more samples than lanes, odd counts, several channel tiles.
 PATHS = [
     Case("encoder_order", levels=((9, 11), (4, 5), (2, 2)), N=1, M=2, D=8, queries=None),
     Case("tail", levels=((5, 6), (3, 3)), N=2, M=1, D=32, P=4, queries=37),
@@ -53,28 +53,28 @@ def check(case, pair=("float32", "float32"), form=None, **options):
             assert got is None
         else:
             assert_close(got, want, dtype, name)
-    assert_close(emulator.summation(inputs, **options), want_grads[0], pair[0], "in lists")
+    assert_close(emulator.summation(inputs, **options), want_grads[0], pair[0], "sorted")
 
 
 @pytest.mark.parametrize("case", PATHS, ids=str)
-def test_paths(case):
+def test_each_code_path_computes_the_reference(case):
     check(case)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_forms_under_the_sanitizers(form):
+def test_each_form_under_the_sanitizers(form):
     check(PATHS[5], form=form, sanitize=True)
 
 
 @pytest.mark.parametrize("case", [PATHS[0], PATHS[2], PATHS[3]], ids=str)
 @pytest.mark.parametrize("form", [FORMS[1], FORMS[6]], ids=str)
-def test_paths_under_the_sanitizers(case, form):
+def test_each_code_path_under_the_sanitizers(case, form):
     check(case, form=form, sanitize=True, levels_on_device=True)
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 @pytest.mark.parametrize("form", [{"coordinates": 2, "packed": True}, {"coordinates": 4}], ids=str)
-def test_dtypes(form, pair):
+def test_each_dtype_computes_the_reference(form, pair):
     narrow = {"reference_dtype": pair[0]}
     for case in (PATHS[1], PATHS[3]):
         check(case, pair, form | (narrow if case is PATHS[1] else {}))
@@ -82,7 +82,7 @@ def test_dtypes(form, pair):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("form", [{"coordinates": 2}, {"coordinates": 4, "levels": 1}], ids=str)
-def test_variants(form, variant):
+def test_each_variant_computes_the_reference(form, variant):
     check(replace(PATHS[5], variant=variant), form=form)
 
 
@@ -91,7 +91,7 @@ SOME = [Wanted(*asked) for asked in itertools.product((True, False), repeat=4) i
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("wanted", SOME, ids=cases.gradient_names)
-def test_some_gradients(wanted, packed):
+def test_only_the_gradients_that_are_wanted_are_computed(wanted, packed):
     inputs = front_inputs(PATHS[1], packed=packed)
     _, want = cases.expected_fused(inputs)
     grads = [*emulator.backward(inputs, wanted=wanted), None][:4]

@@ -14,7 +14,7 @@ from tests.helpers.tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 
-# Queries are pixels (bands), tails, several chunks of samples, odd D, several turns, one lane, two lanes.
+# Queries are pixels (tiles of the image), tails, several chunks of samples, odd D, several channel tiles, one lane.
 PATHS = [
     Case("encoder_order", levels=((9, 11), (4, 5), (2, 2)), N=1, M=2, D=8, queries=None),
     Case("tail", levels=((5, 6), (3, 3)), N=2, M=1, D=32, queries=37),
@@ -24,9 +24,9 @@ PATHS = [
     Case("one_lane", levels=((3, 4), (1, 1)), N=1, M=2, D=1, P=3, queries=9),
     Case("gaps", starts=(4, 50), S=64, N=1, D=8),
     Case("few_samples", levels=((20, 26), (13, 13)), N=1, M=2, D=32, queries=60),
-    Case("few_samples_three_turns", levels=((9, 13),), N=1, M=1, D=260, P=3, queries=20),
+    Case("few_samples_three_channel_tiles", levels=((9, 13),), N=1, M=1, D=260, P=3, queries=20),
     Case("overlap", starts=(3, 10), S=60, N=1, D=8),
-    Case("heads_of_a_line", levels=((5, 6), (3, 3)), N=2, M=6, D=32, queries=None),
+    Case("heads_of_a_cache_line", levels=((5, 6), (3, 3)), N=2, M=6, D=32, queries=None),
     Case("many_levels", levels=((2, 3),) * 33, N=1, M=2, D=8, P=1, queries=None),
 ]
 
@@ -34,8 +34,8 @@ PATHS = [
 def check(case, pair, seed=0, **options):
     inputs = case.inputs(*pair, seed=seed)
     want_output, want_grads = cases.expected(inputs, **case.variant)
-    in_lists = {name: option for name, option in options.items() if name != "gpu"}
-    assert_close(emulator.summation(inputs, variant=case.variant, **in_lists), want_grads[0], pair[0], "in lists")
+    of_sum = {name: option for name, option in options.items() if name != "gpu"}
+    assert_close(emulator.summation(inputs, variant=case.variant, **of_sum), want_grads[0], pair[0], "sorted")
     assert_close(emulator.forward(inputs, variant=case.variant, **options), want_output, pair[0])
     check_gradients(case, pair, inputs, want_grads, **options)
 
@@ -50,21 +50,21 @@ def check_gradients(case, pair, inputs, want_grads, **options):
 
 
 @pytest.mark.parametrize("case", PATHS, ids=str)
-def test_paths(case):
+def test_each_code_path_computes_the_reference(case):
     check(case, ("float32", "float32"))
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 @pytest.mark.parametrize("case", [PATHS[1], PATHS[3], PATHS[10]], ids=str)
-def test_dtypes(case, pair):
+def test_each_dtype_computes_the_reference(case, pair):
     check(case, pair, seed=1)
 
 
-# Not merged, merged with products lane by lane and by tensor cores, pixels that would else be taken in rounds.
+# Without aggregation, aggregated with products by FMA and by tensor cores, and pixels that would take two query tiles.
 @pytest.mark.parametrize(
     ("pair", "queries"), [(DTYPE_PAIRS[0], 7), (DTYPE_PAIRS[1], 30), (DTYPE_PAIRS[2], 30), (DTYPE_PAIRS[1], None)]
 )
-def test_grid_with_room_for_more_heads_than_there_are(monkeypatch, pair, queries):
+def test_blocks_beyond_the_last_head_do_nothing(monkeypatch, pair, queries):
     monkeypatch.setattr(heuristics, "MAX_GRID_Y", 5)
     case = Case("twelve_heads", levels=((4, 5), (3, 3)), N=3, M=4, D=64, queries=queries)
     check(case, pair, gpu=SMALL_GPU, sanitize=True)
@@ -76,13 +76,13 @@ def test_odd_channels_of_sixteen_bits_under_the_sanitizers(pair):
 
 
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
-def test_variants(case):
+def test_each_variant_computes_the_reference(case):
     check(case, ("float32", "float32"), seed=2)
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 @pytest.mark.parametrize("case", [VARIANTS[-1], VARIANTS[-2]], ids=str)
-def test_variants_in_every_dtype(case, pair):
+def test_each_variant_in_every_dtype(case, pair):
     check(case, pair, seed=3)
 
 
@@ -106,7 +106,7 @@ def test_hostile_locations_in_variants_under_the_sanitizers(variant, bad):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
 @pytest.mark.parametrize("pair", [DTYPE_PAIRS[0], DTYPE_PAIRS[2]], ids="-".join)
 @pytest.mark.parametrize("gpu", [SMALL_GPU, H100], ids=["masked neighbours", "zeros"])
-def test_what_is_not_finite_reaches_its_samples_only(gpu, pair, bad):
+def test_infinity_and_nan_in_value_reach_the_outputs_that_use_them_only(gpu, pair, bad):
     inputs = PATHS[0].inputs(*pair, seed=6)
     inputs.value[0, [0, 7, 40, 98, 100]] = bad
     want = cases.expected(inputs)[0]
@@ -119,15 +119,15 @@ def test_what_is_not_finite_reaches_its_samples_only(gpu, pair, bad):
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
-def test_pixels_as_queries_on_a_full_gpu(pair):
+def test_pixels_as_queries_that_fill_the_gpu(pair):
     check(PATHS[0], pair, seed=7, gpu=SMALL_GPU, sanitize=True)
 
 
-# More heads than are left for the end: samples in pairs, lanes beyond the last query, an odd number of samples in two
-# passes, two heads a warp, more levels than registers hold.
-ROUNDS = [
-    Case("pairs", levels=((9, 11), (4, 5), (2, 2)), N=2, M=4, D=32, queries=None),
-    Case("lanes_left", levels=((9, 11), (4, 5)), N=2, M=8, D=40, P=3, queries=None),
+# Two query tiles per warp, but for the last heads: two samples per load, lanes beyond the last query, an odd number of
+# samples, two heads per warp, more levels than registers hold.
+TWO_TILES = [
+    Case("two_samples_per_load", levels=((9, 11), (4, 5), (2, 2)), N=2, M=4, D=32, queries=None),
+    Case("idle_lanes", levels=((9, 11), (4, 5)), N=2, M=8, D=40, P=3, queries=None),
     Case("odd_samples", levels=((9, 11), (4, 5), (2, 3)), N=2, M=4, D=32, P=3, queries=None),
     Case("two_heads", levels=((9, 11), (4, 5), (2, 3), (1, 2)), N=2, M=16, D=16, queries=None),
     Case("five_levels", levels=((9, 11), (4, 5), (2, 3), (1, 2), (1, 1)), N=2, M=8, D=32, P=4, queries=None),
@@ -136,8 +136,8 @@ ROUNDS = [
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS[1:], ids="-".join)
-@pytest.mark.parametrize("case", ROUNDS, ids=str)
-def test_pixels_taken_in_rounds(case, pair):
+@pytest.mark.parametrize("case", TWO_TILES, ids=str)
+def test_pixels_in_two_query_tiles(case, pair):
     inputs = case.inputs(*pair, seed=8)
     launch = plan.forward(emulator.prepare(inputs, True, None), 16, SMALL_GPU)
     assert launch.spec.queries.query_tiles == 2
@@ -151,15 +151,15 @@ def test_pixels_taken_in_rounds(case, pair):
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS[:3], ids="-".join)
 @pytest.mark.parametrize("case", CROSS_LEVEL, ids=str)
-def test_pixels_taken_in_slices(case, pair):
+def test_pixels_in_cross_level_tiles(case, pair):
     inputs = case.inputs(*pair, seed=9)
     assert plan.backward(emulator.prepare(inputs, True, None), 16, H100).spec.aggregation_bits
     check_gradients(case, pair, inputs, cases.expected(inputs)[1], levels_on_device=True, sanitize=True)
 
 
 @pytest.mark.parametrize("lengths", [(123, 0), (64, 1)])
-def test_padded_pixels_taken_in_rounds(lengths):
-    inputs = ROUNDS[0].inputs(seed=9)
+def test_ragged_pixels_in_two_query_tiles(lengths):
+    inputs = TWO_TILES[0].inputs(seed=9)
     want = cases.expected_ragged(inputs, lengths)[0]
     got = emulator.forward(inputs, gpu=SMALL_GPU, lengths=np.array(lengths), sanitize=True)
     assert_close(got, want, "float32")
@@ -167,28 +167,28 @@ def test_padded_pixels_taken_in_rounds(lengths):
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("starts", [(0, 99, 119), (24, 4, 0), (0, 0, 0)], ids=str)
-def test_pixels_in_rounds_wherever_their_levels_begin(starts, wide, monkeypatch):
+def test_two_query_tiles_wherever_the_levels_begin(starts, wide, monkeypatch):
     emulator.force_wide_index(monkeypatch, wide)
-    inputs = ROUNDS[0].inputs(seed=10)._replace(starts=np.array(starts))
+    inputs = TWO_TILES[0].inputs(seed=10)._replace(starts=np.array(starts))
     got = emulator.forward(inputs, gpu=SMALL_GPU, levels_on_device=True, sanitize=True)
     assert_close(got, cases.expected(inputs)[0], "float32")
 
 
 @pytest.mark.parametrize("start", [-1, 25, 2**62], ids=str)
-def test_a_level_that_does_not_fit_gives_nan_to_pixels_in_rounds(start):
-    inputs = ROUNDS[0].inputs(seed=11)
+def test_two_query_tiles_give_nan_for_a_level_that_does_not_fit(start):
+    inputs = TWO_TILES[0].inputs(seed=11)
     bad = {"shapes": inputs.shapes, "starts": [start, 99, 119]}
     got = emulator.forward(inputs, gpu=SMALL_GPU, levels_on_device=True, sanitize=True, **bad)
     assert np.isnan(got).all()
 
 
 @pytest.mark.parametrize("gpu", [SMALL_GPU, H100], ids=["throughput", "latency"])
-def test_launch_shapes(gpu):
+def test_launches_for_throughput_and_for_latency(gpu):
     case = Case("wide", levels=((5, 6), (3, 3)), N=2, M=2, D=16, queries=45)
     check(case, ("float32", "float32"), gpu=gpu)
 
 
-def test_levels_on_the_device():
+def test_levels_from_device_memory():
     for case in (PATHS[0], PATHS[6]):
         check(case, ("float32", "float32"), levels_on_device=True)
 
@@ -203,7 +203,7 @@ def test_order_of_threads_does_not_matter(order):
 
 
 @pytest.mark.parametrize("wanted", cases.PARTIAL_GRADIENTS, ids=cases.gradient_names)
-def test_some_gradients(wanted):
+def test_only_the_gradients_that_are_wanted_are_written(wanted):
     inputs = PATHS[1].inputs(seed=3)
     _, want = cases.expected(inputs)
     grads = emulator.backward(inputs, wanted=wanted)
@@ -215,7 +215,7 @@ def test_some_gradients(wanted):
 
 
 @pytest.mark.parametrize("case", [PATHS[0], PATHS[1], PATHS[3]], ids=str)
-def test_strides_of_value_under_the_sanitizers(case):
+def test_strided_value_under_the_sanitizers(case):
     inputs = case.inputs(seed=10)
     N, S, M, D = inputs.value.shape
     wide = np.full((N, 2, M, S, 2 * D), np.nan, np.float32)
@@ -262,9 +262,9 @@ def crowded(where, queries=150, S=None):
     return inputs
 
 
-@pytest.mark.parametrize("S", [None, 6], ids=["few samples a row", "many"])
+@pytest.mark.parametrize("S", [None, 6], ids=["few samples per value vector", "many"])
 @pytest.mark.parametrize("where", [0.37, 0.0, 1.0, 2.0])
-def test_everything_on_one_pixel(where, S):
+def test_all_samples_on_one_pixel(where, S):
     inputs = crowded(where, S=S)
     _, want = cases.expected(inputs)
     got = emulator.summation(inputs, sanitize=True), emulator.backward(inputs, sanitize=True)[0]
@@ -273,7 +273,7 @@ def test_everything_on_one_pixel(where, S):
 
 
 @pytest.mark.parametrize("case", [PATHS[0], PATHS[8], PATHS[9], VARIANTS[-2]], ids=str)
-def test_sum_in_lists_does_not_depend_on_the_order_of_threads(case):
+def test_the_sorted_sum_does_not_depend_on_the_order_of_threads(case):
     inputs = case.inputs(seed=6)
     one = emulator.summation(inputs, variant=case.variant)
     for order in (1, 7, 12):
@@ -282,10 +282,10 @@ def test_sum_in_lists_does_not_depend_on_the_order_of_threads(case):
 
 @pytest.mark.parametrize("order", [0, 1, 7])
 @pytest.mark.parametrize("where", [None, 0.37])
-def test_pieces_of_large_bins(monkeypatch, where, order):
-    """Bins of up to twelve pieces, and others of one."""
+def test_large_buckets_are_reduced_in_chunks(monkeypatch, where, order):
+    """Buckets of up to twelve chunks, and others of one."""
     monkeypatch.setattr(plan_backward, "BUCKET_CHUNK", 512)
-    inputs = Case("pieces", levels=((9, 11), (5, 6)), N=1, M=2, D=32, P=4, queries=400).inputs(seed=9)
+    inputs = Case("chunks_of_buckets", levels=((9, 11), (5, 6)), N=1, M=2, D=32, P=4, queries=400).inputs(seed=9)
     if where is not None:
         inputs.locations[:, ::2, 0] = where
     assert plan_backward.summation(emulator.prepare(inputs, False, None), 16, H100).split
@@ -305,7 +305,7 @@ def test_slabs_and_groups_of_heads_change_nothing(monkeypatch):
     np.testing.assert_array_equal(emulator.summation(inputs, sanitize=True), one)
 
 
-def test_64_bit_offsets_in_lists_under_the_sanitizers(monkeypatch):
+def test_64_bit_offsets_of_the_sorted_sum_under_the_sanitizers(monkeypatch):
     monkeypatch.setattr(sorted_heuristics, "needs_wide_index_sorted", lambda problem: True)
     for case in (PATHS[0], PATHS[8]):
         inputs = case.inputs(seed=8)
@@ -346,12 +346,12 @@ def test_hostile_locations_under_the_sanitizers(bad):
 
 
 @pytest.mark.parametrize("case", PATHS, ids=str)
-def test_paths_under_the_sanitizers(case):
+def test_each_code_path_under_the_sanitizers(case):
     check(case, ("float32", "float32"), sanitize=True)
 
 
 @pytest.mark.parametrize("pair", [DTYPE_PAIRS[0], DTYPE_PAIRS[2], DTYPE_PAIRS[5]], ids="-".join)
-def test_dtypes_under_the_sanitizers(pair):
+def test_each_dtype_under_the_sanitizers(pair):
     check(PATHS[1], pair, sanitize=True)
 
 

@@ -1,7 +1,7 @@
-// The CUDA thread model on one CPU thread, for the kernels of cuda_src: a fiber a thread, blocks one after the other.
+// The CUDA thread model on one CPU thread, for the kernels of cuda_src: one fiber per thread, one block after the other.
 //
-// A fiber runs until it waits at a barrier, at a shuffle or vote of its warp, or ends; the order in which fibers get
-// their turn is chosen by the caller, because a missing barrier shows in some orders only. Shared memory is an
+// A fiber runs until it waits at a barrier, at a shuffle or vote of its warp, or ends. The caller chooses the order in
+// which fibers run, because a missing barrier shows in some orders only. Shared memory is an
 // allocation of exactly the launch's bytes, filled with NaN before each block. What the hardware leaves undefined is
 // an error here: a barrier that not all threads of the block or warp reach, or reach at different lines.
 #pragma once
