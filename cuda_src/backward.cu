@@ -114,7 +114,7 @@ __device__ __forceinline__ void multiply_chunk(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_backward(
+extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_blocks) msda_backward(
         const value_t* __restrict__ value, const __grid_constant__ level_metadata metadata,
         const location_t* __restrict__ locations, const location_t* __restrict__ weights,
         const reference_t* __restrict__ references, const long long* __restrict__ lengths,

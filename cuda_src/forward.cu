@@ -115,7 +115,7 @@ __device__ __forceinline__ void sum_over_lane_groups(channel_sums& sum) {
             for (int v = 0; v < config::vec; ++v) sum[tile][v] += __shfl_xor_sync(0xffffffffu, sum[tile][v], mask);
 }
 
-extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_forward(
+extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_blocks) msda_forward(
         const value_t* __restrict__ value, const __grid_constant__ level_metadata metadata,
         const location_t* __restrict__ locations, const location_t* __restrict__ weights,
         const reference_t* __restrict__ references, const long long* __restrict__ lengths,

@@ -261,7 +261,7 @@ __device__ __forceinline__ void add_chunks(const bucket_view& bucket, const acc_
 }
 
 // `counts` is null where no bucket can be so large that it is split; else split_buckets.cu has written `list`.
-extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_block_reduce(
+extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_blocks) msda_block_reduce(
         const value_t* __restrict__ grad_output, const contribution* __restrict__ contributions,
         const unsigned short* __restrict__ segment_starts, value_t* __restrict__ grad_value, long long S, long long Q,
         long long runs, long long capacity, long long first_head, long long heads, long long first_pixel,

@@ -147,7 +147,7 @@ __device__ __forceinline__ unsigned scan_histograms(const sort_shared& shared, i
     return all;
 }
 
-extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_bucket_sort(
+extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_blocks) msda_bucket_sort(
         const location_t* __restrict__ locations, const __grid_constant__ level_metadata metadata,
         const location_t* __restrict__ weights, const reference_t* __restrict__ references,
         const long long* __restrict__ lengths, unsigned short* __restrict__ segment_starts,

@@ -3,7 +3,7 @@
 
 namespace msda {
 
-extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_materialise(
+extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_blocks) msda_materialise(
         const location_t* __restrict__ offsets, const __grid_constant__ level_metadata metadata,
         const location_t* __restrict__ logits, const reference_t* __restrict__ references,
         const long long* __restrict__ lengths, acc_t* __restrict__ locations, acc_t* __restrict__ weights,

@@ -10,7 +10,7 @@
 
 namespace msda {
 
-extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_split_buckets(
+extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_blocks) msda_split_buckets(
         const unsigned short* __restrict__ segment_starts, chunk_counts* __restrict__ counts,
         bucket_chunk* __restrict__ list, long long runs, long long pixels, long long contributions_per_chunk) {
     MSDA_SHARED_MEMORY(shared_memory);

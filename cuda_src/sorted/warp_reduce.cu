@@ -227,7 +227,7 @@ __device__ __forceinline__ void reduce_bucket(warp_bucket& shared, const bucket_
         }
 }
 
-extern "C" __global__ void __launch_bounds__(threads_per_block, resident_blocks) msda_warp_reduce(
+extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_blocks) msda_warp_reduce(
         const value_t* __restrict__ grad_output, const contribution* __restrict__ contributions,
         const unsigned short* __restrict__ segment_starts, value_t* __restrict__ grad_value, long long S, long long Q,
         long long runs, long long capacity, long long first_head, long long heads, long long first_pixel,

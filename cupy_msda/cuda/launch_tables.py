@@ -119,13 +119,13 @@ HOPPER = Table(
         samples_32_bits=Block(warps=4, min_blocks=10, unroll=4),
         samples_16_bits=Block(warps=8, min_blocks=5, unroll=4),
         # The samples of a block of 64 queries share value vectors. Fewer share less, more leave no room for other
-        # blocks. Keys of 10 bits tell the cells of such a block apart.
+        # blocks. Half or twice as many sort keys take longer.
         # docs/performance/decisions.md#backward-block-aggregation
         aggregated=Block(warps=8, min_blocks=4, unroll=2),
         aggregated_16_bits=Block(warps=8, min_blocks=5, unroll=2),
         aggregated_queries=64,
         aggregation_bits=10,
-        # The atomic additions are the limit, so the occupancy matters more than the loads in flight.
+        # The limit are the atomic additions themselves.
         atomics=Block(warps=4, min_blocks=8, unroll=2),
         # Small blocks spread few queries over more multiprocessors.
         atomics_few_queries=Block(warps=2, min_blocks=8, unroll=2),
