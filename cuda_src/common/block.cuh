@@ -49,8 +49,8 @@ __device__ __forceinline__ index_t query_number(index_t q) { return config::ragg
 // high. Negative where there is none to work on.
 template <typename Shared>
 __device__ __forceinline__ index_t query_of(const Shared& shared, int tile, int local) {
-    const int first = (tile * config::warps + threadIdx.x / 32) * queries_per_tile;
-    return local < queries_per_tile ? shared.query[first + local] : -1;
+    return local < queries_per_tile ? shared.query[(tile * config::warps + threadIdx.x / 32) * queries_per_tile + local]
+                                    : -1;
 }
 
 template <typename Shared, typename Order>
