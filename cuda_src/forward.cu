@@ -9,7 +9,7 @@
 // one clock (#forward-heads-per-warp).
 #include "common/channels.cuh"
 #include "common/registers.cuh"
-#include "common/vector_samples.cuh"
+#include "common/query_samples.cuh"
 #include "common/warp_block.cuh"
 
 namespace msda {
@@ -144,18 +144,18 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
         (address_t)value +
         (work.image * image_stride + (work.m + head) * head_stride + lane * config::vec) * sizeof(value_t);
 
-    // Query of the next tile, with vectorised loads.
+    // Query of the next tile, where its own lanes load the samples.
     [[maybe_unused]] index_t next = -1;
-    if constexpr (vectorised_loads) next = query_of_tile(levels, work, 0, local, lengths, Q, packed);
+    if constexpr (loads_by_query) next = query_of_tile(levels, work, 0, local, lengths, Q, packed);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
         [[maybe_unused]] const auto& queries = queries_of_tile(shared, levels, work, tile, lengths, Q, packed);
         index_t q;
-        [[maybe_unused]] vector_samples vectors;
+        [[maybe_unused]] query_samples raw_of_query;
         [[maybe_unused]] lane_samples raw;
-        if constexpr (vectorised_loads) {
+        if constexpr (loads_by_query) {
             q = next;
-            load_vector_samples(vectors, q, head, lane, locations, weights);
+            load_query_samples(raw_of_query, q, head, lane, locations, weights);
         } else {
             load_samples<config::warp_independent>(raw, queries, 0, 0, locations, weights, references);
             q = query_of(queries, 0, local);
@@ -174,8 +174,8 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
 
 #pragma unroll 1
         for (int k0 = 0; k0 < K; k0 += config::chunk) {
-            if constexpr (vectorised_loads) {
-                prepare_vector_samples(samples, pair, levels, vectors, lane);
+            if constexpr (loads_by_query) {
+                prepare_query_samples(samples, pair, levels, raw_of_query, lane);
                 __syncwarp();
                 next = tile + 1 < tiles ? query_of_tile(levels, work, tile + 1, local, lengths, Q, packed) : -1;
             } else {
@@ -190,16 +190,16 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
             if (active) {
                 const prepared_sample* of_query = samples + pair * sample_pitch;
                 // Read early, so that the next loads of value do not wait for it.
-                prepared_sample ahead = of_query[sample_slot(first_k)];
+                prepared_sample next_sample = of_query[first_k];
 #pragma unroll config::unroll
                 for (int step = 0; step < config::chunk; step += config::lane_groups) {
                     const int k = step + first_k;
                     if (config::chunk % config::lane_groups != 0 && k >= config::chunk) break;
                     const int level = config::chunk >= K ? MSDA_LEVEL_OF(k) : min(MSDA_LEVEL_OF(k0 + k), config::L - 1);
                     const address_t below = (address_t)levels.width(level) * (config::pixel_stride * sizeof(value_t));
-                    const prepared_sample sample = config::masked_neighbours ? ahead : of_query[sample_slot(k)];
+                    const prepared_sample sample = config::masked_neighbours ? next_sample : of_query[k];
                     if (config::masked_neighbours)
-                        ahead = of_query[sample_slot(min(k + config::lane_groups, config::chunk - 1))];
+                        next_sample = of_query[min(k + config::lane_groups, config::chunk - 1)];
                     accumulate_sample(sum, loaded, sample, image, below, lane);
                 }
             }

@@ -23,7 +23,6 @@ struct config {
     enum : int { D = 32 };                      // channels per head
     static __device__ constexpr int points(int level) { return P; }    // points of each level; used where P is 0
     enum : long long { pixel_stride = 256 };    // elements from a value vector to that of the next pixel; int where it fits
-    enum : bool { levels_on_device = true };    // shapes and starts are device arrays, unchecked
 
     // ---- variant of the operator
     enum : bool { nearest = false };            // one pixel per sample, its index clamped to the level, not four
@@ -55,7 +54,6 @@ struct config {
     // ---- forward
     enum : bool { warp_independent = true };    // the warps of a block never wait for each other
     enum : bool { levels_in_registers = false }; // else a copy per warp in shared memory
-    enum : int { samples_per_load = 1 };        // samples that a lane loads at once, with vectorised loads
     // Neighbours outside the level get a weight of zero, not zeros as their values. Only with `warp_independent`, all
     // samples of a query in one chunk, and locations that are not clamped.
     enum : bool { masked_neighbours = false };

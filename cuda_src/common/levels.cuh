@@ -45,9 +45,9 @@ struct level_claim {
 };
 
 // In arrays on the device, unchecked.
-struct device_levels {
+struct level_metadata {
     const long long* shapes;    // [L, 2]
-    const long long* starts;    // [L], or null: levels are packed
+    const long long* starts;    // [L], or null: each level follows the one before it
 
     __device__ __forceinline__ level_claim at(int l) const {
         const long long h = shapes[2 * l], w = shapes[2 * l + 1];
@@ -63,15 +63,6 @@ struct device_levels {
         return {h, w, start};
     }
 };
-
-// In the parameters of the kernel, so that a call needs no copy to the device.
-struct parameter_levels {
-    long long level[config::L][3];  // h, w, start
-
-    __device__ __forceinline__ level_claim at(int l) const { return {level[l][0], level[l][1], level[l][2]}; }
-};
-
-using level_metadata = select<config::levels_on_device, device_levels, parameter_levels>;
 
 // ---- checked ----------------------------------------------------------------------------------------------
 

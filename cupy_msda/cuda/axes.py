@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..arrays import item_size
 from ..call import accumulator_of
-from .kernel_spec import Axis, AxisGroup, KernelSpec, Parameter, parameters
+from .kernel_spec import Axis, AxisGroup, Parameter, parameters
 
 VECTOR_BYTES = 16
 # Size of the kernels' `level`.
@@ -40,7 +40,6 @@ class SampleAxes(AxisGroup):
     border: bool
     align_corners: bool
     pixel_locations: bool
-    levels_on_device: bool
     ragged: bool
 
     @property
@@ -137,16 +136,6 @@ SAMPLE_INPUTS = parameters(
 SIZES = parameters("long long S", "long long Q", "long long image_stride", "long long head_stride", "long long heads")
 SLAB = parameters("long long first_head", "long long heads", "long long first_pixel", "long long pixels")
 RUNS = parameters("long long S", "long long Q", "long long runs", "long long capacity")
-
-
-class ReadsLevels(KernelSpec):
-    """A kernel whose parameter `metadata` is the addresses of the levels, or their (H, W, start)."""
-
-    samples: SampleAxes
-
-    def words(self) -> tuple[int, ...]:
-        of_levels = METADATA.words if self.samples.levels_on_device else 3 * self.samples.L
-        return tuple(of_levels if one is METADATA else one.words for one in self.parameters)
 
 
 def sample_bytes(wide_index: bool, accumulator_bytes: int) -> int:

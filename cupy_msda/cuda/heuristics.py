@@ -54,16 +54,9 @@ AGGREGATED_SAMPLES = 4
 SHARED_WITHOUT_OPT_IN = 48 * 1024
 # Shared memory of the samples of a block in a fused call, while the block has more than one warp.
 FUSED_SHARED_BYTES = 40 * 1024
-# With more levels than this, they do not fit into the parameters of a kernel.
-MAX_LEVELS_BY_VALUE = 64
 
 
 # ---- axes that follow from the problem -------------------------------------------------------------------------------
-
-
-def levels_by_value(problem: Problem) -> bool:
-    """Whether the levels travel in the parameters of the kernels."""
-    return problem.levels is not None and problem.L <= MAX_LEVELS_BY_VALUE
 
 
 def sample_axes(problem: Problem, materialised: bool = False) -> SampleAxes:
@@ -98,7 +91,6 @@ def _common_sample_axes(problem: Problem) -> dict[str, Any]:
         "border": variant.padding_mode == "border",
         "align_corners": variant.align_corners,
         "pixel_locations": problem.fused is not None,
-        "levels_on_device": not levels_by_value(problem),
         "ragged": problem.ragged,
     }
 

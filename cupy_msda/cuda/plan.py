@@ -12,19 +12,16 @@ from ..call import ALL, SIXTEEN_BIT, Problem, Wanted
 from . import heuristics, sorted_heuristics
 from .axes import VECTOR_BYTES
 from .gpu import Gpu
-from .heuristics import MAX_LEVELS_BY_VALUE, levels_by_value
 from .kernel_spec import KernelSpec
 from .specs import CastSpec, ForwardSpec, ReduceReferencesSpec
 
 __all__ = [
-    "MAX_LEVELS_BY_VALUE",
     "VECTOR_BYTES",
     "Launch",
     "backward",
     "cast_gradient",
     "forward",
     "launch_of",
-    "levels_by_value",
     "materialise",
     "reduce_references",
     "size_words",

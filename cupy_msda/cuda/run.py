@@ -11,9 +11,10 @@ import numpy as np
 from .. import arrays
 from ..arrays import View
 from ..call import Call, Problem, Wanted
-from . import gpu, kernels, plan
+from . import gpu, kernels, plan, streams
 from .axes import VECTOR_BYTES
 from .launch import PreparedLaunch
+from .level_tables import level_table
 from .steps import Addresses, PreparedBackward
 
 
@@ -138,14 +139,11 @@ class _Session:
         self._entered.close()
 
     def metadata(self) -> tuple[int, ...]:
-        """The words of the kernels' `metadata`: numbers by value, or two addresses of int64 device arrays."""
+        """The words of the kernels' `metadata`: addresses of int64 device arrays, of shapes and of starts."""
         levels = self.problem.levels
-        if levels is not None and plan.levels_by_value(self.problem):
-            return levels_by_value(levels)
-        parts: list[View | np.ndarray | None] = [self.operands.shapes, self.operands.starts]
         if levels is not None:
-            table = np.array(levels, np.int64)
-            parts = [np.ascontiguousarray(table[:, :2]), np.ascontiguousarray(table[:, 2])]
+            return level_table(levels, self.device, self.stream)
+        parts = (self.operands.shapes, self.operands.starts)
         convert = self.framework.int64_on_cuda
         self.kept = [(0, None) if part is None else convert(part, self.problem.device) for part in parts]
         return tuple(address for address, _ in self.kept)
@@ -221,22 +219,8 @@ def _remembered(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
 
 def _prepare(launch: plan.Launch, device: int, stream: int) -> PreparedLaunch:
     if not kernels.is_compiled(launch.spec, device):
-        _refuse_capture(stream)
+        streams.refuse_capture(stream, "compile and load a CUDA kernel")
     return PreparedLaunch(launch, device)
-
-
-def _refuse_capture(stream: int) -> None:
-    runtime = arrays.require_cupy("an array on a CUDA device").cuda.runtime
-    if stream > arrays.LAST_DEFAULT_STREAM and runtime.streamIsCapturing(stream):
-        raise RuntimeError(
-            "this call has to compile and load a CUDA kernel, which is not possible while its stream is being captured "
-            "into a CUDA graph: make the same call once before the capture, or use cupy_msda.warmup"
-        )
-
-
-def levels_by_value(levels: tuple[tuple[int, int, int], ...]) -> tuple[int, ...]:
-    """The words of a `metadata` that holds the levels themselves."""
-    return tuple(number for level in levels for number in level)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from .axes import (
     BlockAxes,
     BoundAxes,
     ChannelAxes,
-    ReadsLevels,
     SampleAxes,
     aligned,
     contribution_bytes,
@@ -27,7 +26,7 @@ from .kernel_spec import Axis, KernelSpec, Parameter, parameters
 
 
 @dataclass(frozen=True, kw_only=True)
-class BucketSortSpec(ReadsLevels):
+class BucketSortSpec(KernelSpec):
     """Contributions of the samples to the gradient of value, sorted by buckets of `bucket_size` value vectors.
 
     A warp sorts `chunk` samples; a block makes one sorted run of those of its warps.
@@ -172,7 +171,7 @@ class BlockReduceSpec(KernelSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaterialiseSpec(ReadsLevels):
+class MaterialiseSpec(KernelSpec):
     """Locations in pixels, and weights, from offsets and logits.
 
     `lanes` lanes of a warp hold the samples of a query.

@@ -5,11 +5,9 @@ The kernels that sum the gradient of value without atomics are in ``sorted_specs
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..arrays import item_size
 from .axes import (
     LEVEL_BYTES,
     MAX_LEVELS_IN_REGISTERS,
@@ -17,12 +15,10 @@ from .axes import (
     METADATA,
     SAMPLE_INPUTS,
     SIZES,
-    VECTOR_BYTES,
     BlockAxes,
     ChannelAxes,
     GradientAxes,
     QueryAxes,
-    ReadsLevels,
     SampleAxes,
     aligned,
     index_bytes,
@@ -33,7 +29,7 @@ from .sorted_specs import BlockReduceSpec, BucketSortSpec, MaterialiseSpec, Spli
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardSpec(ReadsLevels):
+class ForwardSpec(KernelSpec):
     """The output. `lane_groups` of lanes share the samples of a query; a warp works on `heads_per_warp` heads at a
     time.
 
@@ -82,18 +78,10 @@ class ForwardSpec(ReadsLevels):
         tiled = self.masked_neighbours and self.queries.query_tiles > 1
         return tiled and self.samples.L <= MAX_LEVELS_IN_REGISTERS
 
-    @property
-    def samples_per_load(self) -> int:
-        """Samples of a query that one of its lanes reads at a time."""
-        if self.channels.vec * item_size(self.channels.value_dtype) < VECTOR_BYTES:
-            return 1  # addresses may not be aligned to more
-        return math.gcd(self.samples.K, VECTOR_BYTES // (2 * item_size(self.samples.location_dtype)))
-
     def derived(self) -> dict[str, Axis]:
         return super().derived() | {
             "warp_independent": self.warp_independent,
             "levels_in_registers": self.levels_in_registers,
-            "samples_per_load": self.samples_per_load,
         }
 
     @property
@@ -109,7 +97,7 @@ class ForwardSpec(ReadsLevels):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackwardSpec(ReadsLevels):
+class BackwardSpec(KernelSpec):
     """The gradients, where that of value is summed by atomic additions.
 
     `aggregation_bits`: bits of the keys by which a block sorts its samples, to add up those of a cell before the

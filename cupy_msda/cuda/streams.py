@@ -45,3 +45,13 @@ def create_first(device: int) -> None:
     """Create a side stream of `device`, which must be current, if it has none: the capture of a CUDA graph cannot."""
     if not idle(device):
         idle(device).append(SideStream())
+
+
+def refuse_capture(stream: int, what: str) -> None:
+    """RuntimeError where `stream` is being captured: `what` is not possible then."""
+    runtime = arrays.require_cupy("an array on a CUDA device").cuda.runtime
+    if stream > arrays.LAST_DEFAULT_STREAM and runtime.streamIsCapturing(stream):
+        raise RuntimeError(
+            f"this call has to {what}, which is not possible while its stream is being captured into a CUDA graph: "
+            "make the same call once before the capture, or use cupy_msda.warmup"
+        )

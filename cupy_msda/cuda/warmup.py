@@ -14,6 +14,7 @@ from ..call import ALL, SIXTEEN_BIT, VALUE_DTYPES, FusedFrontEnd, Problem, Varia
 from . import kernels, plan, plan_backward, run, streams
 from .gpu import Gpu, of_device
 from .kernel_spec import KernelSpec
+from .level_tables import level_table
 
 # With fewer kernels, a progress bar would be gone before it is read.
 _MANY = 8
@@ -50,6 +51,12 @@ class Sizes:
     def S(self) -> int:
         """Pixels of all levels together."""
         return sum(h * w for h, w in self.levels)
+
+    @property
+    def contiguous_levels(self) -> tuple[tuple[int, int, int], ...]:
+        """(H, W, start) of each level."""
+        starts = contiguous_starts(self.levels)
+        return tuple((h, w, start) for (h, w), start in zip(self.levels, starts, strict=True))
 
 
 def warmup(
@@ -96,9 +103,10 @@ def warmup(
     reason = arrays.cuda_unavailable()
     if reason is not None:
         raise RuntimeError(f"warmup: {reason}")
+    sizes = [sizes] if isinstance(sizes, Sizes) else list(sizes)
     number: int = arrays.require_cupy("warmup").cuda.runtime.getDevice() if device is None else device
     wanted = launches(
-        [sizes] if isinstance(sizes, Sizes) else list(sizes),
+        sizes,
         [dtypes] if isinstance(dtypes, str) else list(dtypes),
         device=number,
         backward=backward,
@@ -115,8 +123,10 @@ def warmup(
     with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
         for _ in _with_bar(pool.map(compile_one, missing), len(missing), progress):
             pass
-    if backward:
-        with run.on_device(number):
+    with run.on_device(number):
+        for size in sizes:
+            level_table(size.contiguous_levels, number, 0)
+        if backward:
             streams.create_first(number)
     return len(missing)
 
@@ -129,12 +139,11 @@ def launches(
         if dtype not in VALUE_DTYPES:
             raise TypeError(f"dtypes: expected float16, bfloat16, float32 or float64, got {dtype!r}")
     found = []
-    for size, dtype, by_value in product(sizes, dtypes, (True, False)):
+    for size, dtype in product(sizes, dtypes):
         if not size.levels or min(min(level) for level in size.levels) <= 0:
             raise ValueError(f"sizes: expected levels of positive (H, W), got {size.levels!r}")
         S = size.S
-        starts = contiguous_starts(size.levels)
-        levels = tuple((h, w, start) for (h, w), start in zip(size.levels, starts, strict=True))
+        levels = size.contiguous_levels
         num_points = None if size.num_points is None else tuple(size.num_points)
         form = Variant(num_points, size.interpolation, size.padding_mode, size.align_corners)
         variant, P = validate.equal_points(validate.read_variant(form, len(levels)), size.P)
@@ -143,7 +152,7 @@ def launches(
             call = Problem(
                 size.N, S, size.M, size.D, len(levels), P, S if size.Q is None else size.Q,
                 value_dtype=dtype, location_dtype=location_dtype, device=("cuda", device),
-                levels=levels if by_value else None, variant=variant, ragged=size.ragged, fused=fused,
+                levels=levels, variant=variant, ragged=size.ragged, fused=fused,
             )  # fmt: skip
             found.append(plan.forward(call, plan.VECTOR_BYTES, gpu))
             if backward:

@@ -19,6 +19,7 @@ from .. import api, arrays, validate
 from ..call import PLAIN, Arguments, Call, Problem, Variant, Wanted
 from ..cuda import plan as planner
 from ..cuda import run as cuda
+from ..cuda.level_tables import level_table
 from ..cuda.steps import Addresses
 from . import compat
 
@@ -44,7 +45,7 @@ class LaunchPlan:
         ``forward(value, shapes, starts, locations, weights, references=None)`` -> output, or None where an address is
         not aligned.
     levels : tuple of int
-        The words of metadata that came from the host; empty where it is on the device.
+        Addresses of the level table where the metadata came from the host; empty where it is on the device.
     """
 
     __slots__ = ("_backwards", "_settings", "_strides", "deterministic", "forward", "levels", "problem")
@@ -52,7 +53,11 @@ class LaunchPlan:
     def __init__(self, problem: Problem, arguments: Arguments) -> None:
         value = arguments.value
         self.problem, self.deterministic = problem, arguments.deterministic
-        self.levels = () if problem.levels is None else cuda.levels_by_value(problem.levels)
+        device = problem.device[1]
+        self.levels: tuple[int, ...] = ()
+        if problem.levels is not None:
+            with cuda.on_device(device):
+                self.levels = level_table(problem.levels, device, compat.current_stream(device))
         self._settings = replace(
             arguments, value=None, spatial_shapes=None, level_start_index=None, reference_points=None, locations=None,
             weights=None,
@@ -288,14 +293,14 @@ def layout_key(arguments: Arguments) -> tuple[Any, ...] | None:
     if variant is not PLAIN and not _hashable(variant):
         return None
     metadata: tuple[Any, ...] | None
-    if type(shapes) is Tensor and type(starts) is Tensor:
+    if type(shapes) is Tensor and type(starts) is Tensor and shapes.is_cuda and starts.is_cuda:
         if not (shapes.is_contiguous() and starts.is_contiguous()):
             return None
         metadata = (
             shapes.shape, shapes.dtype, shapes.get_device(), starts.shape, starts.dtype, starts.get_device()
         )  # fmt: skip
-    else:
-        metadata = _host_metadata(shapes, starts)
+    else:  # the plan holds the numbers
+        metadata = _host_metadata(*(_as_list(part) for part in (shapes, starts)))
         if metadata is None:
             return None
     return (
@@ -303,6 +308,10 @@ def layout_key(arguments: Arguments) -> tuple[Any, ...] | None:
         locations.shape, locations.dtype, locations.get_device(),
         *others, metadata, im2col_step, deterministic, variant,
     )  # fmt: skip
+
+
+def _as_list(metadata: Any) -> Any:
+    return metadata.tolist() if type(metadata) is Tensor and not metadata.is_cuda else metadata
 
 
 def _hashable(variant: Variant) -> bool:
@@ -329,7 +338,7 @@ def _host_metadata(shapes: Any, starts: Any) -> tuple[Any, ...] | None:
 def _repeatable(call: Call) -> bool:
     """Whether launches need no more than addresses: no empty problem, no metadata to convert, and no value to copy."""
     problem, operands = call.problem, call.operands
-    if problem.device[0] != "cuda" or problem.empty or problem.L > planner.MAX_LEVELS_BY_VALUE:
+    if problem.device[0] != "cuda" or problem.empty:
         return False
     if not operands.value.contiguous and problem.value_strides is None:
         return False

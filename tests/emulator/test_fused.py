@@ -69,7 +69,7 @@ def test_each_form_under_the_sanitizers(form):
 @pytest.mark.parametrize("case", [PATHS[0], PATHS[2], PATHS[3]], ids=str)
 @pytest.mark.parametrize("form", [FORMS[1], FORMS[6]], ids=str)
 def test_each_code_path_under_the_sanitizers(case, form):
-    check(case, form=form, sanitize=True, levels_on_device=True)
+    check(case, form=form, sanitize=True, metadata_on_device=True)
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)

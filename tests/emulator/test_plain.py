@@ -88,7 +88,7 @@ def test_each_variant_in_every_dtype(case, pair):
 
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_variants_under_the_sanitizers(case):
-    check(case, ("float32", "float32"), sanitize=True, levels_on_device=True)
+    check(case, ("float32", "float32"), sanitize=True, metadata_on_device=True)
 
 
 @pytest.mark.parametrize("variant", [{"interpolation": "nearest"}, {"padding_mode": "border"}], ids=str)
@@ -143,7 +143,7 @@ def test_pixels_in_two_query_tiles(case, pair):
     assert launch.spec.queries.query_tiles == 2
     heads = case.N * case.M // launch.spec.heads_per_warp
     assert 0 < launch.grid[1] - heads < heads
-    got = emulator.forward(inputs, gpu=SMALL_GPU, levels_on_device=True, sanitize=True)
+    got = emulator.forward(inputs, gpu=SMALL_GPU, metadata_on_device=True, sanitize=True)
     assert_close(got, cases.expected(inputs)[0], pair[0])
     if pair[0] == "float32":
         np.testing.assert_array_equal(emulator.forward(inputs, gpu=SMALL_GPU, sanitize=True), got)
@@ -154,7 +154,7 @@ def test_pixels_in_two_query_tiles(case, pair):
 def test_pixels_in_cross_level_tiles(case, pair):
     inputs = case.inputs(*pair, seed=9)
     assert plan.backward(emulator.prepare(inputs, True, None), 16, H100).spec.aggregation_bits
-    check_gradients(case, pair, inputs, cases.expected(inputs)[1], levels_on_device=True, sanitize=True)
+    check_gradients(case, pair, inputs, cases.expected(inputs)[1], metadata_on_device=True, sanitize=True)
 
 
 @pytest.mark.parametrize("lengths", [(123, 0), (64, 1)])
@@ -170,7 +170,7 @@ def test_ragged_pixels_in_two_query_tiles(lengths):
 def test_two_query_tiles_wherever_the_levels_begin(starts, wide, monkeypatch):
     emulator.force_wide_index(monkeypatch, wide)
     inputs = TWO_TILES[0].inputs(seed=10)._replace(starts=np.array(starts))
-    got = emulator.forward(inputs, gpu=SMALL_GPU, levels_on_device=True, sanitize=True)
+    got = emulator.forward(inputs, gpu=SMALL_GPU, metadata_on_device=True, sanitize=True)
     assert_close(got, cases.expected(inputs)[0], "float32")
 
 
@@ -178,7 +178,7 @@ def test_two_query_tiles_wherever_the_levels_begin(starts, wide, monkeypatch):
 def test_two_query_tiles_give_nan_for_a_level_that_does_not_fit(start):
     inputs = TWO_TILES[0].inputs(seed=11)
     bad = {"shapes": inputs.shapes, "starts": [start, 99, 119]}
-    got = emulator.forward(inputs, gpu=SMALL_GPU, levels_on_device=True, sanitize=True, **bad)
+    got = emulator.forward(inputs, gpu=SMALL_GPU, metadata_on_device=True, sanitize=True, **bad)
     assert np.isnan(got).all()
 
 
@@ -190,7 +190,7 @@ def test_launches_for_throughput_and_for_latency(gpu):
 
 def test_levels_from_device_memory():
     for case in (PATHS[0], PATHS[6]):
-        check(case, ("float32", "float32"), levels_on_device=True)
+        check(case, ("float32", "float32"), metadata_on_device=True)
 
 
 @pytest.mark.parametrize("order", [1, 7], ids=["downwards", "scattered"])
@@ -327,7 +327,7 @@ BAD_LEVELS = {
 def test_hostile_metadata_under_the_sanitizers(name):
     shapes, starts = BAD_LEVELS[name]
     inputs = CASES[0].inputs()
-    options = {"levels_on_device": True, "shapes": shapes, "starts": starts, "sanitize": True}
+    options = {"metadata_on_device": True, "shapes": shapes, "starts": starts, "sanitize": True}
     assert np.isnan(emulator.forward(inputs, **options)).all()
     grads = emulator.backward(inputs, **options)
     assert np.isnan(grads[1]).any()

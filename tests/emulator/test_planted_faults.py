@@ -329,7 +329,7 @@ def run(kind, text, case, **options):
 def run_bad_level(text):
     inputs = CHECKED[1].inputs(seed=22)
     shapes = [[4, 5], [-3, 3], [2, 2]]
-    options = {"text": text, "levels_on_device": True, "shapes": shapes, "sanitize": True}
+    options = {"text": text, "metadata_on_device": True, "shapes": shapes, "sanitize": True}
     assert np.isnan(emulator.forward(inputs, **options)).all()
 
 

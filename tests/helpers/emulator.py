@@ -122,12 +122,12 @@ def _run_executable(target, numbers, arrays):
         offset += array.nbytes
 
 
-def prepare(inputs, levels_on_device, variant, lengths=None):
+def prepare(inputs, metadata_on_device, variant, lengths=None):
     """The Problem of NumPy inputs, as if they were on a GPU."""
     references = inputs.references if isinstance(inputs, cases.FusedInputs) else None
     variant = PLAIN._replace(**(variant or {}))
     found = call_of(*inputs[:6], references, variant=variant, query_lengths=lengths).problem
-    levels = None if levels_on_device else found.levels
+    levels = None if metadata_on_device else found.levels
     return dataclasses.replace(found, device=("cuda", 0), levels=levels)
 
 
@@ -154,9 +154,10 @@ def _weights(found, locations, weights):
 
 
 def _metadata(found, inputs, shapes, starts):
-    """The words of the levels, or two device arrays."""
-    if plan.levels_by_value(found):
-        return np.array(found.levels, np.int64).reshape(-1).tolist()
+    """Shapes and starts: of the levels that validation has read, or as the caller gave them."""
+    if found.levels is not None:
+        table = np.array(found.levels, np.int64).reshape(-1, 3)
+        return [np.ascontiguousarray(table[:, :2]), np.ascontiguousarray(table[:, 2])]
     if shapes is None:
         shapes, starts = inputs.shapes, inputs.starts
     return [np.array(shapes, np.int64), None if starts is None else np.array(starts, np.int64)]
@@ -184,10 +185,10 @@ def _poisoned(shape, dtype):
 
 
 def forward(
-    inputs, *, levels_on_device=False, shapes=None, starts=None, gpu=H100, variant=None, lengths=None, **options
+    inputs, *, metadata_on_device=False, shapes=None, starts=None, gpu=H100, variant=None, lengths=None, **options
 ):
     """The forward kernel on NumPy inputs; `shapes` and `starts` replace the device metadata without any check."""
-    found = prepare(inputs, levels_on_device, variant, lengths)
+    found = prepare(inputs, metadata_on_device, variant, lengths)
     output = _poisoned(found.output_shape, inputs.value.dtype)
     arguments = {"value": _memory(inputs.value)}
     arguments |= _inputs(found, inputs, lengths, _metadata(found, inputs, shapes, starts))
@@ -198,7 +199,7 @@ def forward(
 def backward(
     inputs,
     *,
-    levels_on_device=False,
+    metadata_on_device=False,
     shapes=None,
     starts=None,
     gpu=H100,
@@ -212,7 +213,7 @@ def backward(
 
     In a fused call, the gradient of the reference points comes last.
     """
-    found = prepare(inputs, levels_on_device, variant, lengths)
+    found = prepare(inputs, metadata_on_device, variant, lengths)
     wanted = found.computed(wanted)
     total = np.zeros(inputs.value.shape, found.accumulator_dtype) if wanted.value else None
     samples = zip((inputs.locations, inputs.weights), wanted[1:3], strict=True)
@@ -240,10 +241,10 @@ def backward(
 
 
 def summation(
-    inputs, *, levels_on_device=False, shapes=None, starts=None, variant=None, lengths=None, texts=None, **options
+    inputs, *, metadata_on_device=False, shapes=None, starts=None, variant=None, lengths=None, texts=None, **options
 ):
     """The gradient of value without atomics, as in cuda/steps.py. `texts` replaces sources, by the kernel's name."""
-    found = prepare(inputs, levels_on_device, variant, lengths)
+    found = prepare(inputs, metadata_on_device, variant, lengths)
     planned = plan_backward.summation(found, 16, H100)
     samples = _inputs(found, inputs, lengths, _metadata(found, inputs, shapes, starts))
 

@@ -32,7 +32,7 @@ AXES = {
     "alignment": (16, 4),
     "points": ((4, 4), (1, 1), (3, 30)),  # L, P
     "queries": ("few", "many", "pixels"),
-    "levels": ("by value", "on the device"),
+    "levels": ("on the host", "on the device"),
     "size": ("32 bits", "64 bits"),
     "wanted": ("output", *WANTED, *(f"value in order: {kind}" for kind in ("sort", "count", "sum"))),
     "layout": ("contiguous", "strided", "padded"),
@@ -59,7 +59,7 @@ def problem_of(row):
     D, form, pair = row["D"], variant_of(row["variant"], L, P), row["pair"]
     return Problem(
         2, S, 8, D, L, 0 if form.num_points else P, Q, *pair, ("cuda", 0),
-        LEVELS[:L] if row["levels"] == "by value" else None,
+        LEVELS[:L] if row["levels"] == "on the host" else None,
         variant=form, value_strides=ValueStrides(16 * S * D, 16 * D, D) if row["layout"] == "strided" else None,
         ragged=row["layout"] == "padded",
         fused={"points": FusedFrontEnd(2, L, pair[0], False), "boxes, packed": FusedFrontEnd(4, 1, pair[1], True)}.get(

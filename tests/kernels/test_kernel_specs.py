@@ -127,7 +127,5 @@ def test_config_spells_each_kind_of_axis():
         assert line in text
 
 
-def test_metadata_takes_the_words_of_all_levels_or_two_addresses():
-    for on_device, words in ((True, 2), (False, 12)):
-        spec = SPECS["forward"].with_axes(levels_on_device=on_device, L=4)
-        assert spec.words() == (1, words, *(1,) * 10)
+def test_metadata_takes_two_words():
+    assert SPECS["forward"].words() == (1, 2, *(1,) * 10)

@@ -6,9 +6,7 @@ import types
 import pytest
 
 from cupy_msda.cuda import kernels, launch, plan
-from cupy_msda.cuda.gpu import H100
 from cupy_msda.cuda.specs import CastSpec
-from tests.helpers import random_problems
 
 SHARED = 64 * 1024
 
@@ -52,9 +50,3 @@ def test_more_shared_memory_than_the_default_is_opted_in_to(launched):
     planned = plan.Launch(CastSpec(value_dtype="float16"), (1, 1, 1), SHARED)
     prepared = launch.PreparedLaunch(planned, 0)
     assert prepared._kernel.max_dynamic_shared_size_bytes == SHARED
-
-
-def test_a_launch_has_a_word_for_each_number_of_a_struct(launched):
-    asked = next(a for a in random_problems.draw(50) if not a.problem.fused and a.problem.levels)
-    planned = plan.forward(asked.problem, 16, H100)
-    assert sum(planned.spec.words()) == 11 + (3 * asked.problem.L if asked.problem.L <= 64 else 2)

@@ -195,21 +195,6 @@ def test_neighbours_are_masked_where_pixels_fill_the_gpu_and_loops_are_not_neste
 # ---- samples and levels ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("pair", "P", "alignment", "samples"),
-    [
-        (("float32", "float32"), 4, 16, 2),
-        (("float32", "float32"), 4, 8, 1),
-        (("float16", "float16"), 3, 16, 4),
-        (("bfloat16", "float32"), 3, 16, 2),
-        (("float16", "float16"), 4, 8, 1),
-    ],
-)
-def test_a_load_has_several_samples_where_their_number_and_alignment_allow(pair, P, alignment, samples):
-    assert forward(problem(*pair, Q=22223, P=P), alignment).samples_per_load == samples
-    assert forward(problem(*pair, Q=22223, P=3, levels=LEVELS[:1])).samples_per_load == 1
-
-
 @pytest.mark.parametrize(("S", "wide"), [(2**26 - 1, False), (2**26, True)])
 def test_offsets_are_wide_where_16_times_a_pixel_needs_it(S, wide):
     """32 bits hold 16 times each pixel of an image, with room for a row outside it."""
@@ -235,11 +220,9 @@ def test_warps_are_independent_while_a_warp_has_a_lane_for_each_level():
     assert not forward(problem(levels=many, P=1)).warp_independent
 
 
-def test_levels_travel_by_value_unless_they_are_on_the_device_or_many():
-    assert not forward(problem()).samples.levels_on_device
-    assert forward(problem(levels=None)).samples.levels_on_device
-    many = tuple((1, 1, 0) for _ in range(plan.MAX_LEVELS_BY_VALUE + 1))
-    assert forward(problem(levels=many, P=1)).samples.levels_on_device
+def test_metadata_on_the_host_and_on_the_device_runs_the_same_kernels():
+    for known, unknown in zip(both(problem()), both(problem(levels=None)), strict=True):
+        assert known == unknown
 
 
 def test_variants_are_axes():

@@ -18,11 +18,11 @@ def specs(sizes, dtypes, backward=True):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("location_dtype", ["float32", None])
-@pytest.mark.parametrize("by_value", [True, False])
+@pytest.mark.parametrize("on_the_host", [True, False])
 @pytest.mark.parametrize("Q", [750, 300])
-def test_what_a_call_launches_is_compiled(dtype, location_dtype, by_value, Q):
+def test_what_a_call_launches_is_compiled(dtype, location_dtype, on_the_host, Q):
     found = specs([ENCODER, DECODER], [dtype])
-    levels = ((20, 30, 0), (10, 15, 600)) if by_value else None
+    levels = ((20, 30, 0), (10, 15, 600)) if on_the_host else None
     call = Problem(2, 750, 8, 32, 2, 4, Q, dtype, location_dtype or dtype, ("cuda", 0), levels)
     launches = [plan.forward(call, 16, H100), plan.backward(call, 16, H100)]
     if dtype == "float16":

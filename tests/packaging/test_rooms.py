@@ -30,7 +30,10 @@ LAYERS = (
     ("arrays",),
 )
 # These import the standard library and each other, and `arrays` for its types.
-PURE = re.compile(r"call|cuda\.(plan|heuristics|gpu|specs)\w*(\..*)?|arrays\.dlpack")
+PURE = re.compile(
+    r"call|cuda\.(axes|gpu|heuristics|kernel_spec|launch_tables|plan|plan_backward|sorted_heuristics|sorted_specs|specs)"
+    r"|arrays\.dlpack"
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted(path for path in (ROOT / "cuda_src").rglob("*") if path.suffix in (".cu", ".cuh"))
 

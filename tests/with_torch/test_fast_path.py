@@ -5,6 +5,7 @@ A stub launch records its words instead of launching a kernel, so outputs hold n
 
 import contextlib
 import sys
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -190,6 +191,15 @@ def test_level_sizes_as_numbers_are_found_by_one_key_per_call(no_plans, monkeypa
     assert not any(fast_path.recent.values())
 
 
+def test_host_tensors_of_other_numbers_have_another_key():
+    """A launch plan holds the numbers of host metadata: 2 x 3 pixels are not 3 x 2."""
+    arguments = arguments_of(WITH_WEIGHTS)
+    key = fast_path.layout_key(arguments)
+    assert key == fast_path.layout_key(replace(arguments, spatial_shapes=arguments.spatial_shapes.clone()))
+    assert key != fast_path.layout_key(replace(arguments, spatial_shapes=arguments.spatial_shapes.flip(-1)))
+    assert key != fast_path.layout_key(replace(arguments, level_start_index=arguments.level_start_index + 1))
+
+
 @pytest.mark.parametrize(
     "variant", [{"align_corners": 1}, {"interpolation": b"bilinear"}, {"num_points": [True, 2]}], ids=str
 )
@@ -220,9 +230,6 @@ class StubLaunches:
 
         return SimpleNamespace(run=run, workspace=256)
 
-    def levels_by_value(self, levels):
-        return ()  # as for metadata on the device, whose addresses a launch takes
-
     def set_device(self, device):
         self.device = device
 
@@ -232,6 +239,8 @@ def launches(monkeypatch, no_plans):
     """Calls on the CPU leave launch plans, whose launches are stubs."""
     stub = StubLaunches()
     monkeypatch.setattr(fast_path, "cuda", stub)
+    # As for metadata on the device, whose addresses a launch takes.
+    monkeypatch.setattr(fast_path, "level_table", lambda levels, device, stream: ())
     monkeypatch.setattr(fast_path, "_repeatable", lambda call: True)
     monkeypatch.setattr(fast_path, "device_functions", lambda: (lambda: stub.device, stub.set_device))
     monkeypatch.setattr(fast_path.compat, "current_stream", lambda device: 77)
