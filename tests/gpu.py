@@ -43,7 +43,7 @@ ONE_THREAD = dict.fromkeys(
 )
 # Each array has its own allocation: inside a pool the sanitizer cannot tell an array from its neighbour.
 EXACT_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUPY_MSDA_TEST_EXACT_ALLOCATIONS": "1"}
-SUMMARY = (" passed", " failed", " skipped", " error", "ERROR SUMMARY", "RACECHECK SUMMARY")
+SUMMARY = re.compile(r"=====.* (\d+ (passed|failed|skipped|errors?)\b|(ERROR|RACECHECK) SUMMARY)")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def run_check(check: Check, out: Path, timeout: float | None) -> dict[str, Any]:
             timeout=timeout,
         ).returncode
     seconds = time.monotonic() - begin
-    summary = [line for line in log.read_text().splitlines() if any(word in line for word in SUMMARY)][-3:]
+    summary = [line for line in log.read_text().splitlines() if SUMMARY.match(line)]
     ended = "timed out" if status is None else f"exit {status}"
     print(f"{check.name}: {ended} after {seconds:.0f} s: {'; '.join(summary)}", flush=True)
     return {"check": check.name, "exit": status, "seconds": round(seconds, 1), "summary": summary}
@@ -186,8 +186,8 @@ def describe(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
 class Record:
     """The JSON file. It is rewritten after each command, so results survive if the machine is lost."""
 
-    def __init__(self, path: Path, workers: int) -> None:
-        self.path, self.begin, self.lock = path, time.monotonic(), threading.Lock()
+    def __init__(self, path: Path, workers: int, begin: float) -> None:
+        self.path, self.begin, self.lock = path, begin, threading.Lock()
         self.outcomes: list[dict[str, Any]] = []
         self.content: dict[str, Any] = {"provenance": provenance("cuda"), "workers": workers, "checks": []}
 
@@ -215,6 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands and the number of their tests")
     options = parser.parse_args(arguments)
     out, workers = options.out.resolve(), options.workers or worker_count()
+    begin = time.monotonic()
     tests = collect()
     plain = list(plain_checks(tests, workers, out))
     sanitized = {tool: collect(f"--sanitizer={tool}") for tool in options.sanitizer}
@@ -231,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for junit in out.glob("*.xml"):
         junit.unlink()
-    record = Record(out / "gpu_tests.json", workers)
+    record = Record(out / "gpu_tests.json", workers, begin)
 
     def run(check: Check) -> None:
         record.add(check, run_check(check, out, options.timeout))

@@ -116,6 +116,14 @@ def test_every_gpu_test_runs_and_a_failure_is_reported(project):
     }
 
 
+def test_modules_that_ask_for_a_gpu_have_marked_tests():
+    """Such tests pass on every machine. Without the mark they would not run with the GPU tests, and nothing else fails."""
+    texts = {path: path.read_text() for path in ROOT.glob("tests/*/test_*.py") if path != Path(__file__)}
+    asking = {path for path, text in texts.items() if "backends.GPU" in text}
+    assert asking
+    assert not {path for path in asking if "@pytest.mark.gpu_if_present" not in texts[path]}
+
+
 def test_a_dry_run_prints_the_commands_and_runs_none(project):
     status, output, record = run_gpu_tests(project, "--dry-run")
     assert (status, record) == (0, None)

@@ -14,6 +14,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 SOURCES = [path for folder in ("cupy_msda", "cuda_src") for path in (ROOT / folder).rglob("*.*") if path.is_file()]
 
 
+@pytest.mark.gpu_if_present
 def test_snippets_run():
     assert len(SNIPPETS) == 8
     names = {}
