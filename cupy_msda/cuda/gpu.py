@@ -28,7 +28,7 @@ class Gpu:
     l2_bytes: int
 
     def resident_blocks(self, threads: int, shared_bytes: int = 0) -> int:
-        """Blocks of so many threads and bytes that a multiprocessor holds at a time, registers aside."""
+        """Blocks of so many threads and bytes that a multiprocessor holds at a time. Registers may allow fewer."""
         by_threads = self.threads_per_multiprocessor // threads
         by_memory = by_threads
         if shared_bytes:

@@ -45,7 +45,7 @@ class AxisGroup:
         return found
 
     def derived(self) -> dict[str, Axis]:
-        """What the kernels need beside the axes and follows from them."""
+        """Members of ``config`` that follow from the axes."""
         found: dict[str, Axis] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
