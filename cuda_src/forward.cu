@@ -56,13 +56,13 @@ __device__ __forceinline__ void prepare_marked_samples(
     // Where the lanes of a warp are whole queries, all samples of a lane are of one level.
     level_info level = levels.at(min(MSDA_LEVEL_OF(k0 + (int)(threadIdx.x % sample_slots)), config::L - 1));
 #pragma unroll
-    for (int fill = 0; fill < samples_per_lane; ++fill) {
-        const int i = fill * 32 + threadIdx.x % 32;
+    for (int step = 0; step < samples_per_lane; ++step) {
+        const int i = step * 32 + threadIdx.x % 32;
         const int pair = i / sample_slots, slot = i % sample_slots;
         if (pair < pairs_per_tile && slot < config::chunk) {
             const int l = min(MSDA_LEVEL_OF(k0 + slot), config::L - 1);
             if (32 % sample_slots) level = levels.at(l);
-            const sampling_point point = sampling_point_of(raw, fill, l, level);
+            const sampling_point point = sampling_point_of(raw, step, l, level);
             if constexpr (config::masked_neighbours)
                 samples[pair * sample_pitch + slot] = prepare_masked_sample(point.x, point.y, point.attention, level);
             else

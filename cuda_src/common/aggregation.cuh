@@ -47,19 +47,19 @@ __device__ __forceinline__ unsigned prepare_sorted_samples(
     for (int tile = 0; tile < config::query_tiles; ++tile) {
         if constexpr (fused) softmax(raw[tile]);
 #pragma unroll
-        for (int fill = 0; fill < samples_per_lane; ++fill) {
-            const int i = fill * 32 + lane, local = i / sample_slots, slot = i % sample_slots, k = k0 + slot;
-            key_and_rank[tile][fill] = 0xffffffffu;
+        for (int step = 0; step < samples_per_lane; ++step) {
+            const int i = step * 32 + lane, local = i / sample_slots, slot = i % sample_slots, k = k0 + slot;
+            key_and_rank[tile][step] = 0xffffffffu;
             if (local >= queries_per_tile || slot >= config::chunk) continue;
             const index_t q = query_of(shared, tile, local);
             prepared_sample sample = {0, 0, 0, 0};
             if (q >= 0 && k < K) {
                 const int level = MSDA_LEVEL_OF(k);
-                const sampling_point point = sampling_point_of(raw[tile], fill, level, shared.levels[level]);
+                const sampling_point point = sampling_point_of(raw[tile], step, level, shared.levels[level]);
                 sample = prepare_sample(point.x, point.y, point.attention, shared.levels[level]);
                 if (sample.pixel_and_mask & 15) {
                     const int key = key_of_cell(locate(point.x, point.y, shared.levels[level]), level);
-                    key_and_rank[tile][fill] = (unsigned)key << 16 | atomicAdd(shared.key_begin + key, 1u);
+                    key_and_rank[tile][step] = (unsigned)key << 16 | atomicAdd(shared.key_begin + key, 1u);
                 }
             }
             shared.samples[tile * config::warps + warp][local * sample_pitch + slot] = sample;
@@ -87,10 +87,10 @@ __device__ __forceinline__ unsigned prepare_sorted_samples(
 #pragma unroll
     for (int tile = 0; tile < config::query_tiles; ++tile)
 #pragma unroll
-        for (int fill = 0; fill < samples_per_lane; ++fill) {
-            const unsigned found = key_and_rank[tile][fill];
+        for (int step = 0; step < samples_per_lane; ++step) {
+            const unsigned found = key_and_rank[tile][step];
             if (found == 0xffffffffu) continue;
-            const int i = fill * 32 + lane;
+            const int i = step * 32 + lane;
             const int place = (tile * config::warps + warp) * (queries_per_tile * sample_pitch) +
                               i / sample_slots * sample_pitch + i % sample_slots;
             shared.order[shared.key_begin[found >> 16] + (found & 0xffff)] = (unsigned short)place;

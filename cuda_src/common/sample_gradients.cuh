@@ -52,15 +52,15 @@ __device__ __forceinline__ void write_plain_gradients(
         const prepared_sample* samples, const Shared& shared, const lane_samples& raw,
         int tile, int k0, location_t* __restrict__ grad_locations, location_t* __restrict__ grad_weights) {
 #pragma unroll
-    for (int fill = 0; fill < samples_per_lane; ++fill) {
-        const int i = fill * 32 + threadIdx.x % 32;
+    for (int step = 0; step < samples_per_lane; ++step) {
+        const int i = step * 32 + threadIdx.x % 32;
         const int local = i / sample_slots, k = k0 + i % sample_slots;
         const index_t q = query_of(shared, tile, local);
         if (query_number(q) < 0 || k >= K) continue;
         sample_gradient grad = {0, 0, 0};
         if (!config::ragged || q >= 0) {
             const int level = MSDA_LEVEL_OF(k);
-            const sampling_point point = sampling_point_of(raw, fill, level, shared.levels[level]);
+            const sampling_point point = sampling_point_of(raw, step, level, shared.levels[level]);
             const prepared_sample* sample = samples + local * sample_pitch + i % sample_slots;
             grad = sample_gradient_of(point, shared.levels[level], reinterpret_cast<const acc_t*>(sample));
         }
@@ -149,9 +149,9 @@ __device__ __forceinline__ void write_reference_gradients(
 // (docs/performance/decisions.md#fused-weights-kept).
 __device__ __forceinline__ void restore_weights(lane_samples& raw, const prepared_sample* samples) {
 #pragma unroll
-    for (int fill = 0; fill < samples_per_lane; ++fill) {
-        const int i = fill * 32 + threadIdx.x % 32, local = i / sample_slots, k = i % sample_slots;
-        raw.weight[fill] = local < queries_per_tile && k < K ? samples[local * sample_pitch + k].attention : 0;
+    for (int step = 0; step < samples_per_lane; ++step) {
+        const int i = step * 32 + threadIdx.x % 32, local = i / sample_slots, k = i % sample_slots;
+        raw.weight[step] = local < queries_per_tile && k < K ? samples[local * sample_pitch + k].attention : 0;
     }
     __syncwarp();
 }

@@ -24,15 +24,15 @@ __device__ __forceinline__ void load_samples(
         lane_samples& raw, const Queries& queries, int tile, int k0, const location_t* __restrict__ locations,
         const location_t* __restrict__ weights, const reference_t* __restrict__ references) {
 #pragma unroll
-    for (int fill = 0; fill < samples_per_lane; ++fill) {
-        const int i = fill * 32 + threadIdx.x % 32;
+    for (int step = 0; step < samples_per_lane; ++step) {
+        const int i = step * 32 + threadIdx.x % 32;
         const int pair = i / sample_slots, k = k0 + i % sample_slots;
         const index_t q = query_of(queries, tile, pair / config::heads_per_warp);
-        if constexpr (mark_missing) raw.xy[fill].word = all_ones(raw.xy[fill].word);
-        if constexpr (fused || mark_missing) raw.attention[fill] = location_t();   // softmax() looks at it
+        if constexpr (mark_missing) raw.xy[step].word = all_ones(raw.xy[step].word);
+        if constexpr (fused || mark_missing) raw.attention[step] = location_t();   // softmax() looks at it
         if (q >= 0 && k < K) {
-            load_location(raw, fill, q, pair % config::heads_per_warp, k, locations, references);
-            raw.attention[fill] = load_attention(weights, q, pair % config::heads_per_warp, k);
+            load_location(raw, step, q, pair % config::heads_per_warp, k, locations, references);
+            raw.attention[step] = load_attention(weights, q, pair % config::heads_per_warp, k);
         }
     }
 }
@@ -43,15 +43,15 @@ __device__ __forceinline__ void prepare_samples(
         prepared_sample* samples, const Shared& shared, lane_samples& raw, int tile, int k0) {
     if constexpr (fused) softmax(raw);
 #pragma unroll
-    for (int fill = 0; fill < samples_per_lane; ++fill) {
-        const int i = fill * 32 + threadIdx.x % 32;
+    for (int step = 0; step < samples_per_lane; ++step) {
+        const int i = step * 32 + threadIdx.x % 32;
         const int pair = i / sample_slots, place = i % sample_slots, k = k0 + place;
         if (pair < pairs_per_tile && place < config::chunk) {
             const index_t q = query_of(shared, tile, pair / config::heads_per_warp);
             prepared_sample sample = {0, 0, 0, 0};
             if (q >= 0 && k < K) {
                 const int level = MSDA_LEVEL_OF(k);
-                const sampling_point point = sampling_point_of(raw, fill, level, shared.levels[level]);
+                const sampling_point point = sampling_point_of(raw, step, level, shared.levels[level]);
                 sample = prepare_sample(point.x, point.y, point.attention, shared.levels[level]);
             }
             samples[pair * sample_pitch + place] = sample;
