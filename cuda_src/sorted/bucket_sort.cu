@@ -194,9 +194,10 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
     for (int i = 0; i < samples_per_thread; ++i)
 #pragma unroll
         for (int lower = 0; lower < contributions_per_sample; ++lower) {
-            const unsigned found = segment_and_rank[i][lower], segment = found >> 16, rank = found & 0xffff;
+            const unsigned found = segment_and_rank[i][lower], segment = found >> 16;
             position[i][lower] = no_position;
-            if (found != no_position) position[i][lower] = shared.segment_starts[segment] + histogram[segment] + rank;
+            if (found != no_position)
+                position[i][lower] = shared.segment_starts[segment] + histogram[segment] + (found & 0xffff);
         }
     segment_starts += ((long long)head_in_launch * runs + run) * pitch;
     for (int i = threadIdx.x; i < pitch / 2; i += threads_per_block)

@@ -1,8 +1,11 @@
-// Offsets and logits to locations, in pixels, and weights, for the kernels that sum grad_value without atomics.
+// Before the sorted backward of a fused call: makes locations, in pixels, and weights from offsets and logits. Only where
+// the bucket sort does not do it on the way (docs/performance/decisions.md#sorted-materialise).
+#include "common/launch.cuh"
 #include "common/tile_samples.cuh"
 
 namespace msda {
 
+// A warp takes one tile of queries, and all samples of each.
 extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_blocks) msda_materialise(
         const location_t* __restrict__ offsets, const __grid_constant__ level_metadata metadata,
         const location_t* __restrict__ logits, const reference_t* __restrict__ references,
@@ -32,10 +35,10 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
         if (q < 0 || k >= K) continue;
         const int level = level_of(k);
         const sampling_point point = sampling_point_of(raw, fill, level, shared.levels[level]);
-        const index_t place = element_in_image(q, k, K);
-        locations[2 * place] = point.x;
-        locations[2 * place + 1] = point.y;
-        weights[place] = point.attention;
+        const index_t element = element_in_image(q, k, K);
+        locations[2 * element] = point.x;
+        locations[2 * element + 1] = point.y;
+        weights[element] = point.attention;
     }
 }
 
