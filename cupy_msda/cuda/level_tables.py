@@ -24,7 +24,7 @@ class LevelTable(NamedTuple):
     starts: int
 
 
-_tables: dict[tuple[int, Levels], LevelTable] = {}
+_tables: dict[tuple[int, tuple[int, ...]], int] = {}
 _memory: list[Any] = []  # what keeps the tables alive
 _lock = threading.Lock()
 
@@ -37,24 +37,29 @@ def level_table(levels: Levels, device: int, stream: int) -> LevelTable:
     RuntimeError
         For a list of levels that is not on the device yet while `stream` is captured into a CUDA graph.
     """
-    table = _tables.get((device, levels))
+    sizes = tuple(number for h, w, _ in levels for number in (h, w))
+    address = device_table((*sizes, *(start for _, _, start in levels)), device, stream)
+    return LevelTable(address, address + 8 * len(sizes))
+
+
+def device_table(numbers: tuple[int, ...], device: int, stream: int) -> int:
+    """Address of these numbers as int64 on the current device, number `device`; as :func:`level_table`."""
+    table = _tables.get((device, numbers))
     if table is None:
         streams.refuse_capture(stream, "copy the sizes of the levels to the GPU")
         with _lock:
-            table = _tables.get((device, levels))
+            table = _tables.get((device, numbers))
             if table is None:
-                table = _tables[device, levels] = _upload(levels)
+                table = _tables[device, numbers] = _upload(numbers)
     return table
 
 
-def _upload(levels: Levels) -> LevelTable:
+def _upload(numbers: tuple[int, ...]) -> int:
     """Copies on a stream of its own, and waits for that alone: no work of the caller is waited for."""
     cupy = arrays.require_cupy("an array on a CUDA device")
-    columns = np.array(levels, np.int64).reshape(-1, 3)
-    words = np.concatenate((columns[:, :2].ravel(), columns[:, 2]))
     with cupy.cuda.Stream(non_blocking=True) as stream:
-        copied = cupy.empty(max(words.size, 1), np.int64)
-        copied[: words.size].set(words, stream=stream)
+        copied = cupy.empty(max(len(numbers), 1), np.int64)
+        copied[: len(numbers)].set(np.array(numbers, np.int64), stream=stream)
         stream.synchronize()
     _memory.append(copied)
-    return LevelTable(copied.data.ptr, copied.data.ptr + 16 * len(levels))
+    return copied.data.ptr

@@ -79,7 +79,7 @@ def materialise(problem: Problem) -> Launch:
 def cast_gradient(value_dtype: str, count: int) -> Launch:
     """Launch of the kernel that casts a float32 gradient of `count` elements to a 16-bit dtype."""
     assert value_dtype in SIXTEEN_BIT
-    return _over_elements(CastSpec(value_dtype=value_dtype), -(-count // 4))
+    return over_elements(CastSpec(value_dtype=value_dtype), -(-count // 4))
 
 
 def reduce_references(problem: Problem) -> Launch:
@@ -94,7 +94,7 @@ def reduce_references(problem: Problem) -> Launch:
         reference_coordinates=fused.coordinates,
         reference_levels=fused.levels,
     )
-    return _over_elements(spec, problem.N * problem.Q * fused.levels * fused.coordinates)
+    return over_elements(spec, problem.N * problem.Q * fused.levels * fused.coordinates)
 
 
 def _grid(problem: Problem, queries: int, rows: int) -> tuple[int, int, int]:
@@ -103,7 +103,8 @@ def _grid(problem: Problem, queries: int, rows: int) -> tuple[int, int, int]:
     return (-(-problem.Q // queries), along_y, -(-rows // along_y))
 
 
-def _over_elements(spec: KernelSpec, count: int) -> Launch:
+def over_elements(spec: KernelSpec, count: int) -> Launch:
+    """Launch of a kernel whose threads take `count` elements, one after the other."""
     return Launch(spec, (max(1, min(-(-count // spec.threads), _MAX_ELEMENT_BLOCKS)), 1, 1), 0)
 
 

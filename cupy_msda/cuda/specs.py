@@ -25,6 +25,7 @@ from .axes import (
     samples_bytes,
 )
 from .kernel_spec import Axis, KernelSpec, Parameter, parameters
+from .naive_specs import NaiveBackwardSpec, NaiveForwardSpec, NaiveFusedBackwardSpec, NaiveMaterialiseSpec
 from .sorted_specs import BlockReduceSpec, BucketSortSpec, MaterialiseSpec, SplitBucketsSpec, WarpReduceSpec
 
 
@@ -201,6 +202,7 @@ KERNELS: dict[str, type[KernelSpec]] = {
     spec.kernel: spec
     for spec in (
         ForwardSpec, BackwardSpec, BucketSortSpec, SplitBucketsSpec, WarpReduceSpec, BlockReduceSpec, MaterialiseSpec,
-        CastSpec, ReduceReferencesSpec,
+        CastSpec, ReduceReferencesSpec, NaiveForwardSpec, NaiveBackwardSpec, NaiveMaterialiseSpec,
+        NaiveFusedBackwardSpec,
     )
 }  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import arrays, validate
 from ..call import ALL, SIXTEEN_BIT, VALUE_DTYPES, FusedFrontEnd, Problem, Variant, contiguous_starts
-from . import kernels, plan, plan_backward, run, streams
+from . import kernels, plan, plan_backward, session, streams
 from .gpu import Gpu, of_device
 from .kernel_spec import KernelSpec
 from .level_tables import level_table
@@ -117,13 +117,13 @@ def warmup(
     ]
 
     def compile_one(spec: KernelSpec) -> None:
-        with run.on_device(number):
+        with session.on_device(number):
             kernels.function(spec, number)
 
     with ThreadPoolExecutor(max(1, min(len(missing), os.cpu_count() or 1))) as pool:
         for _ in _with_bar(pool.map(compile_one, missing), len(missing), progress):
             pass
-    with run.on_device(number):
+    with session.on_device(number):
         for size in sizes:
             level_table(size.contiguous_levels, number, 0)
         if backward:

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from .. import api, arrays, validate
 from ..call import PLAIN, Arguments, Call, Problem, Variant, Wanted
+from ..cuda import naive
 from ..cuda import plan as planner
 from ..cuda import run as cuda
 from ..cuda.level_tables import level_table
+from ..cuda.session import on_device
 from ..cuda.steps import Addresses
 from . import compat
 
@@ -56,7 +58,7 @@ class LaunchPlan:
         device = problem.device[1]
         self.levels: tuple[int, ...] = ()
         if problem.levels is not None:
-            with cuda.on_device(device):
+            with on_device(device):
                 self.levels = level_table(problem.levels, device, compat.current_stream(device))
         self._settings = replace(
             arguments, value=None, spatial_shapes=None, level_start_index=None, reference_points=None, locations=None,
@@ -64,8 +66,11 @@ class LaunchPlan:
         )  # fmt: skip
         self._strides = None if value.is_contiguous() else value.stride()
         self._backwards: dict[tuple[Wanted, bool], Callable[..., Gradients | None]] = {}
-        # One element, expanded to an output: `empty_like` of it is faster than `new_empty`.
-        self.forward = self._forward(value.detach().new_empty(()).expand(problem.output_shape))
+        # `empty_like` of an output without memory is faster than `new_empty`. A plan must own no memory: it may come
+        # from the pool of a CUDA graph.
+        like = value.detach().new_empty(()).expand(problem.output_shape)
+        like.untyped_storage().resize_(0)
+        self.forward = self._forward(like)
 
     def arguments(
         self, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Any, references: Tensor | None
@@ -94,7 +99,7 @@ class LaunchPlan:
         packed, to_logits = _packing(self.problem)
         get_device, set_device = device_functions()
         empty_like, stream_of = torch.empty_like, compat.current_stream
-        with cuda.on_device(device):
+        with on_device(device):
             run = cuda.prepare_forward(self.problem, ALIGNMENT, stream_of(device)).run
 
         def forward(
@@ -131,7 +136,7 @@ class LaunchPlan:
         wanted = problem.computed(wanted)
         get_device, set_device = device_functions()
         empty_like, empty, stream_of = torch.empty_like, torch.empty, compat.current_stream
-        with cuda.on_device(device):
+        with on_device(device):
             steps = cuda.prepare_backward(problem, ALIGNMENT, stream_of(device), wanted)
         run, need = steps.run, steps.workspace
         strides, contiguous = self._strides, torch.contiguous_format
@@ -338,7 +343,7 @@ def _host_metadata(shapes: Any, starts: Any) -> tuple[Any, ...] | None:
 def _repeatable(call: Call) -> bool:
     """Whether launches need no more than addresses: no empty problem, no metadata to convert, and no value to copy."""
     problem, operands = call.problem, call.operands
-    if problem.device[0] != "cuda" or problem.empty:
+    if problem.device[0] != "cuda" or problem.empty or naive.selected():
         return False
     if not operands.value.contiguous and problem.value_strides is None:
         return False

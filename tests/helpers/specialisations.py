@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cupy_msda.call import ALL, FusedFrontEnd, Problem, ValueStrides, Variant
-from cupy_msda.cuda import kernels, plan, plan_backward, sorted_heuristics
+from cupy_msda.cuda import kernels, naive, plan, plan_backward, sorted_heuristics
 from cupy_msda.cuda.gpu import ARCHITECTURES, H100
 from tests.helpers import cases
 from tests.helpers.cases import DTYPE_PAIRS
@@ -39,6 +39,9 @@ AXES = {
     "front": ("none", "points", "boxes, packed"),
     "variant": ("plain", "points", "nearest", "border", "align corners", "border, align corners", "nearest, points"),
 }
+
+# The axes of the kernels that depend on dtypes alone.
+OTHER_AXES = ("value", "naive")
 
 
 def variant_of(described, L, P):
@@ -72,6 +75,11 @@ def launches_of(row, gpu=H100):
     """The planner's answer to a row of the budget: launches by their role in the problem, the budgeted one first."""
     if "value" in row:
         return {"cast": plan.cast_gradient(row["value"], 1000)}
+    if "naive" in row:
+        value_dtype, location_dtype = row["naive"]
+        fused = FusedFrontEnd(2, 4, location_dtype, False)
+        found = Problem(1, 1, 1, 1, 4, 4, 1, value_dtype, location_dtype, ("cuda", 0), None, fused=fused)
+        return {kernel: plan.over_elements(spec, 1000) for kernel, spec in naive.specs(found).items()}
     found, alignment, wanted = problem_of(row), row["alignment"], row["wanted"]
     if wanted == "output":
         return {"forward": plan.forward(found, alignment, gpu)}
@@ -100,7 +108,7 @@ def specs_of(rows, architecture):
 
 def text_of(row):
     """A row of the budget as text: what a problem is called, whatever its kernels are called."""
-    return "; ".join(f"{axis}={spelled(row[axis])}" for axis in (*AXES, "value") if axis in row)
+    return "; ".join(f"{axis}={spelled(row[axis])}" for axis in (*AXES, *OTHER_AXES) if axis in row)
 
 
 def spelled(value):
@@ -118,7 +126,7 @@ def every_row():
         simple = (of["variant"], of["layout"]) == ("plain", "contiguous")
         if (usual and of["front"] == "none") or (usual and simple) or (simple and of["front"] == "none"):
             rows.append(of)
-    return rows + rounding_rows()
+    return rows + dtype_rows()
 
 
 def common_rows():
@@ -134,8 +142,10 @@ def common_rows():
     return found + [pixels | sizes | usual | {"D": D} for D in (16, 36, 128)]
 
 
-def rounding_rows():
-    return [{"value": dtype} for dtype in ("float16", "bfloat16")]
+def dtype_rows():
+    """Rows of the kernels that depend on dtypes alone."""
+    casts = [{"value": dtype} for dtype in ("float16", "bfloat16")]
+    return casts + [{"naive": pair} for pair in DTYPE_PAIRS]
 
 
 def pairwise_rows():
@@ -163,7 +173,7 @@ def pairwise_rows():
 
 def budgeted_rows():
     """The problems of the budget, as plain data."""
-    return [*pairwise_rows(), *common_rows(), *rounding_rows()]
+    return [*pairwise_rows(), *common_rows(), *dtype_rows()]
 
 
 def budgeted(architecture=90):

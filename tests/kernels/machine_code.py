@@ -62,8 +62,8 @@ def row_of(text):
     An axis that the text does not name has its first value: the other side may not have that axis.
     """
     named = dict(part.split("=", 1) for part in text.split("; "))
-    if "value" in named:
-        return named if named in specialisations.rounding_rows() else None
+    if named.keys() <= set(specialisations.OTHER_AXES):
+        return next((row for row in specialisations.dtype_rows() if specialisations.text_of(row) == text), None)
     values = _values()
     if any(value not in values.get(axis, ()) for axis, value in named.items()):
         return None

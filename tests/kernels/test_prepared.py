@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from cupy_msda.call import ALL
-from cupy_msda.cuda import gpu, run
+from cupy_msda.cuda import gpu, run, session
 from tests.helpers import random_problems
 
 
@@ -47,7 +47,7 @@ def test_gradients_that_are_wanted_are_prepared_apart(prepared, problem, monkeyp
     ("addresses", "alignment"), [((4096, 512), 16), ((4096, 24), 8), ((2, 16), 2), ((0, 4096), 16), ((7, 16), 1)]
 )
 def test_the_alignment_of_addresses_is_a_power_of_two_up_to_16(addresses, alignment):
-    assert run._alignment(*addresses) == alignment
+    assert session.alignment_of(*addresses) == alignment
 
 
 def test_problems_that_never_repeat_do_not_fill_the_memory(prepared, problem, monkeypatch):

@@ -215,9 +215,6 @@ class StubLaunches:
     def __init__(self):
         self.forwards, self.backwards, self.planned, self.device = [], [], [], 3
 
-    def on_device(self, device):
-        return contextlib.nullcontext()
-
     def prepare_forward(self, problem, alignment, stream):
         self.planned.append(problem)
         return SimpleNamespace(run=lambda *words: self.forwards.append((self.device, *words)))
@@ -239,6 +236,7 @@ def launches(monkeypatch, no_plans):
     """Calls on the CPU leave launch plans, whose launches are stubs."""
     stub = StubLaunches()
     monkeypatch.setattr(fast_path, "cuda", stub)
+    monkeypatch.setattr(fast_path, "on_device", lambda device: contextlib.nullcontext())
     # As for metadata on the device, whose addresses a launch takes.
     monkeypatch.setattr(fast_path, "level_table", lambda levels, device, stream: ())
     monkeypatch.setattr(fast_path, "_repeatable", lambda call: True)
