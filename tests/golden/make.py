@@ -1,4 +1,4 @@
-"""``python tests/golden/make.py`` writes the golden cases again, by the NumPy path in float64."""
+"""``python -m tests.golden.make`` writes the golden cases again, by the NumPy path in float64."""
 
 from pathlib import Path
 
