@@ -18,7 +18,7 @@ struct block_shared {
 };
 
 // First head of a block among the heads of all images. They lie along grid.y and then grid.z, which together may have room
-// for more of them than there are (docs/performance/decisions.md#backward-heads-along-the-grid).
+// for more of them than there are (docs/performance/decisions.md#forward-heads-along-the-grid).
 __device__ __forceinline__ unsigned first_head_of_block() {
     return (blockIdx.z * gridDim.y + blockIdx.y) * config::heads_per_warp;
 }

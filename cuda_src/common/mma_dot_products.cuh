@@ -87,7 +87,7 @@ struct mma_dot_products {
         // differs by as many bits as the group's, so that halves are exchanged in turn: two sums left, then one.
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
         __syncwarp();   // every lane has read the sample
-        const bool odd = g & 1, own = t == g >> 1;
+        const bool odd = g & 1, on_diagonal = t == g >> 1;
         acc_t dot[4];
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -99,23 +99,23 @@ struct mma_dot_products {
 #pragma unroll
             for (int groups = 1; groups < dot_lanes / 4; groups *= 2)
                 interpolated += shuffle_xor(interpolated, 4 * groups + groups / 2);
-            if (own) target[0] = interpolated;
+            if (on_diagonal) target[0] = interpolated;
         } else if constexpr (dot_lanes == 4) {
-            if (own)
+            if (on_diagonal)
 #pragma unroll
                 for (int c = 0; c < 4; ++c) target[c] = dot[c];
         } else {
             dot[0] = (odd ? dot[2] : dot[0]) + shuffle_xor(odd ? dot[0] : dot[2], 4);
             dot[1] = (odd ? dot[3] : dot[1]) + shuffle_xor(odd ? dot[1] : dot[3], 4);
             if constexpr (dot_lanes == 8) {
-                if (own)
+                if (on_diagonal)
 #pragma unroll
                     for (int c = 0; c < 2; ++c) target[2 * odd + c] = dot[c];
             } else {
                 const bool high = g & 2;
                 dot[0] = (high ? dot[1] : dot[0]) + shuffle_xor(high ? dot[0] : dot[1], 9);
                 if (dot_lanes == 32) dot[0] += shuffle_xor(dot[0], 18);
-                if (own) target[2 * odd + high] = dot[0];
+                if (on_diagonal) target[2 * odd + high] = dot[0];
             }
         }
     }
