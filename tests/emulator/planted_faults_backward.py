@@ -65,7 +65,9 @@ CROSS_LEVEL_TILES = {
 # Where tensor cores make the dot products: (D, aggregated, fault).
 TENSOR_CORES = {
     "row of the other neighbour": (32, False, backward("1, from[c >> 1] + right);", "1, from[c & 1] + right);")),
-    "product with grad_output of another query": (32, False, backward("own = t == g >> 1", "own = t == (g >> 1 ^ 1)")),
+    "product with grad_output of another query": (
+        32, False, backward("on_diagonal = t == g >> 1", "on_diagonal = t == (g >> 1 ^ 1)"),
+    ),
     "neighbours of the other group of lanes": (64, False, backward("target[2 * odd + c]", "target[2 * !odd + c]")),
     "sum over one of two groups": (
         64, False, backward("(odd ? dot[0] : dot[2], 4)", "(odd ? dot[0] : dot[2], 0)"),

@@ -44,11 +44,10 @@ ASSIGNMENT = {
     "division that rounds up": forward("((float)x + 0.5f)", "((float)x + 1.5f)"),
     "lanes beyond the last query that write samples": forward("pair >= pairs_per_tile) return;", "pair >= 99) return;"),
     "samples that other lanes of the query load": forward(
-        "const int k = i * config::lanes + lane;\n        raw.xy", "const int k = lane * loads_per_lane + i;\n        raw.xy"
+        "const int k = i * config::lanes + lane;\n        raw.xy",
+        "const int k = lane * loads_per_lane + i;\n        raw.xy",
     ),
-    "level of the sample before": forward(
-        "levels.at(MSDA_LEVEL_OF(k)));", "levels.at(MSDA_LEVEL_OF(k - (k > 0))));"
-    ),
+    "level of the sample before": forward("levels.at(MSDA_LEVEL_OF(k)));", "levels.at(MSDA_LEVEL_OF(k - (k > 0))));"),
     "samples of a query that does not exist": forward(
         "if (q >= 0 && k < K) {\n            const index_t at", "if (k < K) {\n            const index_t at"
     ),
