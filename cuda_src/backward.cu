@@ -133,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
     assignment work = assignment_of_backward_block();
     if (!(aggregated && fused)) keep_in_register(work.image);
     if (!aggregated) keep_in_register(work.m);
-    begin_block<aggregated && config::tile_rows != 0 && config::L <= 8>(shared, work, metadata, lengths, S, Q);
+    load_block<aggregated && config::tile_rows != 0 && config::L <= 8>(shared, work, metadata, lengths, S, Q);
     const int local = threadIdx.x % 32 / config::lanes;
     const int lane = threadIdx.x % 32 % config::lanes, dot_lane = threadIdx.x % 32 % dot_lanes;
     block_arrays block;
@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
                     // Of this lane, among the groups of dot_lanes lanes: its query, and the tile of that.
                     const int group = threadIdx.x % 32 / dot_lanes, local = group % queries_per_tile;
                     const int tile_of_lane = tile + group / queries_per_tile;
-                    const index_t q = query_of(shared, tile_of_lane, local);
+                    const index_t q = encoded_query(shared, tile_of_lane, local);
                     const value_t* grad_output = block.grad_output + (long long)(q < 0 ? 0 : q) * (config::M * config::D);
                     held_grad_output held = held_grad_output::load(grad_output, dot_lane);
                     // The raw samples of one tile are loaded before the dot products, which hide their latency. Those of two
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
         load_samples<false>(raw, shared, 0, 0, block.locations, block.weights, block.references);
 #pragma unroll 1
         for (int tile = 0; tile < config::query_tiles; ++tile) {
-            const index_t q = query_of(shared, tile, local);
+            const index_t q = encoded_query(shared, tile, local);
             // Lanes past the last query take part in the shuffles; query 0 stands in as an address they may read.
             const value_t* grad_output = block.grad_output + (long long)(q < 0 ? 0 : q) * (config::M * config::D);
             held_grad_output held = held_grad_output::load(grad_output, dot_lane);

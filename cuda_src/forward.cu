@@ -30,20 +30,20 @@ static_assert(sizeof(forward_shared) == config::shared_bytes, "the planner and t
 
 // What the warps of a block share, where they are not independent.
 template <typename Levels, typename Shared>
-__device__ __forceinline__ void begin_shared(
+__device__ __forceinline__ void load_shared(
         Levels& levels, Shared& shared, const assignment& work, const level_metadata& metadata,
         const long long* __restrict__ lengths, long long S, index_t Q) {
     levels.of = shared.levels;
-    begin_block<false>(shared, work, metadata, lengths, S, Q);
+    load_block<false>(shared, work, metadata, lengths, S, Q);
 }
 
 // The queries of a warp's tile: a lane each, or, where the warps of a block share them, in shared memory.
 template <typename Shared, typename Levels>
 __device__ __forceinline__ decltype(auto) queries_of_tile(
         const Shared& shared, const Levels& levels, const assignment& work, int tile,
-        const long long* __restrict__ lengths, index_t Q, bool packed) {
+        const long long* __restrict__ lengths, index_t Q, bool queries_are_pixels) {
     if constexpr (config::warp_independent)
-        return lane_queries{query_of_tile(levels, work, tile, (int)(threadIdx.x % 32), lengths, Q, packed)};
+        return lane_queries{encoded_query_of_tile(levels, work, tile, (int)(threadIdx.x % 32), lengths, Q, queries_are_pixels)};
     else
         return (shared);    // by reference
 }
@@ -129,9 +129,9 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
     warp_levels levels;
     int tiles;
     const assignment work = assignment_of_warps(heads, tiles);
-    [[maybe_unused]] bool packed = false;   // whether queries may be taken in tiles of pixels
-    if constexpr (!config::warp_independent) begin_shared(levels, shared, work, metadata, lengths, S, Q);
-    else if constexpr (config::tile_rows != 0) packed = begin_levels(levels, shared, metadata, S, Q);
+    [[maybe_unused]] bool queries_are_pixels = false;   // whether queries may be taken in tiles of pixels
+    if constexpr (!config::warp_independent) load_shared(levels, shared, work, metadata, lengths, S, Q);
+    else if constexpr (config::tile_rows != 0) queries_are_pixels = load_levels(levels, shared, metadata, S, Q);
     locations += first_element(work, Q_, locations_pitch);
     weights += first_element(work, Q_, weights_pitch);
     keep_in_register(locations), keep_in_register(weights);     // else their bases are added again at each load
@@ -146,10 +146,10 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
 
     // Query of the next tile, where its own lanes load the samples.
     [[maybe_unused]] index_t next = -1;
-    if constexpr (loads_by_query) next = query_of_tile(levels, work, 0, local, lengths, Q, packed);
+    if constexpr (loads_by_query) next = encoded_query_of_tile(levels, work, 0, local, lengths, Q, queries_are_pixels);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-        [[maybe_unused]] const auto& queries = queries_of_tile(shared, levels, work, tile, lengths, Q, packed);
+        [[maybe_unused]] const auto& queries = queries_of_tile(shared, levels, work, tile, lengths, Q, queries_are_pixels);
         index_t q;
         [[maybe_unused]] query_samples raw_of_query;
         [[maybe_unused]] lane_samples raw;
@@ -158,10 +158,10 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
             load_query_samples(raw_of_query, q, head, lane, locations, weights);
         } else {
             load_samples<config::warp_independent>(raw, queries, 0, 0, locations, weights, references);
-            q = query_of(queries, 0, local);
+            q = encoded_query(queries, 0, local);
         }
         if constexpr (config::warp_independent && !config::tile_rows)
-            begin_levels(levels, shared, metadata, S, Q);  // while the samples come
+            load_levels(levels, shared, metadata, S, Q);  // while the samples come
         const bool active = q >= 0;
         channel_sums sum;
 #pragma unroll
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
             if constexpr (loads_by_query) {
                 prepare_query_samples(samples, pair, levels, raw_of_query, lane);
                 __syncwarp();
-                next = tile + 1 < tiles ? query_of_tile(levels, work, tile + 1, local, lengths, Q, packed) : -1;
+                next = tile + 1 < tiles ? encoded_query_of_tile(levels, work, tile + 1, local, lengths, Q, queries_are_pixels) : -1;
             } else {
                 if constexpr (config::warp_independent) prepare_marked_samples(samples, levels, raw, k0);
                 else prepare_samples(samples, queries, raw, 0, k0);
@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
         }
 
         sum_over_lane_groups(sum);
-        const index_t number = query_number(q);
+        const index_t number = decoded_query(q);
         if (number >= 0 && first_k == 0) {
             value_t* target = output + ((work.image * Q + number) * config::M + work.m + head) * config::D;
 #pragma unroll

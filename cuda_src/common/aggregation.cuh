@@ -51,7 +51,7 @@ __device__ __forceinline__ unsigned prepare_sorted_samples(
             const int i = step * 32 + lane, local = i / sample_slots, slot = i % sample_slots, k = k0 + slot;
             key_and_rank[tile][step] = 0xffffffffu;
             if (local >= queries_per_tile || slot >= config::chunk) continue;
-            const index_t q = query_of(shared, tile, local);
+            const index_t q = encoded_query(shared, tile, local);
             prepared_sample sample = {0, 0, 0, 0};
             if (q >= 0 && k < K) {
                 const int level = MSDA_LEVEL_OF(k);

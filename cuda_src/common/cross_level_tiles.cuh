@@ -6,7 +6,7 @@
 // and the rest of its rows in a last band. Of the band that it is in, a tile has the same part of each level's pixels, column
 // by column.
 #pragma once
-#include "common/tiling.cuh"
+#include "common/query_order.cuh"
 #include "common/warp.cuh"
 
 namespace msda {
@@ -19,14 +19,14 @@ struct cross_level_tile {
     int shift[config::L];               // 16 * (pixel in the bands of its level - query of the tile) + rows of a band
 };
 
-// The tile of a block that begins at query number `first` and has `length` queries. By all lanes of a warp. `packed`: levels
+// The tile of a block that begins at query number `first` and has `length` queries. By all lanes of a warp. `queries_are_pixels`: levels
 // follow each other and are all Q queries.
 template <int tile_rows = config::tile_rows>
 __device__ __forceinline__ cross_level_tile cross_level_tile_at(
-        shared_levels levels, index_t first, unsigned length, index_t Q, bool packed) {
+        shared_levels levels, index_t first, unsigned length, index_t Q, bool queries_are_pixels) {
     cross_level_tile tile = {};
     tile.first = first;
-    if (!packed) return tile;
+    if (!queries_are_pixels) return tile;
     // Lanes l and 8 + l have level l: one for the beginning of the tile, one for its end.
     const int lane = threadIdx.x % 32, l = lane % 8;
     level_info of_lane = {};

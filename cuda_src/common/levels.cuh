@@ -1,7 +1,7 @@
 // The levels of the feature pyramid: from the arguments of a call, through a check, to a table that the kernels use.
 #pragma once
 #include "common/index.cuh"
-#include "common/launch.cuh"
+#include "common/block_size.cuh"
 
 namespace msda {
 
@@ -94,12 +94,12 @@ __device__ __forceinline__ level_extent read_level(const level_metadata& metadat
 __device__ __forceinline__ bool read_levels(
         const level_metadata& metadata, long long S, [[maybe_unused]] long long total, level_info* levels) {
     [[maybe_unused]] long long size = 0;
-    [[maybe_unused]] bool packed = config::L <= 32;
+    [[maybe_unused]] bool queries_are_pixels = config::L <= 32;
 #pragma unroll 1
     for (int l = threadIdx.x; l < config::L; l += threads_per_block) {
         const level_extent extent = read_level(metadata, S, l, levels[l]);
         size = extent.size;
-        packed = packed && extent.fits;
+        queries_are_pixels = queries_are_pixels && extent.fits;
     }
     if constexpr (config::tile_rows != 0) {
         if (threadIdx.x < 32) {
@@ -109,10 +109,10 @@ __device__ __forceinline__ bool read_levels(
                 const long long before = __shfl_up_sync(0xffffffffu, end, step);
                 if (threadIdx.x >= step) end += before;
             }
-            if (threadIdx.x < config::L) packed = packed && levels[threadIdx.x].start == end - size;
+            if (threadIdx.x < config::L) queries_are_pixels = queries_are_pixels && levels[threadIdx.x].start == end - size;
             const long long all = __shfl_sync(0xffffffffu, end, 31);   // by every lane, so not behind &&
-            packed = packed && all == total;
-            return __all_sync(0xffffffffu, packed);
+            queries_are_pixels = queries_are_pixels && all == total;
+            return __all_sync(0xffffffffu, queries_are_pixels);
         }
     }
     return false;

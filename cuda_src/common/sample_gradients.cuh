@@ -55,8 +55,8 @@ __device__ __forceinline__ void write_plain_gradients(
     for (int step = 0; step < samples_per_lane; ++step) {
         const int i = step * 32 + threadIdx.x % 32;
         const int local = i / sample_slots, k = k0 + i % sample_slots;
-        const index_t q = query_of(shared, tile, local);
-        if (query_number(q) < 0 || k >= K) continue;
+        const index_t q = encoded_query(shared, tile, local);
+        if (decoded_query(q) < 0 || k >= K) continue;
         sample_gradient grad = {0, 0, 0};
         if (!config::ragged || q >= 0) {
             const int level = MSDA_LEVEL_OF(k);
@@ -64,9 +64,9 @@ __device__ __forceinline__ void write_plain_gradients(
             const prepared_sample* sample = samples + local * sample_pitch + i % sample_slots;
             grad = sample_gradient_of(point, shared.levels[level], reinterpret_cast<const acc_t*>(sample));
         }
-        if constexpr (config::grad_locations) store_xy(grad_locations, query_number(q), k, grad.x, grad.y);
+        if constexpr (config::grad_locations) store_xy(grad_locations, decoded_query(q), k, grad.x, grad.y);
         if constexpr (config::grad_weights)
-            narrow(grad.attention, grad_weights[element_in_image(query_number(q), k, weights_pitch)]);
+            narrow(grad.attention, grad_weights[element_in_image(decoded_query(q), k, weights_pitch)]);
     }
 }
 
@@ -80,7 +80,7 @@ __device__ __forceinline__ void write_fused_gradients(
 #pragma unroll
     for (int first = 0; first < samples_per_lane; first += pair_samples_per_lane) {
         const int local = (first * 32 + threadIdx.x % 32) / sample_slots;
-        const index_t q = query_of(shared, tile, local);
+        const index_t q = encoded_query(shared, tile, local);
         sample_gradient grad[pair_samples_per_lane];
         acc_t sum = 0;
 #pragma unroll
@@ -97,16 +97,16 @@ __device__ __forceinline__ void write_fused_gradients(
 #pragma unroll
         for (int t = 0; t < pair_samples_per_lane; ++t) {
             const int k = t * 32 + threadIdx.x % lanes_per_pair, level = min(MSDA_LEVEL_OF(k), config::L - 1);
-            if (query_number(q) < 0 || k >= K) continue;
+            if (decoded_query(q) < 0 || k >= K) continue;
             const bool valid = !config::ragged || q >= 0;
             if constexpr (config::grad_locations) {
                 const offset_scale scale = offset_scale_of(raw, first + t, level, shared.levels[level]);
-                store_xy(grad_locations, query_number(q), k, valid ? grad[t].x * scale.x : 0,
+                store_xy(grad_locations, decoded_query(q), k, valid ? grad[t].x * scale.x : 0,
                          valid ? grad[t].y * scale.y : 0);
             }
             if constexpr (config::grad_weights)
                 narrow(valid ? raw.weight[first + t] * (grad[t].attention - sum) : 0,
-                       grad_weights[element_in_image(query_number(q), k, weights_pitch)]);
+                       grad_weights[element_in_image(decoded_query(q), k, weights_pitch)]);
             if constexpr (config::grad_references) {
                 acc_t* parts = reinterpret_cast<acc_t*>(samples + local * sample_pitch + k);
                 parts[0] = grad[t].x;
@@ -129,7 +129,7 @@ __device__ __forceinline__ void write_reference_gradients(
 #pragma unroll 1
     for (int i = threadIdx.x % 32; i < queries_per_tile * config::L; i += 32) {
         const int local = i / config::L, l = i % config::L;
-        const index_t q = query_number(query_of(shared, tile, local));
+        const index_t q = decoded_query(encoded_query(shared, tile, local));
         if (q < 0) continue;
         acc_t sum[4] = {0, 0, 0, 0};
         for (int k = first_sample_of(l); k < first_sample_of(l + 1); ++k) {

@@ -3,7 +3,7 @@
 #pragma once
 #include "common/assignment.cuh"
 #include "common/bilinear.cuh"
-#include "common/points.cuh"
+#include "common/sample_levels.cuh"
 #include "common/vectors.cuh"
 
 namespace msda {

@@ -27,7 +27,7 @@ __device__ __forceinline__ void load_samples(
     for (int step = 0; step < samples_per_lane; ++step) {
         const int i = step * 32 + threadIdx.x % 32;
         const int pair = i / sample_slots, k = k0 + i % sample_slots;
-        const index_t q = query_of(queries, tile, pair / config::heads_per_warp);
+        const index_t q = encoded_query(queries, tile, pair / config::heads_per_warp);
         if constexpr (mark_missing) raw.xy[step].word = all_ones(raw.xy[step].word);
         if constexpr (fused || mark_missing) raw.attention[step] = location_t();   // softmax() looks at it
         if (q >= 0 && k < K) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ void prepare_samples(
         const int i = step * 32 + threadIdx.x % 32;
         const int pair = i / sample_slots, place = i % sample_slots, k = k0 + place;
         if (pair < pairs_per_tile && place < config::chunk) {
-            const index_t q = query_of(shared, tile, pair / config::heads_per_warp);
+            const index_t q = encoded_query(shared, tile, pair / config::heads_per_warp);
             prepared_sample sample = {0, 0, 0, 0};
             if (q >= 0 && k < K) {
                 const int level = MSDA_LEVEL_OF(k);

@@ -1,6 +1,6 @@
 // Exchange between the lanes of a warp, and sums over the threads of a warp and of a block.
 #pragma once
-#include "common/launch.cuh"
+#include "common/block_size.cuh"
 #include "common/platform.cuh"
 
 namespace msda {

@@ -45,11 +45,11 @@ __device__ __forceinline__ assignment assignment_of_warps([[maybe_unused]] long 
 // memory (docs/performance/decisions.md#forward-queries-in-registers), and in signed numbers, because unsigned ones are
 // slower with the fused front end (#forward-signed-query-arithmetic).
 template <typename Levels>
-__device__ __forceinline__ index_t query_of_tile(
+__device__ __forceinline__ index_t encoded_query_of_tile(
         const Levels& levels, const assignment& work, int tile, int local, const long long* __restrict__ lengths, index_t Q,
-        bool packed) {
+        bool queries_are_pixels) {
     const int first = (tile * config::warps + threadIdx.x / 32) * queries_per_tile;
-    return local < queries_per_tile ? query_at(work, first + local, levels, packed, lengths, Q) : -1;
+    return local < queries_per_tile ? encoded_query_at(work, first + local, levels, queries_are_pixels, lengths, Q) : -1;
 }
 
 // The queries of a tile, one per lane as far as there are any; the other lanes have -1.
@@ -58,7 +58,7 @@ struct lane_queries {
 };
 
 // Query number `local`. By all lanes.
-__device__ __forceinline__ index_t query_of(const lane_queries& queries, int, int local) {
+__device__ __forceinline__ index_t encoded_query(const lane_queries& queries, int, int local) {
     return __shfl_sync(0xffffffffu, queries.of_lane, local);
 }
 

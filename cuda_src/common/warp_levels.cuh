@@ -38,12 +38,12 @@ struct register_levels {
 // Reads the levels, a lane each. Returns whether queries may be taken in tiles of pixels: whether the levels follow each
 // other and are all of the Q pixels.
 template <typename Shared>
-__device__ __forceinline__ bool begin_levels(
+__device__ __forceinline__ bool load_levels(
         register_levels& levels, Shared&, const level_metadata& metadata, long long S, index_t Q) {
     const int lane = threadIdx.x % 32;
     level_info of_lane = {0, 0, 0};
     if (lane < config::L) read_level(metadata, S, lane, of_lane);
-    bool packed = true;
+    bool queries_are_pixels = true;
     index_t end = 0;
 #pragma unroll
     for (int l = 0; l < config::L; ++l) {
@@ -51,31 +51,31 @@ __device__ __forceinline__ bool begin_levels(
         level.start = broadcast(of_lane.start, l);
         level.h = broadcast(of_lane.h, l);
         level.w = broadcast(of_lane.w, l);
-        packed = packed && level.start == end;   // so does a level that does not fit, of which no pixel is
+        queries_are_pixels = queries_are_pixels && level.start == end;   // so does a level that does not fit, of which no pixel is
         end = level.start + (index_t)level.h * level.w;
     }
-    return packed && end == Q;
+    return queries_are_pixels && end == Q;
 }
 
 template <typename Shared>
-__device__ __forceinline__ bool begin_levels(
+__device__ __forceinline__ bool load_levels(
         shared_levels& levels, Shared& shared, const level_metadata& metadata, long long S, [[maybe_unused]] index_t Q) {
     const int lane = threadIdx.x % 32;
     level_info* copy = shared.levels[threadIdx.x / 32];
     levels.of = copy;
     [[maybe_unused]] level_extent extent = {0, 0, false};
     if (lane < config::L) extent = read_level(metadata, S, lane, copy[lane]);
-    bool packed = false;
+    bool queries_are_pixels = false;
     if constexpr (config::tile_rows != 0) {
         // Each begins where the one before ends; 31 bits hold Q, and so every end. (In read_levels, instead of its sum over
         // lanes, this is slower: docs/performance/decisions.md#backward-packed-levels-check.)
         const int end = (int)(extent.start + extent.size), before = __shfl_up_sync(0xffffffffu, end, 1);
-        packed = lane >= config::L || (extent.fits && (int)extent.start == (lane ? before : 0) &&
+        queries_are_pixels = lane >= config::L || (extent.fits && (int)extent.start == (lane ? before : 0) &&
                                        (lane < config::L - 1 || end == Q));
-        packed = __all_sync(0xffffffffu, packed);
+        queries_are_pixels = __all_sync(0xffffffffu, queries_are_pixels);
     }
     __syncwarp();
-    return packed;
+    return queries_are_pixels;
 }
 
 }  // namespace msda

@@ -10,7 +10,7 @@
 //     sorted batch   | 0 0 0 1 1 | 1 1 1 3 3 | 3 3 3 3 3 | ...     sort keys
 //     group          |     0     |     1     |     2     |
 //     partial[key + group]  0, 1     2,  4        5                no two (key, group) have the same place
-#include "common/launch.cuh"
+#include "common/block_size.cuh"
 #include "common/warp.cuh"
 #include "sorted/reduction.cuh"
 

@@ -1,6 +1,6 @@
 // Before the sorted backward of a fused call: makes locations, in pixels, and weights from offsets and logits. Only where
 // the bucket sort does not do it on the way (docs/performance/decisions.md#sorted-materialise).
-#include "common/launch.cuh"
+#include "common/block_size.cuh"
 #include "common/tile_samples.cuh"
 
 namespace msda {
@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
     const index_t Q = (index_t)Q_;
     if (first_head_of_block() >= heads) return;
     const assignment work = assignment_of_block();
-    begin_block<false>(shared, work, metadata, lengths, S, Q);
+    load_block<false>(shared, work, metadata, lengths, S, Q);
     offsets += first_element(work, Q_, locations_pitch);
     logits += first_element(work, Q_, weights_pitch);
     references += work.image * Q_ * (config::reference_levels * config::reference_coordinates);
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
 #pragma unroll
     for (int fill = 0; fill < samples_per_lane; ++fill) {
         const int i = fill * 32 + threadIdx.x % 32, local = i / sample_slots, k = i % sample_slots;
-        const index_t q = query_of(shared, 0, local);
+        const index_t q = encoded_query(shared, 0, local);
         if (q < 0 || k >= K) continue;
         const int level = level_of(k);
         const sampling_point point = sampling_point_of(raw, fill, level, shared.levels[level]);

@@ -5,7 +5,7 @@
 // A lane counts the contributions to one bucket. The warps of a block count in different runs of the same 32 buckets. The
 // order of the list depends on which block comes first; what a chunk holds, and the order of their sums, do not.
 #include "common/dtypes.cuh"
-#include "common/launch.cuh"
+#include "common/block_size.cuh"
 #include "sorted/buckets.cuh"
 
 namespace msda {

@@ -5,7 +5,7 @@
 // No barrier of the block. Each group of `config::lanes` lanes owns some pixels of the bucket, and picks the contributions
 // to them out of 32 at a time. Where 32 contributions fall on very few pixels (padded queries, all at one point), the
 // groups share the contributions to a pixel instead, and add up their sums.
-#include "common/launch.cuh"
+#include "common/block_size.cuh"
 #include "common/warp.cuh"
 #include "sorted/reduction.cuh"
 

@@ -15,10 +15,10 @@ BACKWARD = {
         "backward", "                __syncwarp();\n                if constexpr (grad_samples) {"
     ),
     "missing barrier after a block has read the levels": backward(
-        "packed = __syncthreads_or(packed);", "packed = true;"
+        "queries_are_pixels = __syncthreads_or(queries_are_pixels);", "queries_are_pixels = true;"
     ),
     "each warp decides alone whether pixels are in tiles": backward(
-        "__syncthreads_or(packed);", "packed; __syncthreads();"
+        "__syncthreads_or(queries_are_pixels);", "queries_are_pixels; __syncthreads();"
     ),
     "row beyond the level": backward("cell.y0 + 1 < level.h ? 12", "cell.y0 + 1 <= level.h ? 12"),
     "row of the other neighbour": backward("at = from[c >> 1] + right", "at = from[c & 1] + right"),
@@ -59,7 +59,7 @@ CROSS_LEVEL_TILES = {
         "rounded_up", backward("band < bands ? rows : level.h - bands * rows", "rows"),
     ),
     "tiles with too few pixels of the tallest level": ("thin_tallest", backward("!is_tallest || enough", "true")),
-    "tiles though levels do not follow each other": ("overlapping", backward("if (!packed) return tile;", "")),
+    "tiles though levels do not follow each other": ("overlapping", backward("if (!queries_are_pixels) return tile;", "")),
 }  # fmt: skip
 
 # Where tensor cores make the dot products: (D, aggregated, fault).

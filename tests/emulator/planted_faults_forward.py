@@ -23,7 +23,7 @@ BARRIERS = {
     "missing barrier before the next query tile": forward(
         END_OF_CHUNK, END_OF_CHUNK.replace("__syncwarp();", "if (config::query_tiles == 1) __syncwarp();")
     ),
-    "missing barrier after a warp has read the levels": without("forward", "__syncwarp();\n    return packed;"),
+    "missing barrier after a warp has read the levels": without("forward", "__syncwarp();\n    return queries_are_pixels;"),
     "barrier that some lanes do not reach": forward(
         PREPARE, PREPARE.replace("__syncwarp();", "if (active) __syncwarp();")
     ),
@@ -79,7 +79,7 @@ LEVELS = {
     "level before, in registers": forward("take_if(l == i,", "take_if(l > i,"),
     "level before for the first pixel of a level": forward("take_if(position >=", "take_if(position >"),
     "pixels in tiles though levels do not follow each other, in registers": forward(
-        "packed = packed && level.start == end;", ""
+        "queries_are_pixels = queries_are_pixels && level.start == end;", ""
     ),
     "pixels in tiles though levels do not follow each other": forward(
         "(int)extent.start == (lane ? before : 0)", "true"

@@ -37,11 +37,11 @@ RAGGED = {
         "forward", "valid_queries(lengths, work.image, Q) ?", "valid_queries(lengths, 0, Q) ?"
     ),
     "no output for queries that are not valid": Fault(
-        "forward", "const index_t number = query_number(q);", "const index_t number = q;"
+        "forward", "const index_t number = decoded_query(q);", "const index_t number = q;"
     ),
     "no gradients for queries that are not valid": Fault(
         "backward",
-        "query_number(q) < 0 || k >= K) continue;\n        sample_gradient",
+        "decoded_query(q) < 0 || k >= K) continue;\n        sample_gradient",
         "q < 0 || k >= K) continue;\n        sample_gradient",
     ),
     "contributions of queries that are not valid": Fault(

@@ -13,12 +13,12 @@ __device__ __forceinline__ unsigned fast_divide(unsigned x, unsigned y) {
 }
 
 // Query at `position` of the order: one level after the other, each in bands of config::tile_rows rows, column by column.
-// `packed` says that the levels follow each other and that queries are their pixels; else the order is that of the queries.
+// `queries_are_pixels` says that the levels follow each other and that queries are their pixels; else the order is that of the queries.
 template <typename Levels>
 __device__ __forceinline__ index_t query_in_order(
-        index_t position, [[maybe_unused]] const Levels& levels, [[maybe_unused]] bool packed) {
+        index_t position, [[maybe_unused]] const Levels& levels, [[maybe_unused]] bool queries_are_pixels) {
     if constexpr (config::tile_rows != 0) {
-        if (!packed) return position;
+        if (!queries_are_pixels) return position;
         const level_info level = levels.of_pixel(position);
         const unsigned inside = (unsigned)(position - level.start), w = level.w;
         const unsigned first_row = fast_divide(inside, config::tile_rows * w) * config::tile_rows;
