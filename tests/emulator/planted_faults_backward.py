@@ -59,7 +59,9 @@ CROSS_LEVEL_TILES = {
         "rounded_up", backward("band < bands ? rows : level.h - bands * rows", "rows"),
     ),
     "tiles with too few pixels of the tallest level": ("thin_tallest", backward("!is_tallest || enough", "true")),
-    "tiles though levels do not follow each other": ("overlapping", backward("if (!queries_are_pixels) return tile;", "")),
+    "tiles though levels do not follow each other": (
+        "overlapping", backward("if (!queries_are_pixels) return tile;", ""),
+    ),
 }  # fmt: skip
 
 # Where tensor cores make the dot products: (D, aggregated, fault).

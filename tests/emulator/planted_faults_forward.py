@@ -23,7 +23,9 @@ BARRIERS = {
     "missing barrier before the next query tile": forward(
         END_OF_CHUNK, END_OF_CHUNK.replace("__syncwarp();", "if (config::query_tiles == 1) __syncwarp();")
     ),
-    "missing barrier after a warp has read the levels": without("forward", "__syncwarp();\n    return queries_are_pixels;"),
+    "missing barrier after a warp has read the levels": without(
+        "forward", "__syncwarp();\n    return queries_are_pixels;"
+    ),
     "barrier that some lanes do not reach": forward(
         PREPARE, PREPARE.replace("__syncwarp();", "if (active) __syncwarp();")
     ),

@@ -229,10 +229,10 @@ def test_fault_with_ragged_queries_is_caught(name):
     assert is_caught(check_ragged, fault.kernel, fault.planted())
 
 
-def check_fused(kernel, text, queries_are_pixels):
+def check_fused(kernel, text, packed):
     P = 4 if kernel == "bucket_sort" else 3  # with 8 samples, the sort makes its locations and weights itself
     case = Case("fused", levels=((6, 7), (3, 4)), N=1, M=2, D=8, P=P)
-    inputs = cases.to_fused(case.inputs(), coordinates=4, queries_are_pixels=queries_are_pixels)
+    inputs = cases.to_fused(case.inputs(), coordinates=4, packed=packed)
     output, grads = cases.expected_fused(inputs)
     if kernel == "forward":
         want, got = [output], [emulator.forward(inputs, text=text)]
@@ -249,8 +249,8 @@ def check_fused(kernel, text, queries_are_pixels):
 @pytest.mark.parametrize("name", variant_faults.FUSED)
 def test_fault_in_a_fused_call_is_caught(name):
     packed, fault = variant_faults.FUSED[name]
-    check_fused(fault.kernel, kernels.source(fault.kernel), queries_are_pixels)
-    assert is_caught(check_fused, fault.kernel, fault.planted(), queries_are_pixels)
+    check_fused(fault.kernel, kernels.source(fault.kernel), packed)
+    assert is_caught(check_fused, fault.kernel, fault.planted(), packed)
 
 
 # ---- the sorted backward ---------------------------------------------------------------------------------------------
