@@ -44,7 +44,7 @@ __device__ __forceinline__ assignment assignment_of_backward_block() {
     } else {
         head = first_head_of_block();
     }
-    // Backwards, so that the coarse levels come first: float32 alone gains (#backward-reversed-blocks).
+    // Backwards, so that the coarse levels come first: float32 alone gains (docs/performance/decisions.md#backward-reversed-blocks).
     if constexpr (aggregated && config::tile_rows && is_same<value_t, float>::value) block = gridDim.x - 1 - block;
     return assignment_of(head, block);
 }
@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
                     const value_t* grad_output = block.grad_output + (long long)(q < 0 ? 0 : q) * (config::M * config::D);
                     held_grad_output held = held_grad_output::load(grad_output, dot_lane);
                     // The raw samples of one tile are loaded before the dot products, which hide their latency. Those of two
-                    // would take registers from the dot products (#backward-samples-before-products).
+                    // would take registers from the dot products (docs/performance/decisions.md#backward-samples-before-products).
                     lane_samples raw[config::paired_tiles];
                     prepared_sample* samples[config::paired_tiles];
 #pragma unroll

@@ -6,7 +6,7 @@
 // share the samples of a query, and add up their sums at the end (docs/performance/decisions.md#forward-lane-groups).
 //
 // Neighbouring lanes belong to different heads, whose value vectors lie in different parts of their cache lines and come in
-// one clock (#forward-heads-per-warp).
+// one clock (docs/performance/decisions.md#forward-heads-per-warp).
 #include "common/channels.cuh"
 #include "common/registers.cuh"
 #include "common/query_samples.cuh"

@@ -1,5 +1,5 @@
 // The work of a block whose warps share the levels and the queries, behind barriers. (The warps of most forward kernels do
-// not: common/warp_levels.cuh.)
+// not: common/warp_block.cuh.)
 #pragma once
 #include "common/assignment.cuh"
 #include "common/bilinear.cuh"

@@ -43,7 +43,7 @@ __device__ __forceinline__ assignment assignment_of_warps([[maybe_unused]] long 
 
 // Query number `local` of a warp's tile number `tile`; -1 for a number that a tile does not have. In registers, not in shared
 // memory (docs/performance/decisions.md#forward-queries-in-registers), and in signed numbers, because unsigned ones are
-// slower with the fused front end (#forward-signed-query-arithmetic).
+// slower with the fused front end (docs/performance/decisions.md#forward-signed-query-arithmetic).
 template <typename Levels>
 __device__ __forceinline__ index_t encoded_query_of_tile(
         const Levels& levels, const assignment& work, int tile, int local, const long long* __restrict__ lengths, index_t Q,

@@ -51,7 +51,8 @@ __device__ __forceinline__ bool load_levels(
         level.start = broadcast(of_lane.start, l);
         level.h = broadcast(of_lane.h, l);
         level.w = broadcast(of_lane.w, l);
-        queries_are_pixels = queries_are_pixels && level.start == end;   // so does a level that does not fit, of which no pixel is
+        // A level that does not fit has start 0 and no pixels: then `end` never becomes Q, or there is no pixel to take.
+        queries_are_pixels = queries_are_pixels && level.start == end;
         end = level.start + (index_t)level.h * level.w;
     }
     return queries_are_pixels && end == Q;

@@ -1,4 +1,4 @@
-// A contribution: what a sample adds to one or two neighbouring pixels of a bucket (sorted/buckets.cuh has a picture).
+// A contribution: what a sample adds to one or two neighbouring pixels (sorted/buckets.cuh has a picture).
 #pragma once
 #include "common/types.cuh"
 

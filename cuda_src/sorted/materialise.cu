@@ -29,12 +29,12 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
     load_samples<false>(raw, shared, 0, 0, offsets, logits, references);
     softmax(raw);
 #pragma unroll
-    for (int fill = 0; fill < samples_per_lane; ++fill) {
-        const int i = fill * 32 + threadIdx.x % 32, local = i / sample_slots, k = i % sample_slots;
+    for (int step = 0; step < samples_per_lane; ++step) {
+        const int i = step * 32 + threadIdx.x % 32, local = i / sample_slots, k = i % sample_slots;
         const index_t q = encoded_query(shared, 0, local);
         if (q < 0 || k >= K) continue;
         const int level = level_of(k);
-        const sampling_point point = sampling_point_of(raw, fill, level, shared.levels[level]);
+        const sampling_point point = sampling_point_of(raw, step, level, shared.levels[level]);
         const index_t element = element_in_image(q, k, K);
         locations[2 * element] = point.x;
         locations[2 * element + 1] = point.y;

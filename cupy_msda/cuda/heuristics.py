@@ -265,7 +265,8 @@ def forward(problem: Problem, alignment: int, gpu: Gpu) -> ForwardSpec:
         masked_neighbours=masked and chunk == problem.K and problem.L <= MAX_LEVELS_OF_WARP,
     )
     narrow = problem.value_dtype in SIXTEEN_BIT
-    if spec.masked_neighbours and chunk <= MAX_UNROLLED and not (narrow and channels.lanes >= 8):
+    several = spec.masked_neighbours and spec.queries.tile_rows and chunk <= MAX_UNROLLED
+    if several and not (narrow and channels.lanes >= 8):
         tiled = spec.with_axes(query_tiles=2, unroll=chunk)
         if grid_rows(problem, tiled, gpu) <= MAX_GRID_Y:
             return tiled
@@ -273,7 +274,7 @@ def forward(problem: Problem, alignment: int, gpu: Gpu) -> ForwardSpec:
 
 
 def grid_rows(problem: Problem, spec: ForwardSpec, gpu: Gpu) -> int:
-    """Rows of the grid of a forward: one per head, or pair of heads. The last heads have one per query tile.
+    """Rows of the grid of a forward: one per `heads_per_warp` heads. The last heads have one per query tile.
 
     Their blocks of one query tile are about a wave, all that the GPU holds at a time. The multiprocessors then end at
     about the same time. docs/performance/decisions.md#forward-last-wave

@@ -1,9 +1,10 @@
 """What a kernel is made of: its compile-time axes, its parameters and its shared memory, each written once.
 
 A :class:`KernelSpec` is one specialisation of one kernel. From it follow the head of the CUDA source (``struct
-config``), the 64-bit words of a launch, the entry point of the emulator and the size of the shared memory. The specs of
-all kernels are in ``specs.py``. To add an axis, add a field there and use ``config::<field>`` in the CUDA source. To
-add a parameter, add a line to ``parameters`` there and the parameter to the CUDA signature.
+config``), the 64-bit words of a launch, the entry point of the emulator and the size of the shared memory. The specs
+are in ``specs.py``, ``sorted_specs.py`` and ``naive_specs.py``. To add an axis, add a field there and use
+``config::<field>`` in the CUDA source. To add a parameter, add a line to ``parameters`` there and the parameter to the
+CUDA signature.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ Run = Callable[..., None]
 class PreparedLaunch:
     """A :class:`~cupy_msda.cuda.plan.Launch` with its compiled kernel, ready to be launched any number of times.
 
-    Every parameter of the kernels is made of 64-bit words (addresses, sizes, and the levels as one struct of several),
+    Every parameter of the kernels is made of 64-bit words (addresses, sizes, and structs of several),
     so a call packs its words into one block that the driver reads. ``cupy.RawKernel`` looks at the type of each
     argument and takes twice as long: docs/performance/decisions.md#host-prepared-launch. Blocks are taken from a list
     and put back: threads that launch at the same time never share one.

@@ -3,12 +3,12 @@
 The gradient of value is a sum over all samples that touch a pixel. There are three ways to compute it:
 
 - by atomic additions, one per sample and value vector (``backward.cu``): few launches, for small problems;
-- with block-level aggregation: the same, but a block first adds up its samples of a cell. For many samples per value
-  vector;
+- with block-level aggregation: the same, but a block first adds up its samples of a cell. It is for many samples per
+  value vector;
 - sorted, without atomics (``sorted/``): contributions are sorted into buckets of value vectors, and each bucket is
-reduced
-  in the order of the samples. The result is the same to the last bit, and each value vector is written once, in value's
-  dtype. For `deterministic`, and for few samples in a large value, where zeroing, adding and casting cost more.
+  reduced in the order of the samples. The result is the same to the last bit, and each value vector is written once, in
+  value's dtype. It is for `deterministic`, and for few samples in a large value, where zeroing, adding and casting cost
+  more.
 """
 
 from __future__ import annotations

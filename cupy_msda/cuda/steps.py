@@ -195,9 +195,9 @@ def _summation(planned: plan_backward.Summation, problem: Problem, prepare: Prep
     )  # fmt: skip
     sizes, runs, all_heads = (problem.S, problem.Q), (planned.runs, planned.capacity), problem.N * problem.M
     slabs = [
-        (head, all_heads, row, planned.pixels)
+        (head, all_heads, first_pixel, planned.pixels)
         for head in range(0, all_heads, planned.heads)
-        for row in range(0, problem.S, planned.pixels)
+        for first_pixel in range(0, problem.S, planned.pixels)
     ]
     in_workspace = (planned.counts, planned.chunks, planned.sums)
 

@@ -156,8 +156,8 @@ def launches(
             )  # fmt: skip
             found.append(plan.forward(call, plan.VECTOR_BYTES, gpu))
             if backward:
-                for fixed_order, of_references in product((False, True), (False, True) if fused else (False,)):
-                    ordered = replace(call, deterministic=fixed_order)
+                for deterministic, of_references in product((False, True), (False, True) if fused else (False,)):
+                    ordered = replace(call, deterministic=deterministic)
                     wanted = call.computed(ALL._replace(references=of_references))
                     found += plan_backward.backward(ordered, plan.VECTOR_BYTES, gpu, wanted).launches
     return found

@@ -71,10 +71,10 @@ def ms_deform_attn(
     if num_points is not None or interpolation != "bilinear" or padding_mode != "zeros" or align_corners is not False:
         variant = requested_variant(num_points, interpolation, padding_mode, align_corners)
     elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or _decomposed or observed()):
-        for matches, plan, step, fixed_order, differentiable in recent[WITH_WEIGHTS]:
+        for matches, plan, step, recorded, differentiable in recent[WITH_WEIGHTS]:
             if (
                 step is im2col_step
-                and fixed_order is deterministic
+                and recorded is deterministic
                 and matches(value, sampling_locations, attention_weights, spatial_shapes, level_start_index)
             ):
                 if differentiable and torch.is_grad_enabled():
@@ -126,10 +126,10 @@ def ms_deform_attn_fused(
         )  # fmt: skip
         if attention_logits is None:
             tensors = (*tensors[:2], *tensors[3:])
-        for matches, plan, step, fixed_order, differentiable in recent[
+        for matches, plan, step, recorded, differentiable in recent[
             PACKED if attention_logits is None else WITH_LOGITS
         ]:
-            if step is im2col_step and fixed_order is deterministic and matches(*tensors):
+            if step is im2col_step and recorded is deterministic and matches(*tensors):
                 if differentiable and torch.is_grad_enabled():
                     repeat = (plan, spatial_shapes, level_start_index)
                     return apply_attention(value, sampling_offsets, attention_logits, reference_points, repeat, None)

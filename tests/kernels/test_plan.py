@@ -171,6 +171,12 @@ def test_pixels_that_fill_the_gpu_are_taken_in_two_query_tiles_with_few_levels_i
     assert of(Q=22222) == of(Q=22223, P=9) == of(Q=22223, D=33) == of(Q=22223, D=4) == (1, False)
 
 
+@pytest.mark.parametrize(("pixels", "tiles"), [(2**21, 2), (2**21 + 1, 1)])
+def test_only_queries_in_tiles_of_pixels_come_as_several_per_warp(pixels, tiles):
+    spec = forward(problem(Q=pixels, S=pixels))
+    assert (spec.queries.query_tiles, bool(spec.queries.tile_rows)) == (tiles, tiles == 2)
+
+
 @pytest.mark.parametrize(("pixels", "tiled"), [(2**21, True), (2**21 + 1, False)])
 def test_queries_are_taken_in_tiles_where_the_division_of_the_kernels_is_exact(pixels, tiled):
     assert [bool(launch.spec.queries.tile_rows) for launch in both(problem(S=pixels, Q=pixels))] == [tiled, tiled]
