@@ -126,7 +126,7 @@ def test_pixels_as_queries_that_fill_the_gpu(pair):
 # Two query tiles per warp, but for the last heads: two samples per load, lanes beyond the last query, an odd number of
 # samples, two heads per warp, more levels than registers hold.
 TWO_TILES = [
-    Case("two_samples_per_load", levels=((9, 11), (4, 5), (2, 2)), N=2, M=4, D=32, queries=None),
+    Case("three_levels", levels=((9, 11), (4, 5), (2, 2)), N=2, M=4, D=32, queries=None),
     Case("idle_lanes", levels=((9, 11), (4, 5)), N=2, M=8, D=40, P=3, queries=None),
     Case("odd_samples", levels=((9, 11), (4, 5), (2, 3)), N=2, M=4, D=32, P=3, queries=None),
     Case("two_heads", levels=((9, 11), (4, 5), (2, 3), (1, 2)), N=2, M=16, D=16, queries=None),
