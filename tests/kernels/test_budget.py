@@ -14,9 +14,11 @@ MORE_REGISTERS = 8  # than the budget says: a jump
 COMMAND = "python -m tests.helpers.specialisations writes the budget anew"
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    return specialisations.compile_all(specialisations.budgeted_rows())
+@pytest.fixture(
+    scope="module", params=[True, pytest.param(False, marks=pytest.mark.long)], ids=["thinned", "all architectures"]
+)
+def compiled(request):
+    return specialisations.compile_all(specialisations.budgeted_rows(), thinned=request.param)
 
 
 def test_kernels_compile_without_warnings(compiled):
