@@ -4,15 +4,8 @@ import random
 from typing import NamedTuple
 
 from cupy_msda.call import FusedFrontEnd, Problem, ValueStrides, Variant, Wanted
+from tests.helpers.cases import DTYPE_PAIRS
 
-PAIRS = (
-    ("float64", "float64"),
-    ("float32", "float32"),
-    ("float16", "float16"),
-    ("float16", "float32"),
-    ("bfloat16", "bfloat16"),
-    ("bfloat16", "float32"),
-)
 CHANNELS = (1, 2, 3, 4, 8, 16, 24, 30, 32, 33, 36, 40, 48, 64, 71, 80, 96, 128, 256, 300, 512, 1025)
 VARIANTS = (("bilinear", "zeros", False), ("bilinear", "border", False), ("bilinear", "zeros", True),
             ("bilinear", "border", True), ("nearest", "zeros", False))  # fmt: skip
@@ -38,7 +31,7 @@ def draw(count: int, seed: int = 0) -> list[Asked]:
 
 def _draw(generator: random.Random) -> Asked:
     pick = generator.choice
-    pair, D, M = pick(PAIRS), pick(CHANNELS), pick((1, 2, 3, 4, 6, 7, 8, 8, 8, 16, 32))
+    pair, D, M = pick(DTYPE_PAIRS), pick(CHANNELS), pick((1, 2, 3, 4, 6, 7, 8, 8, 8, 16, 32))
     L = pick((1, 2, 3, 4, 4, 4, 5, 6, 8, 9, 33, 70))
     points = tuple(generator.randint(1, 8) for _ in range(L)) if generator.random() < 0.15 else None
     P = 0 if points else pick((1, 2, 3, 4, 4, 4, 5, 8, 9, 20, 100))
