@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import cupy_msda
-from cupy_msda.torch.reference import grid_sample_attention
+from cupy_msda.torch.exportable import grid_sample_attention
 
 from .cases import Inputs
 

@@ -16,9 +16,9 @@ from . import compat, fast_path
 from .autograd import TRANSFORMED, apply_attention
 from .compat import observed
 from .dtypes import dtypes_agree
+from .exportable import exportable_attention
 from .fast_path import PACKED, WITH_LOGITS, WITH_WEIGHTS, recent
 from .operators import inputs_of, operator_of
-from .reference import exportable_attention
 
 _decomposed = 0
 

@@ -12,7 +12,7 @@ import torch
 import cupy_msda
 from cupy_msda.cpu import run as cpu
 from cupy_msda.torch import MSDeformAttnFunction, ms_deform_attn
-from cupy_msda.torch.reference import grid_sample_attention
+from cupy_msda.torch.exportable import grid_sample_attention
 from tests.helpers import cases
 from tests.helpers.cases import CASES, Case
 from tests.helpers.tolerance import assert_close, relative_error

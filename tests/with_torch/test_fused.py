@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 import cupy_msda
 from cupy_msda import validate
 from cupy_msda.torch import decomposed, ms_deform_attn, ms_deform_attn_fused
-from cupy_msda.torch.reference import locations_and_weights
+from cupy_msda.torch.exportable import locations_and_weights
 from tests.helpers.torch_calls import DEVICES
 
 pytestmark = pytest.mark.sanitizer
