@@ -7,9 +7,10 @@ from typing import Any
 
 from . import arrays
 from . import validate as _validate
-from .call import ALL, EXTENSION_NAMES, FUSED_NAMES, Arguments, Call, requested_variant
+from .call import ALL, EXTENSION_NAMES, FUSED_NAMES, Arguments, Call
 from .cpu import run as cpu
 from .cuda import run as cuda
+from .options import requested_variant
 
 
 def ms_deform_attn(
@@ -187,7 +188,7 @@ def ms_deform_attn_backward(
         deterministic=deterministic,
         names=EXTENSION_NAMES,
     )
-    return backward(_validate.read(arguments, grad_output))[:3]
+    return backward(_validate.read(arguments, _given(grad_output)))[:3]
 
 
 def ms_deform_attn_fused(
@@ -322,7 +323,7 @@ def ms_deform_attn_fused_backward(
         deterministic=deterministic,
         names=FUSED_NAMES,
     )
-    call = _validate.read(arguments, grad_output, ALL._replace(references=True))
+    call = _validate.read(arguments, _given(grad_output), ALL._replace(references=True))
     grad_value, grad_offsets, grad_logits, grad_references = backward(call)
     return grad_value, grad_references, grad_offsets, grad_logits
 
@@ -334,6 +335,13 @@ def _refuse_gradients(function: str, **given: Any) -> None:
                 f"{name}: expected a tensor that requires no gradient, because this function records none; "
                 f"use cupy_msda.torch.{function}, or detach() it"
             )
+
+
+def _given(grad_output: Any) -> Any:
+    """The gradient of the output, which validation takes for a forward where it is None."""
+    if grad_output is None:
+        raise TypeError("grad_output: expected an array of value's framework, got NoneType")
+    return grad_output
 
 
 def forward(call: Call) -> Any:

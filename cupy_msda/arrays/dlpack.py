@@ -15,7 +15,17 @@ LEGACY_STREAM = 1
 # Stream addresses up to this one are CUDA's default streams, which cannot be captured.
 LAST_DEFAULT_STREAM = 2
 DEVICE_KINDS = {CPU: "cpu", CUDA: "cuda", CUDA_HOST: "cpu", CUDA_MANAGED: "cuda"}
+_OTHER_DEVICES = {
+    4: "OpenCL", 7: "Vulkan", 8: "Metal", 9: "VPI", 10: "ROCm", 11: "ROCm (host)", 14: "oneAPI", 15: "WebGPU",
+    16: "Hexagon", 17: "MAIA",
+}  # fmt: skip
 _TYPE_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex"}
+# The names of types that no path computes with; error messages have them.
+_OTHER_TYPES = {
+    3: "opaque handle", 6: "bool", 7: "float8_e3m4", 8: "float8_e4m3", 9: "float8_e4m3b11fnuz", 10: "float8_e4m3fn",
+    11: "float8_e4m3fnuz", 12: "float8_e5m2", 13: "float8_e5m2fnuz", 14: "float8_e8m0fnu", 15: "float6_e2m3fn",
+    16: "float6_e3m2fn", 17: "float4_e2m1fn",
+}  # fmt: skip
 
 
 class _Device(ctypes.Structure):
@@ -60,15 +70,22 @@ def read_capsule(capsule: Any) -> DLTensor:
     tensor = _Tensor.from_address(_get_pointer(capsule, b"dltensor"))
     kind = DEVICE_KINDS.get(tensor.device.type)
     if kind is None:
-        raise TypeError(f"expected an array on the CPU or a CUDA device, got DLPack device {tensor.device.type}")
+        other = _OTHER_DEVICES.get(tensor.device.type, f"DLPack device {tensor.device.type}")
+        raise TypeError(f"expected an array on the CPU or a CUDA device, got one on {other}: copy it to the CPU")
     ndim = tensor.ndim
     shape = tuple(tensor.shape[:ndim])
     strides = tuple(tensor.strides[:ndim]) if tensor.strides else contiguous_strides(shape)
-    code = _TYPE_CODES.get(tensor.dtype.code, f"code{tensor.dtype.code}_")
     device_id = tensor.device.id if kind == "cuda" else 0
     return DLTensor(
-        (tensor.data or 0) + tensor.byte_offset, shape, strides, f"{code}{tensor.dtype.bits}", (kind, device_id)
+        (tensor.data or 0) + tensor.byte_offset, shape, strides, _dtype_name(tensor.dtype), (kind, device_id)
     )
+
+
+def _dtype_name(dtype: _DataType) -> str:
+    name = f"{_TYPE_CODES[dtype.code]}{dtype.bits}" if dtype.code in _TYPE_CODES else _OTHER_TYPES.get(dtype.code)
+    if name is None:
+        name = f"DLPack type {dtype.code} of {dtype.bits} bits"
+    return name if dtype.lanes == 1 else f"{name} x {dtype.lanes}"
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from .. import arrays, validate
-from ..call import ALL, SIXTEEN_BIT, VALUE_DTYPES, FusedFrontEnd, Problem, Variant, contiguous_starts
+from .. import arrays, options, validate
+from ..call import ALL, SIXTEEN_BIT, VALUE_DTYPES, FusedFrontEnd, Problem, contiguous_starts
 from . import kernels, plan, plan_backward, session, streams
 from .gpu import Gpu, of_device
 from .kernel_spec import KernelSpec
@@ -144,9 +144,8 @@ def launches(
             raise ValueError(f"sizes: expected levels of positive (H, W), got {size.levels!r}")
         S = size.S
         levels = size.contiguous_levels
-        num_points = None if size.num_points is None else tuple(size.num_points)
-        form = Variant(num_points, size.interpolation, size.padding_mode, size.align_corners)
-        variant, P = validate.equal_points(validate.read_variant(form, len(levels)), size.P)
+        form = options.requested_variant(size.num_points, size.interpolation, size.padding_mode, size.align_corners)
+        variant, P = validate.equal_points(options.read_variant(form, len(levels)), size.P)
         location_dtypes = dict.fromkeys((dtype, "float32") if dtype in SIXTEEN_BIT else (dtype,))
         for location_dtype, fused in product(location_dtypes, _fused_front_ends(size, location_dtypes)):
             call = Problem(

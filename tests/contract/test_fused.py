@@ -207,17 +207,20 @@ def test_gradients_agree_with_finite_differences():
 
 BAD = {
     "reference_points: expected shape [N, Q, L, 2], got [2, 5, 2]": {"references": (2, 5, 2)},
-    "reference_points: expected shape [N, Q, L, 2] = [2, 5, 2, 2], got [2, 5, 3, 2]": {"references": (2, 5, 3, 2)},
+    "reference_points: expected shape [N, Q, L, 2] = [2, 5, 2, 2], got [2, 5, 3, 2]; L = 2 is that of spatial_shapes "
+    "[2, 2]": {"references": (2, 5, 3, 2)},
     "reference_points: expected shape [N, Q, L, 2] for points or [N, Q, L, 4] for boxes, got [2, 5, 2, 3]": {
         "references": (2, 5, 2, 3)
     },
-    "reference_points: expected shape [N, Q, 1, 4] = [2, 5, 1, 4], got [2, 4, 1, 4]": {"references": (2, 4, 1, 4)},
+    "reference_points: expected shape [N, Q, 1, 4] = [2, 5, 1, 4], got [2, 4, 1, 4]; Q = 5 is that of sampling_offsets "
+    "[2, 5, 2, 2, 3, 2]": {"references": (2, 4, 1, 4)},
     "sampling_offsets: expected shape [N, Q, M, L, P, 2], got [2, 5, 2, 18]": {"locations": (2, 5, 2, 18)},
     "attention_logits: expected shape [N, Q, M, L, P] = [2, 5, 2, 2, 3], got [2, 5, 2, 6]": {"weights": (2, 5, 2, 6)},
     "sampling_offsets without attention_logits: expected shape [N, Q, M, L*P*3], got [2, 5, 2, 2, 3, 2]": {
         "weights": None
     },
-    "sampling_offsets without attention_logits: expected shape [N, Q, M, L*P*3] = [2, 5, 2, 18], got [2, 5, 2, 20]": {
+    "sampling_offsets without attention_logits: expected shape [N, Q, M, L*P*3] = [2, 5, 2, 18], got [2, 5, 2, 20]; "
+    "it is a multiple of 3*L, and L = 2 is that of spatial_shapes": {
         "weights": None,
         "locations": (2, 5, 2, 20),
     },

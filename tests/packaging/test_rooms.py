@@ -25,6 +25,7 @@ LAYERS = (
     ("__init__",),
     ("api", "cuda.warmup"),
     ("validate",),
+    ("options", "plausibility", "shapes"),
     ("cpu", "cuda"),
     ("call",),
     ("arrays",),
