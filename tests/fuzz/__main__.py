@@ -72,7 +72,6 @@ def run_gpu(options: argparse.Namespace) -> int:
     record = Record(options.out, header | {"workers": options.workers}, lambda: provenance_of("cuda"))
     tasks = [(number,) for number in range(options.specialisations)]
     run_tasks(record, tasks, run_specialisation, options.workers, options.seed, options.calls, deadline)
-    print(f"{len(record.content['done'])} specialisations of {len(record.count.data.get('kernels', ()))} kernels")
     return report(record, options.specialisations * options.calls)
 
 

@@ -31,7 +31,7 @@ class _Axis(NamedTuple):
     definite: Any
     size: Any
     uncertain: Any  # how far rounding moves the coordinate; [...] as the next ones
-    free: Any  # the location moves the sample: it is not clamped, and the level has several pixels or edges
+    free: Any  # not clamped: the location moves the sample
     maybe_free: Any
     ambiguous: Any
 
@@ -112,7 +112,7 @@ def _samples(xp: Any, form: Form, wide: dict[str, Any], level_of: Any, extent: A
     ) else locations  # fmt: skip
     exact = (power | (offsets == 0)) & is_exact(offsets) & is_exact(references[..., :2]) & is_exact(locations)
     exact = exact & is_exact(move) & is_exact(xp.broadcast_to(steps, move.shape))
-    largest = weights.max(-1, keepdims=True, initial=-np.inf) if weights.size else weights
+    largest = weights.max(-1, keepdims=True) if weights.size else weights[..., :1]
     distance = abs(weights - largest)
     weights = xp.exp(weights - largest)
     weights = weights / weights.sum(-1, keepdims=True)
@@ -146,8 +146,8 @@ def _axis(xp: Any, form: Form, samples: _Samples, at: int, size: Any, epsilon: f
         free = maybe_free = surely_free = xp.ones_like(inside)
     p, low, high = (xp.where(maybe_inside & xp.isfinite(q), q, 0) for q in (p, low, high))
     base, first, last = (xp.floor(q).astype(np.int64) for q in (p, low, high))
-    moves = (factor > 0) & (not nearest)
-    free, maybe_free, surely_free = (mask & moves for mask in (free, maybe_free, surely_free))
+    if nearest:
+        free = maybe_free = surely_free = xp.zeros_like(inside)
     ambiguous = (maybe_inside & (first != last)) | (maybe_inside ^ surely_inside) | (maybe_free ^ surely_free)
     reach = 0 if nearest else 1
     around = xp.arange(-1, 2 + reach) if bool(ambiguous.any()) else xp.arange(0, 1 + reach)
@@ -218,14 +218,13 @@ def _results(
         bad, nan = (_any(xp, [test(factor) for factor in factors]) for test in (lambda f: ~xp.isfinite(f), xp.isnan))
         magnitude = xp.where(possible & ~bad, magnitude, 0)
         loose = vague[tail] if common is None else vague[tail] | xp.isinf(common)
-        return Expected(
-            xp.where(actual, terms, 0).sum(axes),
-            (relative[tail] * magnitude).sum(axes),
-            (definite & nan).any(axes),
-            (definite & bad).any(axes),
-            (possible & bad).any(axes) | (magnitude.sum(axes) > limit),
-            (possible & bad & loose).any(axes),
-        )
+        found = Expected(
+            xp.where(actual, terms, 0), relative[tail] * magnitude, definite & nan, definite & bad, possible & bad,
+            possible & bad & loose,
+        )  # fmt: skip
+        if axes:
+            found, magnitude = found.summed(axes), magnitude.sum(axes)
+        return found._replace(open=found.open | (magnitude > limit))
 
     w = pixels.weight[..., None]
     found = {}
@@ -256,7 +255,7 @@ def _results(
         relative = relative * xp.expand_dims(other.weight, along) + pixels.uncertain + 2 * pixels.ambiguous
         one = result(slope * a * dots * factor, (marker, a), size_a * size_dots * axis.size[:, None, None], relative,
                      (4, 5), common=xp.where(xp.isinf(a), a, of_grad))  # fmt: skip
-        # A coordinate that does not move its sample has the gradient 0, whatever the pixels hold.
+        # The contract: the gradient of a clamped location is 0, whatever the pixels hold.
         one = one._replace(
             numbers=xp.where(axis.free & pixels.actual.any((-2, -1)), one.numbers, 0),
             bound=xp.where(axis.maybe_free, one.bound, 0),
@@ -323,9 +322,9 @@ def _fused_gradients(
         parts.append(of_locations.scaled(wide["locations"] * 0.5 / points))
     per_sample = Expected(*(xp.concatenate(part, -1).sum(2) if part[0].dtype != bool else
                             xp.concatenate(part, -1).any(2) for part in zip(*parts, strict=True)))  # fmt: skip
-    groups = [np.flatnonzero(level_of == level) for level in range(form.reference_levels)]
+    groups = [xp.asarray(np.flatnonzero(level_of == level)) for level in range(form.reference_levels)]
     if form.reference_levels == 1:
-        groups = [np.arange(len(level_of))]
+        groups = [xp.arange(len(level_of))]
     per_level = [Expected(*(part[:, :, group] for part in per_sample)).summed(2) for group in groups]
     if per_level:
         result["references"] = Expected(*(xp.stack(part, 2) for part in zip(*per_level, strict=True)))

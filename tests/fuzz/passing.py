@@ -84,13 +84,13 @@ def laid_out(array: np.ndarray, layout: str) -> np.ndarray:
         strides = tuple(0 if at == int(axis) else step for at, step in enumerate(whole.strides))
         return np.lib.stride_tricks.as_strided(whole, array.shape, strides)
     else:
-        return np.ascontiguousarray(array)
+        return array.copy(order="C")
     view[...] = array
     return view
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(np.dtype(f"u{array.itemsize}")) if array.size else np.empty(0)
+    return array.copy(order="C").view(np.dtype(f"u{array.itemsize}")) if array.size else np.empty(0)
 
 
 def to_torch(array: np.ndarray, layout: str = "", device: str = "cpu") -> torch.Tensor:

@@ -83,7 +83,6 @@ def check(case: Case, paths: Sequence[str]) -> tuple[dict[str, Outcome], list[Fa
 
 def run_chunk(first: int, count: int, paths: Sequence[str]) -> dict[str, Any]:
     """The counts of the calls of these seeds."""
-    _one_thread()
     found = Count()
     for seed in range(first, first + count):
         case = draw(seed)
@@ -109,6 +108,7 @@ class Record:
         if path and path.exists():
             before = json.loads(path.read_text())
             if {name: before.get(name) for name in header} == json.loads(json.dumps(header)):
+                before.setdefault("done", [])
                 self.content = before
                 counted = (*self.count.data, "kernels", "slowest_call")
                 self.count = Count({name: before[name] for name in counted if name in before})
@@ -118,6 +118,14 @@ class Record:
         """The counts of one task, after which the file is written."""
         self.count.merge(counts)
         self.content["done"] = sorted([*self.content["done"], task])
+        self.write()
+
+    def complete(self) -> None:
+        """Every task is done: the record needs no names of them any more."""
+        if "kernels" in self.count.data:
+            self.count.data["kernels"] = len(self.count.data["kernels"])
+        self.content.pop("done")
+        self.content["complete"] = True
         self.write()
 
     def write(self) -> None:
@@ -136,6 +144,8 @@ def run_tasks(
     record: Record, tasks: Sequence[Any], work: Callable[..., dict[str, Any] | None], workers: int, *shared: Any
 ) -> None:
     """``work(*task, *shared)`` for all tasks that the record does not have yet, in processes."""
+    if record.content.get("complete"):
+        return
     waiting = [task for task in tasks if task[0] not in record.content["done"]]
     for number, (task, counts) in enumerate(_in_processes(waiting, work, workers, shared), start=1):
         if counts is None:  # left for another run
@@ -144,7 +154,8 @@ def run_tasks(
         failing = record.count.data["failing"]
         if number % max(1, len(waiting) // 20) == 0:
             print(f"{record.count.data['cases']} calls, {failing} wrong", flush=True)
-    record.write()
+    if len(record.content["done"]) == len(tasks):
+        record.complete()
 
 
 def _in_processes(
@@ -154,7 +165,8 @@ def _in_processes(
         for task in tasks:
             yield task, work(*task, *shared)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
         running = {pool.submit(work, *task, *shared): task for task in tasks}
         for ended in as_completed(running):
             yield running[ended], ended.result()
