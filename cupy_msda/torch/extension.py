@@ -9,14 +9,68 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
-from ..api import ms_deform_attn_backward, ms_deform_attn_forward
+from torch import Tensor
+
+from .. import api
+from .dtypes import agreed_dtypes
+from .integrations.module_name import ModuleName
 
 __all__ = ["install", "ms_deform_attn_backward", "ms_deform_attn_forward", "uninstall"]
+
+_installed: dict[str, ModuleName] = {}
+
+
+def ms_deform_attn_forward(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_loc: Any,
+    attn_weight: Any,
+    im2col_step: int,
+) -> Any:
+    """:func:`cupy_msda.ms_deform_attn_forward` by the rule of autocast.
+
+    Locations and weights whose dtypes do not go with value's are taken in float32, or in value's dtype where that is
+    not 16-bit: under autocast a linear layer makes value and weights 16-bit, and locations may stay float32.
+    """
+    locations, weights = _agreed(value, sampling_loc, attn_weight)
+    return api.ms_deform_attn_forward(value, spatial_shapes, level_start_index, locations, weights, im2col_step)
+
+
+def ms_deform_attn_backward(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_loc: Any,
+    attn_weight: Any,
+    grad_output: Any,
+    im2col_step: int,
+) -> tuple[Any, Any, Any]:
+    """:func:`cupy_msda.ms_deform_attn_backward` by the rule of autocast, each gradient in the dtype of its input."""
+    given = (sampling_loc, attn_weight)
+    locations, weights = _agreed(value, *given)
+    of_value, *others = api.ms_deform_attn_backward(
+        value, spatial_shapes, level_start_index, locations, weights, grad_output, im2col_step
+    )
+    if isinstance(of_value, Tensor):
+        others = [grad.to(tensor.dtype) for grad, tensor in zip(others, given, strict=True)]
+    of_locations, of_weights = others
+    return of_value, of_locations, of_weights
+
+
+def _agreed(value: Any, *samples: Any) -> tuple[Any, ...]:
+    if all(isinstance(array, Tensor) for array in (value, *samples)):
+        return agreed_dtypes(value, *samples)
+    return samples
 
 
 def install(name: str = "MultiScaleDeformableAttention") -> ModuleType:
     """Make ``import`` find this module under the name of the extension, and return it.
+
+    The package that the name lies in may be imported before or after that. It keeps what it has under this name until
+    :func:`uninstall`.
 
     Parameters
     ----------
@@ -27,23 +81,23 @@ def install(name: str = "MultiScaleDeformableAttention") -> ModuleType:
     ------
     RuntimeError
         Where another module of that name is imported already: what holds it would go on using it.
+    ValueError
+        For what is no name of a module.
     """
+    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"name: expected the name of a module, such as 'groundingdino._C', got {name!r}")
     ours = sys.modules[__name__]
-    found = sys.modules.setdefault(name, ours)
-    if found is not ours:
+    found = sys.modules.get(name)
+    if found is not None and found is not ours:
         raise RuntimeError(
             f"{name} is imported already, from {getattr(found, '__file__', 'elsewhere')}: call install before that"
         )
-    package, _, attribute = name.rpartition(".")
-    if package in sys.modules:
-        setattr(sys.modules[package], attribute, ours)
+    if name != __name__:
+        _installed.setdefault(name, ModuleName(name, ours)).install()
     return ours
 
 
 def uninstall(name: str = "MultiScaleDeformableAttention") -> None:
     """Undo :func:`install`; what has imported the module keeps it."""
-    if sys.modules.get(name) is sys.modules[__name__]:
-        del sys.modules[name]
-        package, _, attribute = name.rpartition(".")
-        if package in sys.modules:
-            delattr(sys.modules[package], attribute)
+    if name in _installed:
+        _installed.pop(name).uninstall()
