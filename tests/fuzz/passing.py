@@ -101,9 +101,10 @@ def to_torch(array: np.ndarray, layout: str = "", device: str = "cpu") -> torch.
         tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     else:
         tensor = torch.from_numpy(array)
+    tensor = tensor if device == "cpu" else _moved(tensor, device)
     if layout == "negated":  # a view whose numbers are the negatives of what lies in memory
         tensor = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
-    return tensor if device == "cpu" else _moved(tensor, device)
+    return tensor
 
 
 def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:

@@ -78,7 +78,7 @@ def run_registered(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
     """The operators of torch's dispatcher: by name, or by the torch function under a mode or a transformation."""
     if case.registered == "direct":
         call = passed(case, memory, "torch", tensors_only=True, device=device)
-        return _differentiate(case, call, _operator(case))
+        return _differentiate(case, call, _operator(case), saves=not (case.changes == "shapes" and _by_sizes(case)))
     call = passed(case, memory, "torch", device=device)
     if case.registered == "mode":
         with SeesOperators():
@@ -147,13 +147,18 @@ def _operator(case: Case) -> Callable[[Passed], Any]:
 
     def call_it(call: Passed) -> Any:
         arguments, sizes = list(call.arguments()), None
-        if case.seed % 4 == 0 and not case.on_device:  # what compiled code passes for sizes that it has as numbers
+        if _by_sizes(case):
             arguments[1], sizes = None, [size for level in case.levels for size in level]
         points = list(form.points) if form.per_level else None
         settings = (case.im2col_step, case.deterministic, points, *form.variant.values(), call.lengths, sizes)
         return function.default(*arguments, *settings)
 
     return call_it
+
+
+def _by_sizes(case: Case) -> bool:
+    """Whether the operator gets level sizes as numbers, as from compiled code that has them so."""
+    return case.seed % 4 == 0 and not case.on_device
 
 
 def _vjp(function: Callable[[Passed], Any], call: Passed, leaves: dict[str, Any]) -> Any:
@@ -189,6 +194,8 @@ def _differentiate(
         return outcome
     changed = change(case, call) if case.changes else None
     seen = isinstance(changed, torch.Tensor)
+    if seen and pull_back is not None:
+        return outcome  # "as autograd's saved tensors do": under torch.func these do not see a change
     try:
         if pull_back is not None:
             grads = pull_back(call.grad_output)

@@ -23,6 +23,12 @@ class Expected(NamedTuple):
     open: Any
     loose: Any
 
+    @classmethod
+    def zeros(cls, xp: Any, shape: tuple[int, ...]) -> Expected:
+        """Zeros, exactly."""
+        numbers, never = xp.zeros(shape), xp.zeros(shape, bool)
+        return cls(numbers, numbers, never, never, never, never)
+
     def scaled(self, factor: Any) -> Expected:
         """The result times a factor. Where a sample has no part in it, the factor has none either, whatever it is."""
         xp = module_of(self.numbers)
