@@ -4,53 +4,139 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
+from typing import TextIO
 
-from .cli import check, demo, info
+from . import __version__
+from .cli import check, demo, info, photograph, picture
+from .cli.output import CommandError, OutputError, complain, discard, flush, say
+
+OUT = "msda_demo.png"
+_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells count it
+_CHECK = "Exit status: 0 where every result is right, 1 where one is wrong, 2 where nothing can be checked."
+_DEMO = f"""
+An image of any mode becomes RGB, upright and on white; of several frames the first. It may have up to
+{photograph.MAX_PIXELS:,} pixels, for which the demo takes 1.5 GB of memory. It is made smaller, in proportion,
+until its longer side has at most {photograph.LONGEST_SIDE} pixels. The picture has at most
+{picture.WIDTH * picture.DOTS} x {picture.HEIGHT * picture.DOTS} pixels. An existing file of its name is replaced.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns 0 for success, 1 for a check that fails, 2 for a request that cannot be met."""
-    parser = argparse.ArgumentParser(prog="python -m cupy_msda", description="Multi-scale deformable attention")
-    commands = parser.add_subparsers(dest="command", required=True)
-    of_demo = commands.add_parser("demo", help="run the operator on a photograph, forward and backward, and draw it")
-    of_demo.add_argument("image", nargs="?", type=Path, default=demo.PHOTOGRAPH, help="any image that Pillow reads")
-    of_demo.add_argument("--out", type=Path, default=Path("msda_demo.png"), help="picture to write (msda_demo.png)")
-    of_demo.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto")
-    commands.add_parser("info", help="print versions, GPU, kernel cache, and what is missing")
-    commands.add_parser("check", help="run the golden cases on every backend of this machine")
-    options = parser.parse_args(arguments)
+    """Run one command.
 
-    if options.command == "info":
-        for name, text in info.describe():
-            print(f"{name:20}{text}")
-        return 0
-    return _check() if options.command == "check" else _demo(options)
-
-
-def _demo(options: argparse.Namespace) -> int:
+    Returns 0 for success, 1 for a check with a wrong result, 2 for a request that cannot be met, 130 after Ctrl-C, 141
+    where standard output is closed.
+    """
     try:
-        backend = demo.choose_backend(options.backend)
-        scene = demo.make_scene(demo.load_photograph(options.image))
-        outcome = demo.run(scene, backend)
-        demo.draw(scene, outcome, options.out)
-    except demo.DemoError as error:
-        print(f"cupy_msda demo: {error}", file=sys.stderr)
-        return 2
-    print(demo.table(scene, outcome))
-    print(f"{'picture':24}{options.out}")
+        try:
+            return _run(_parser().parse_args(arguments))
+        finally:
+            flush()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except OutputError as error:
+        discard()
+        if not error.closed:
+            complain(f"cupy_msda: {error}")
+        return error.status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cupy_msda", description="Multi-scale deformable attention")
+    parser.add_argument("--version", action="version", version=f"cupy_msda {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    words = "run the operator on a photograph, forward and backward, and draw it"
+    of_demo = commands.add_parser("demo", help=words, description=f"{words.capitalize()}. {_DEMO}")
+    of_demo.add_argument(
+        "image",
+        nargs="?",
+        default=str(demo.PHOTOGRAPH),
+        help="any image that Pillow reads (default: a photograph of a cat)",
+    )
+    of_demo.add_argument(
+        "--out",
+        default=OUT,
+        help="picture to write; its suffix is a format of matplotlib, and PNG where it has none (default: %(default)s)",
+    )
+    of_demo.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what to run on; auto: cuda where it can be used, otherwise cpu (default: %(default)s)",
+    )
+    words = "print versions, GPU, kernel cache, and what is missing"
+    commands.add_parser("info", help=words, description=f"{words.capitalize()}.")
+    words = "run the golden cases on every backend of this machine"
+    commands.add_parser("check", help=words, description=f"{words.capitalize()}. {_CHECK}")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    commands = {"demo": _demo, "info": _info, "check": _check}
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # notes, even where the user's settings make them errors
+        warnings.showwarning = _note  # restored on leaving
+        try:
+            return commands[options.command](options)
+        except CommandError as error:
+            reason = str(error)
+        except MemoryError:
+            reason = "there is not enough memory"
+    complain(f"cupy_msda {options.command}: {reason}")
+    return 2
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as the commands show it. Those of other kinds are for developers of this package and of CuPy."""
+    if issubclass(category, RuntimeWarning):
+        complain(f"cupy_msda: note: {message}")
+
+
+def _info(_: argparse.Namespace) -> int:
+    for name, text in info.describe():
+        say(f"{name:20}{text}")
     return 0
 
 
-def _check() -> int:
-    failed = 0
-    print(f"{'case':22}{'backend':9}{'dtype':9}{'error':>9}  tolerance  worst output")
+def _demo(options: argparse.Namespace) -> int:
+    image = Path(options.image)
+    if not options.image:
+        raise CommandError("expected the name of an image, got nothing")
+    path, file_format = picture.target(options.out, image)
+    demo.choose_backend(options.backend)
+    scene = demo.make_scene(photograph.load(image))
+    outcome, failure = demo.run_on(scene, options.backend)
+    if failure is not None:
+        complain(f"cupy_msda: note: {failure}; it runs on cpu instead")
+    picture.write(scene, outcome, path, file_format)
+    say(demo.table(scene, outcome))
+    say(f"{'picture':24}{path}")
+    return 0
+
+
+def _check(_: argparse.Namespace) -> int:
+    rows = []
+    say(f"{'case':22}{'backend':9}{'dtype':9}{'error':>9}  tolerance  worst output")
     for row in check.run_all():
-        verdict = "" if row.passed else "  FAILED"
+        failed = "" if row.passed else "  FAILED"
         tolerance = check.TOLERANCE[row.dtype]
-        print(f"{row.case:22}{row.backend:9}{row.dtype:9}{row.error:9.1e}  {tolerance:9.0e}  {row.worst}{verdict}")
-        failed += not row.passed
-    return 1 if failed else 0
+        say(f"{row.case:22}{row.backend:9}{row.dtype:9}{row.error:9.1e}  {tolerance:9.0e}  {row.worst}{failed}")
+        rows.append(row)
+    for backend in check.backends():
+        say(f"{'checked':22}{backend.name}: {backend.device}")
+    for what in check.not_checked():
+        say(f"{'not checked':22}{what}")
+    say(check.verdict(rows))
+    return 0 if all(row.passed for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,15 @@
 """Arrays of any framework: read without a copy, results in the same framework, work on the caller's stream."""
 
-from .convert import INSTALL_CUPY, cuda_unavailable, require_cupy, to_cupy, to_numpy
+from .convert import to_cupy, to_numpy
+from .cupy_module import (
+    INSTALL_CUPY,
+    cache_folder,
+    cache_in_memory,
+    cache_problem,
+    cached_in_memory,
+    cuda_unavailable,
+    require_cupy,
+)
 from .dlpack import LAST_DEFAULT_STREAM
 from .frameworks import Framework, framework_of, tracks_gradient, view
 from .views import Device, View, item_size
@@ -11,6 +20,10 @@ __all__ = [
     "Device",
     "Framework",
     "View",
+    "cache_folder",
+    "cache_in_memory",
+    "cache_problem",
+    "cached_in_memory",
     "cuda_unavailable",
     "framework_of",
     "item_size",

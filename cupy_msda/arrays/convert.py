@@ -1,15 +1,13 @@
-"""A :class:`View` as a NumPy or CuPy array over the same memory, and CuPy itself where it is installed."""
+"""A :class:`View` as a NumPy or CuPy array over the same memory."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import numpy as np
 
+from .cupy_module import require_cupy
 from .views import View
-
-INSTALL_CUPY = "pip install 'cupy-msda[cuda13]' (or [cuda12], to match the driver)"
 
 
 def to_numpy(source: View) -> np.ndarray:
@@ -41,27 +39,6 @@ def to_cupy(source: View) -> Any:
 def storage_dtype(dtype: str) -> np.dtype:
     """The NumPy dtype that holds the bits of `dtype`."""
     return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-
-
-def require_cupy(what: str) -> Any:
-    """The module CuPy, or a ``RuntimeError`` that names the command that installs it."""
-    try:
-        return importlib.import_module("cupy")
-    except ImportError as error:
-        raise RuntimeError(f"{what} needs CuPy, which is not installed: {INSTALL_CUPY}") from error
-
-
-def cuda_unavailable() -> str | None:
-    """Why nothing can run on a GPU here, or None."""
-    try:
-        cupy = require_cupy("the CUDA path")
-    except RuntimeError as error:
-        return str(error)
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"CuPy finds no usable CUDA device: {error}"
-    return None if count else "CuPy finds no CUDA device"
 
 
 class _ArrayInterface:

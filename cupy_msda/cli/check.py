@@ -6,7 +6,7 @@ are exact in every dtype, so that one file serves float16 to float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import api, arrays
+from .output import CommandError, one_line
 
 # Limit of ||out - ref|| / ||ref|| for the output and each gradient, also in the tests and benchmarks.
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 6e-4, "bfloat16": 5e-3}
@@ -26,7 +27,7 @@ def folder() -> Path:
     for found in (package / "golden_cases", package.parent / "tests" / "golden"):
         if any(found.glob("*.npz")):
             return found
-    raise RuntimeError(f"the golden cases of cupy_msda are missing: expected them in {package / 'golden_cases'}")
+    raise CommandError(f"the golden cases of cupy_msda are missing: expected them in {package / 'golden_cases'}")
 
 
 def relative_error(out: np.ndarray, reference: np.ndarray) -> float:
@@ -40,13 +41,17 @@ class Backend:
     """Arrays that the operator runs on: `put` makes them from NumPy arrays, `get` makes NumPy arrays from them."""
 
     name: str
+    device: str
     put: Callable[[np.ndarray], Any]
     get: Callable[[Any], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Error of one golden case on one backend: the largest of the output and the three gradients."""
+    """Error of one golden case on one backend: the largest of the output and the three gradients.
+
+    `worst` names that output, or says why there is no result.
+    """
 
     case: str
     backend: str
@@ -61,10 +66,20 @@ class Row:
 
 def backends() -> Iterator[Backend]:
     """NumPy, and CuPy where it is installed and sees a device."""
-    yield Backend("cpu", lambda array: array, np.asarray)
+    yield Backend("cpu", f"NumPy {np.__version__}", lambda array: array, np.asarray)
     if arrays.cuda_unavailable() is None:
         cupy = arrays.require_cupy("the cuda backend")
-        yield Backend("cuda", cupy.asarray, cupy.asnumpy)
+        yield Backend("cuda", f"CuPy {cupy.__version__}, {_current_gpu(cupy)}", cupy.asarray, cupy.asnumpy)
+
+
+def not_checked() -> list[str]:
+    """What no golden case runs on here, and why."""
+    reason = arrays.cuda_unavailable()
+    return [
+        *([] if reason is None else [f"cuda: {reason}"]),
+        "bfloat16, which is no NumPy dtype",
+        "the functions and layers of torch, which the test suite checks",
+    ]
 
 
 def run_case(path: Path, backend: Backend, dtype: str) -> Row:
@@ -89,8 +104,32 @@ def run_case(path: Path, backend: Backend, dtype: str) -> Row:
 
 
 def run_all() -> Iterator[Row]:
-    """Every golden case on every backend, in float64, float32 and float16."""
+    """Every golden case on every backend, in float64, float32 and float16. A case that raises is a wrong result."""
     for backend in backends():
         for path in sorted(folder().glob("*.npz")):
             for dtype in ("float64", "float32", "float16"):
-                yield run_case(path, backend, dtype)
+                try:
+                    yield run_case(path, backend, dtype)
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {one_line(error)}"
+                    yield Row(path.stem, backend.name, dtype, float("inf"), reason)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """The last line: whether all results are right, and where."""
+    names = list(dict.fromkeys(row.backend for row in rows))
+    wrong = [row for row in rows if not row.passed]
+    if not wrong:
+        return f"all right: {len(rows)} of {len(rows)} results are within their tolerance, on {' and '.join(names)}"
+    where = ", ".join(f"{count} on {name}" for name in names if (count := sum(row.backend == name for row in wrong)))
+    return f"WRONG: {len(wrong)} of {len(rows)} results are beyond their tolerance: {where}"
+
+
+def _current_gpu(cupy: Any) -> str:
+    try:
+        runtime = cupy.cuda.runtime
+        number, others = runtime.getDevice(), runtime.getDeviceCount() - 1
+        name = runtime.getDeviceProperties(number)["name"].decode()
+    except Exception as error:  # its cases then fail, and say more
+        return f"a GPU that cannot be asked: {one_line(error)}"
+    return f"GPU {number} ({name})" + (f", none of the {others} others" if others else "")

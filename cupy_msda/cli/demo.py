@@ -17,17 +17,13 @@ import numpy as np
 from .. import arrays
 from ..api import ms_deform_attn_backward, ms_deform_attn_forward
 from .check import relative_error
+from .output import CommandError, one_line
 
 PHOTOGRAPH = Path(__file__).parent.parent / "data" / "chelsea.jpg"
-LONGEST_SIDE = 256
 LEVELS, POINTS, HEADS, CHANNELS = 4, 4, 4, 8
 STEP = 1.3  # pixels from one point to the next; the points are at no whole pixels
 COLOUR_SCALE = 0.15
 REPEATS = 5
-
-
-class DemoError(Exception):
-    """An error that the user can correct, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +47,6 @@ class Outcome:
     forward_seconds: float
     backward_seconds: float
     errors: dict[str, float]
-
-
-def load_photograph(path: Path) -> np.ndarray:
-    """RGB of any image that Pillow reads, scaled so that its longer side has at most LONGEST_SIDE pixels."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise DemoError("the demo needs Pillow and matplotlib: pip install 'cupy-msda[demo]'") from error
-    try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise DemoError(f"cannot read {path}: {error.strerror}") from error
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise DemoError(f"{path} is not an image that Pillow can read") from error
-    rgb.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    return np.asarray(rgb, np.float32) / 255
 
 
 def make_scene(photograph: np.ndarray) -> Scene:
@@ -107,8 +86,22 @@ def choose_backend(name: str) -> str:
         return "cpu"
     reason = arrays.cuda_unavailable()
     if name == "cuda" and reason is not None:
-        raise DemoError(f"the backend cuda cannot be used here: {reason}")
+        raise CommandError(f"the backend cuda cannot be used here: {reason}")
     return "cpu" if reason is not None else "cuda"
+
+
+def run_on(scene: Scene, name: str) -> tuple[Outcome, str | None]:
+    """:func:`run` on the backend of this name; where ``auto`` finds a GPU that fails, on the CPU, with the reason."""
+    backend = choose_backend(name)
+    try:
+        return run(scene, backend), None
+    except Exception as error:
+        if backend == "cpu":
+            raise
+        reason = f"the backend cuda fails here: {one_line(error)}"
+        if name == "cuda":
+            raise CommandError(reason) from error
+    return run(scene, "cpu"), reason
 
 
 def run(scene: Scene, backend: str) -> Outcome:
@@ -157,63 +150,6 @@ def table(scene: Scene, outcome: Outcome) -> str:
         *((f"error of {name}", f"{error:.1e}") for name, error in outcome.errors.items()),
     ]
     return "\n".join(f"{name:24}{text}" for name, text in rows)
-
-
-def draw(scene: Scene, outcome: Outcome, path: Path) -> None:
-    """Write a picture of queries and samples, the output, the loss and the gradient of value."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DemoError("the demo needs Pillow and matplotlib: pip install 'cupy-msda[demo]'") from error
-    H, W = scene.shapes[0]
-    figure = Figure(figsize=(14, 4.2 + 8.0 * H / W), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    _draw_samples(axes[0, 0], scene)
-    attended = outcome.output.reshape(H, W, HEADS, CHANNELS).mean(2)[..., :3]
-    axes[0, 1].imshow(np.clip(attended, 0, 1))
-    axes[0, 1].set_title("Output: each pixel's weighted mean along and across its edge")
-    axes[1, 0].imshow(np.abs(attended - scene.photograph).mean(-1), cmap="gray_r", vmin=0)
-    axes[1, 0].set_title("Loss: |output - photograph|")
-    shown = axes[1, 1].imshow(_gradient_image(scene, outcome.grad_value), cmap="magma", vmin=0)
-    axes[1, 1].set_title("Gradient of value, all levels")
-    figure.colorbar(shown, ax=axes[1, 1], shrink=0.8, label="|gradient| per pixel of the finest level")
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise DemoError(f"cannot write the picture to {path}: {error}") from error
-
-
-def _draw_samples(ax: Any, scene: Scene) -> None:
-    H, W = scene.shapes[0]
-    ax.imshow(scene.photograph)
-    ax.set_title("Five queries (white) and their samples: colour is the level, size the attention")
-    colours = ("#ffd92f", "#4daf4a", "#377eb8", "#e41a1c")
-    for fy, fx in ((0.3, 0.3), (0.3, 0.72), (0.52, 0.5), (0.8, 0.25), (0.75, 0.8)):
-        query = int(fy * H) * W + int(fx * W)
-        ax.plot(int(fx * W), int(fy * H), "o", color="white", markeredgecolor="black", markersize=7, zorder=4)
-        for level in range(LEVELS):
-            points = scene.locations[0, query, :, level].reshape(-1, 2) * (W, H) - 0.5
-            attention = scene.weights[0, query, :, level].ravel()
-            ax.scatter(*points.T, s=6 + 260 * attention, color=colours[level], edgecolors="black", linewidths=0.4)
-    for level, (h, w) in enumerate(scene.shapes):
-        ax.scatter([], [], color=colours[level], label=f"level {level}: {h} x {w}")
-    ax.set_xlim(-0.5, W - 0.5)
-    ax.set_ylim(H - 0.5, -0.5)
-    ax.legend(loc="upper right", fontsize=8)
-
-
-def _gradient_image(scene: Scene, grad_value: np.ndarray) -> np.ndarray:
-    H, W = scene.shapes[0]
-    total = np.zeros((H, W))
-    start = 0
-    for h, w in scene.shapes:
-        pixels = np.abs(grad_value[0, start : start + h * w].sum(1)[:, :3]).sum(-1).reshape(h, w)
-        rows, columns = np.arange(H) * h // H, np.arange(W) * w // W
-        total += pixels[rows][:, columns] * (h * w) / (H * W)
-        start += h * w
-    return total
 
 
 def _grad_output(scene: Scene, output: np.ndarray) -> np.ndarray:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import functools
+import importlib.util
 import platform
+from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from .. import __version__, arrays
+from .output import one_line
 
 # Distributions, of which one is enough, the name to print, and the command that installs one.
 _OPTIONAL = (
@@ -25,7 +30,7 @@ def describe() -> list[tuple[str, str]]:
     rows = [
         ("cupy_msda", __version__),
         ("Python", platform.python_version()),
-        ("NumPy", metadata.version("numpy")),
+        ("NumPy", np.__version__),
     ]
     for distributions, name, command in _OPTIONAL:
         versions = [f"{d} {v}" if d != name else v for d in distributions if (v := _version(d))]
@@ -35,28 +40,62 @@ def describe() -> list[tuple[str, str]]:
         rows.append(("GPU", f"not used: {reason}"))
     else:
         rows += _gpu_rows()
-    cache = os.environ.get("CUPY_CACHE_DIR", str(Path.home() / ".cupy" / "kernel_cache"))
-    rows.append(("kernel cache", cache))
+    rows.append(("kernel cache", _kernel_cache()))
     return rows
+
+
+def _kernel_cache() -> str:
+    """Where compiled kernels are kept, and what to do where CuPy cannot write there."""
+    folder = arrays.cache_folder()
+    if not _is_installed("cupy"):
+        return folder
+    problem = arrays.cache_problem()
+    if problem is not None:
+        where = folder or "a folder without a name"
+        return (
+            f"in memory, because {where} cannot be used ({problem}): set CUPY_CACHE_DIR to a folder that can be written"
+        )
+    return "in memory (CUPY_CACHE_IN_MEMORY is set)" if arrays.cached_in_memory() else folder
 
 
 def _gpu_rows() -> list[tuple[str, str]]:
     cupy = arrays.require_cupy("the GPU rows")
     runtime = cupy.cuda.runtime
-    rows = []
-    for device in range(runtime.getDeviceCount()):
+
+    def device_row(device: int) -> str:
         properties = runtime.getDeviceProperties(device)
-        name = properties["name"].decode()
         memory = properties["totalGlobalMem"] / 2**30
-        rows.append((f"GPU {device}", f"{name}, sm_{properties['major']}{properties['minor']}, {memory:.0f} GiB"))
-    rows.append(("CUDA of the driver", _cuda_version(runtime.driverGetVersion())))
-    rows.append(("CUDA runtime", _cuda_version(runtime.runtimeGetVersion())))
-    rows.append(("NVRTC", ".".join(map(str, cupy.cuda.nvrtc.getVersion()))))
+        return f"{properties['name'].decode()}, sm_{properties['major']}{properties['minor']}, {memory:.0f} GiB"
+
+    devices = range(runtime.getDeviceCount())
+    rows = [(f"GPU {device}", _or_error(functools.partial(device_row, device))) for device in devices]
+    rows.append(("CUDA of the driver", _or_error(lambda: _cuda_version(runtime.driverGetVersion()))))
+    rows.append(("CUDA runtime", _or_error(lambda: _cuda_version(runtime.runtimeGetVersion()))))
+    rows.append(("NVRTC", _or_error(lambda: _nvrtc_version(cupy))))
     return rows
+
+
+def _or_error(text: Callable[[], str]) -> str:
+    """A row, or why there is none: a missing library, or a device in another mode."""
+    try:
+        return text()
+    except Exception as error:
+        return f"fails: {one_line(error)}"
+
+
+def _nvrtc_version(cupy: Any) -> str:
+    return ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
 
 
 def _cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # something put a module without a specification into sys.modules
+        return True
 
 
 def _version(distribution: str) -> str | None:

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .. import arrays
 from . import gpu
 from .kernel_spec import Axis, KernelSpec
 from .specs import KERNELS
@@ -110,9 +111,35 @@ def function(spec: KernelSpec, device: int) -> Any:
 
 
 def _compile(spec: KernelSpec, on: gpu.Gpu) -> Any:
-    module = import_module("cupy").RawModule(code=program(spec), options=OPTIONS, backend="nvrtc")
-    kernel = module.get_function(spec.function)
+    try:
+        kernel = _load(spec)
+    except Exception as error:  # NVRTC or its library is missing or too old, or the driver refuses the kernel
+        reason = " ".join(str(error).split()[:40])
+        raise RuntimeError(
+            f"the CUDA kernel {spec.kernel} cannot be compiled: {type(error).__name__}: {reason}. "
+            "`python -m cupy_msda info` shows which NVRTC and driver CuPy finds"
+        ) from error
     if spec.leaves_l1:
         # The driver's own choice leaves less L1 cache. docs/performance/decisions.md#forward-shared-memory-carveout
         kernel.preferred_shared_memory_carveout = on.carveout(spec.resident_blocks(on), spec.shared_bytes or 0)
+    return kernel
+
+
+def _load(spec: KernelSpec) -> Any:
+    """The kernel, compiled. Without a disk cache where CuPy cannot read or write its folder, or a temporary one."""
+    in_memory = arrays.cached_in_memory()  # before the attempt: another thread may change it meanwhile
+    try:
+        return _compiled_by_cupy(spec)
+    except OSError as error:
+        if in_memory:
+            raise
+        reason = error.strerror or str(error)
+    arrays.cache_in_memory(reason)
+    return _compiled_by_cupy(spec)
+
+
+def _compiled_by_cupy(spec: KernelSpec) -> Any:
+    module = import_module("cupy").RawModule(code=program(spec), options=OPTIONS, backend="nvrtc")
+    kernel = module.get_function(spec.function)
+    _ = kernel.kernel  # CuPy compiles only where this is read
     return kernel
