@@ -18,9 +18,13 @@ def num_threads() -> int:
     setting = os.environ.get("CUPY_MSDA_NUM_THREADS")
     if setting is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not setting.isdigit() or int(setting) == 0:
+    try:
+        count = int(setting)
+    except ValueError:
+        count = 0
+    if count < 1:
         raise ValueError(f"CUPY_MSDA_NUM_THREADS: expected a positive int, got {setting!r}")
-    return int(setting)
+    return count
 
 
 def run_tasks(tasks: Sequence[Task], work: Callable[[Task], None]) -> None:
@@ -32,7 +36,7 @@ def run_tasks(tasks: Sequence[Task], work: Callable[[Task], None]) -> None:
     errors: list[BaseException] = []
 
     def run_until_empty() -> None:
-        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are legal inputs
+        with np.errstate(all="ignore"):  # NaN and infinity are legal inputs; a new thread has NumPy's default
             while not errors:
                 try:
                     task = waiting.get_nowait()
@@ -45,14 +49,28 @@ def run_tasks(tasks: Sequence[Task], work: Callable[[Task], None]) -> None:
 
     # The caller's thread works too, and there is no pool: threads that are made anew in each call leave nothing in a
     # forked child (docs/performance/decisions.md#cpu-threads).
-    helpers = [threading.Thread(target=run_until_empty) for _ in range(min(num_threads(), len(tasks)) - 1)]
-    for helper in helpers:
-        helper.start()
+    helpers = _started(min(num_threads(), len(tasks)) - 1, run_until_empty)
     run_until_empty()
     for helper in helpers:
         helper.join()
     if errors:
         raise errors[0]
+
+
+def _started(count: int, work: Callable[[], None]) -> list[threading.Thread]:
+    """Threads that do `work`: `count` of them, or as many as start.
+
+    At the end of the interpreter none starts, and at the limit of the process no more. The caller does their work.
+    """
+    helpers: list[threading.Thread] = []
+    for _ in range(count):
+        helper = threading.Thread(target=work)
+        try:
+            helper.start()
+        except RuntimeError:
+            break
+        helpers.append(helper)
+    return helpers
 
 
 @functools.cache

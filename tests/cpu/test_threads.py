@@ -1,0 +1,100 @@
+"""Threads of the NumPy path: how many, and what happens where they cannot start."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cupy_msda
+from cupy_msda.cpu import threads
+from tests.helpers.backends import NumPyBackend
+from tests.helpers.cases import Case
+from tests.helpers.checks import run_operator
+
+ROOT = Path(__file__).parent.parent.parent
+INPUTS = Case("tasks", N=3).inputs(seed=2)
+# At the end of a process: the operator, by a program that has no thread left or may start none.
+PROGRAM = """
+import atexit, threading, time
+import numpy as np
+import cupy_msda
+
+arguments = (np.ones((3, 6, 2, 4)), [(2, 3)], None, np.full((3, 5, 2, 1, 2, 2), 0.5), np.ones((3, 5, 2, 1, 2)))
+
+def total():
+    return cupy_msda.ms_deform_attn(*arguments).sum()
+
+want = total()
+"""
+AT_EXIT = "atexit.register(lambda: print(total() == want))"
+DAEMON = """
+def repeat():
+    while True:
+        assert total() == want
+
+threading.Thread(target=repeat, daemon=True).start()
+atexit.register(lambda: [time.sleep(0.2), print(True)])
+"""
+
+
+def results(monkeypatch, setting):
+    monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", setting)
+    output, grads = run_operator(NumPyBackend(), INPUTS)
+    return [output, *grads]
+
+
+def assert_equal(got, want):
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_the_caller_does_the_work_of_a_thread_that_does_not_start(monkeypatch, started):
+    want, start, asked = results(monkeypatch, "1"), threading.Thread.start, []
+
+    def limited(thread):
+        asked.append(thread)
+        if len(asked) > started:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr(threads, "num_threads", lambda: 4)
+    output = cupy_msda.ms_deform_attn(*INPUTS[:5])
+    np.testing.assert_array_equal(output, want[0])
+    assert len(asked) == started + 1
+    asked.clear()
+    assert_equal(cupy_msda.ms_deform_attn_backward(*INPUTS, 64), want[1:])
+
+
+def test_no_room_for_a_thread(monkeypatch):
+    want = results(monkeypatch, "1")
+    before = threading.stack_size(1 << 46)
+    try:
+        got = results(monkeypatch, "4")
+    finally:
+        threading.stack_size(before)
+    assert_equal(got, want)
+
+
+@pytest.mark.parametrize("what", [AT_EXIT, DAEMON], ids=["atexit", "daemon thread"])
+def test_the_end_of_the_interpreter(monkeypatch, what):
+    monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", "3")
+    command = [sys.executable, "-W", "error", "-c", PROGRAM + what]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (ended.returncode, ended.stdout.strip(), ended.stderr) == (0, "True", "")
+
+
+@pytest.mark.parametrize("setting", ["0", "-1", "two", "", " ", "²", "1e3", "2.0", "9" * 5000])
+def test_number_of_threads_must_be_a_positive_int(monkeypatch, setting):
+    with pytest.raises(ValueError, match="CUPY_MSDA_NUM_THREADS: expected a positive int, got '"):
+        results(monkeypatch, setting)
+
+
+@pytest.mark.parametrize(("setting", "count"), [("4", 4), (" 4 ", 4), ("+4", 4), ("04", 4), ("٤", 4)])
+def test_spellings_of_a_positive_int_are_accepted(monkeypatch, setting, count):
+    monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", setting)
+    assert threads.num_threads() == count
