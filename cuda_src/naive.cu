@@ -51,16 +51,18 @@ __device__ inline naive_axis axis_of(const naive_problem& p, acc_t x, long long 
         const acc_t at = floor(multiply_unfused(x, scale) + (acc_t)0.5);
         return {at == at, (long long)fmin(fmax(at, (acc_t)0), last), 0, 0};
     }
-    const acc_t at = fma(x, scale, -shift);
-    if (p.border && !(at > 0 && at < last)) return {at == at, at > 0 ? (long long)last : 0, 0, 0};
+    const acc_t at = fma(x, scale, -shift);     // NaN for infinity on one pixel with align_corners
+    if (p.border && !(at > 0 && at < last)) return {x == x, at > 0 ? (long long)last : 0, 0, 0};
     const acc_t before = floor(at);
     if (!p.border && !(at > -1 && at < size)) return {false, 0, 0, 0};
     return {true, (long long)before, fma(x, scale, -shift - before), scale};
 }
 
-// The four neighbours of a sample: pixels of value, or -1 for a neighbour outside; weights; derivatives by the location.
+// The four neighbours of a sample: pixels of value, or -1 for a neighbour outside; weights, and their derivatives by the
+// pixel coordinates.
 struct naive_sample {
-    bool fits;      // its level fits into value
+    bool fits;                  // its level fits into value
+    acc_t slope_x, slope_y;     // d(pixel coordinate) / d(location): 0 where that is clamped
     long long pixel[4];
     acc_t weight[4], by_x[4], by_y[4];
 };
@@ -68,7 +70,7 @@ struct naive_sample {
 __device__ inline naive_sample sample_of(const naive_problem& p, long long k, acc_t location_x, acc_t location_y) {
     const naive_level level = level_of(p, k);
     const naive_axis x = axis_of(p, location_x, level.w), y = axis_of(p, location_y, level.h);
-    naive_sample sample = {level.w > 0};
+    naive_sample sample = {level.w > 0, x.slope, y.slope};
     for (int c = 0; c < 4; ++c) {
         const int right = c & 1, below = c >> 1;
         const long long column = x.pixel + right, row = y.pixel + below;
@@ -77,8 +79,8 @@ __device__ inline naive_sample sample_of(const naive_problem& p, long long k, ac
         const acc_t of_x = right ? x.fraction : 1 - x.fraction, of_y = below ? y.fraction : 1 - y.fraction;
         sample.pixel[c] = taken ? level.start + row * level.w + column : -1;
         sample.weight[c] = of_x * of_y;
-        sample.by_x[c] = (right ? x.slope : -x.slope) * of_y;
-        sample.by_y[c] = (below ? y.slope : -y.slope) * of_x;
+        sample.by_x[c] = right ? of_y : -of_y;
+        sample.by_y[c] = below ? of_x : -of_x;
     }
     return sample;
 }
@@ -136,8 +138,8 @@ extern "C" __global__ void msda_naive_backward(
                 if (sample.pixel[c] < 0) continue;
                 const acc_t x = widen(of_head[sample.pixel[c] * p.pixel_stride]);
                 interpolated += sample.weight[c] * x;
-                if (sample.by_x[c] != 0) by_x += sample.by_x[c] * x;
-                if (sample.by_y[c] != 0) by_y += sample.by_y[c] * x;
+                by_x += sample.by_x[c] * x;
+                by_y += sample.by_y[c] * x;
                 if (grad_value)
                     atomicAdd(grad_value + ((at.n * p.S + sample.pixel[c]) * p.M + at.m) * p.D + at.d,
                               weight * sample.weight[c] * grad);
@@ -146,10 +148,11 @@ extern "C" __global__ void msda_naive_backward(
                                sample.pixel[3] >= 0;
             if (!taken) continue;       // a NaN in grad_output or in the weight reaches no sample outside its level
             if (grad_weights) atomicAdd(grad_weights + k, grad * interpolated);
-            if (grad_locations && !p.nearest) {
-                atomicAdd(grad_locations + 2 * k, grad * weight * by_x);
-                atomicAdd(grad_locations + 2 * k + 1, grad * weight * by_y);
-            }
+            if (!grad_locations || p.nearest) continue;
+            // Where a location is clamped its gradient is 0, whatever is NaN.
+            const bool clamps = p.border && sample.fits;
+            if (!clamps || sample.slope_x != 0) atomicAdd(grad_locations + 2 * k, grad * weight * sample.slope_x * by_x);
+            if (!clamps || sample.slope_y != 0) atomicAdd(grad_locations + 2 * k + 1, grad * weight * sample.slope_y * by_y);
         }
     }
 }
@@ -172,6 +175,10 @@ __device__ inline naive_reference reference_of(
     return {index, widen(point[0]), widen(point[1]), box ? widen(point[2]) * share : 1 / (acc_t)level.w,
             box ? widen(point[3]) * share : 1 / (acc_t)level.h};
 }
+
+// A gradient of a location times what depends on a box or an offset, either of which may be infinite or NaN. A sample that
+// is out of bounds or clamped has no part.
+__device__ inline acc_t gradient_times(acc_t grad, acc_t factor) { return grad == 0 ? 0 : grad * factor; }
 
 }  // namespace msda
 
@@ -209,8 +216,8 @@ extern "C" __global__ void msda_naive_fused_backward(
                 const long long at = i * p.K + k, pitch = p.packed ? 3 * p.K : 2 * p.K;
                 const naive_reference by = reference_of(p, references, query, level_of(p, k));
                 if (grad_offsets) {
-                    narrow(valid ? of_locations[2 * at] * by.by_x : 0, grad_offsets[i * pitch + 2 * k]);
-                    narrow(valid ? of_locations[2 * at + 1] * by.by_y : 0, grad_offsets[i * pitch + 2 * k + 1]);
+                    narrow(valid ? gradient_times(of_locations[2 * at], by.by_x) : 0, grad_offsets[i * pitch + 2 * k]);
+                    narrow(valid ? gradient_times(of_locations[2 * at + 1], by.by_y) : 0, grad_offsets[i * pitch + 2 * k + 1]);
                 }
                 if (grad_logits)
                     narrow(valid ? weights[at] * (of_weights[at] - sum) : 0, grad_logits[i * (p.packed ? 3 : 1) * p.K + k]);
@@ -224,7 +231,8 @@ extern "C" __global__ void msda_naive_fused_backward(
                 const location_t* offset = offsets + i / p.K * (p.packed ? 3 : 2) * p.K + 2 * (i % p.K);
                 for (int axis = 0; axis < 2; ++axis) {
                     sum[axis] += of_locations[2 * i + axis];
-                    sum[2 + axis] += of_locations[2 * i + axis] * widen(offset[axis]) * ((acc_t)0.5 / (acc_t)level.points);
+                    const acc_t by_size = widen(offset[axis]) * ((acc_t)0.5 / (acc_t)level.points);
+                    sum[2 + axis] += gradient_times(of_locations[2 * i + axis], by_size);
                 }
             }
             for (long long c = 0; c < p.reference_coordinates; ++c)

@@ -57,6 +57,8 @@ __device__ __forceinline__ unsigned prepare_sorted_samples(
                 const int level = MSDA_LEVEL_OF(k);
                 const sampling_point point = sampling_point_of(raw[tile], step, level, shared.levels[level]);
                 sample = prepare_sample(point.x, point.y, point.attention, shared.levels[level]);
+                // NaN too: only the gradients of logits read the weight of a sample that is out of bounds.
+                if constexpr (fused) sample.attention = point.attention;
                 if (sample.pixel_and_mask & 15) {
                     const int key = key_of_cell(locate(point.x, point.y, shared.levels[level]), level);
                     key_and_rank[tile][step] = (unsigned)key << 16 | atomicAdd(shared.key_begin + key, 1u);

@@ -14,8 +14,12 @@ __device__ __forceinline__ acc_t quiet_nan() { return (acc_t)__int_as_float(0x7f
 
 // ---- one axis of a level of `size` pixels --------------------------------------------------------------------
 
-// Pixels from one end of a level to the other.
-__device__ __forceinline__ acc_t pixels_across(int size) { return (acc_t)(config::align_corners ? size - 1 : size); }
+// Pixels from one end of a level to the other. On a level of one pixel, where every location is clamped to that pixel, any
+// number but 0 will do: 0 times infinity is no coordinate to clamp.
+__device__ __forceinline__ acc_t pixels_across(int size) {
+    if constexpr (config::align_corners && config::border) return (acc_t)(size > 1 ? size - 1 : 1);
+    return (acc_t)(config::align_corners ? size - 1 : size);
+}
 // Pixels per unit of the location.
 __device__ __forceinline__ acc_t pixels_per_unit(int size) {
     return config::pixel_locations ? (acc_t)1 : pixels_across(size);

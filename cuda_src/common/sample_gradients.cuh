@@ -35,6 +35,13 @@ __device__ __forceinline__ sample_gradient sample_gradient_of(
     return grad;
 }
 
+// What the gradient of a location is multiplied with: a size of the box or an offset, either of which may be infinite or NaN.
+// Then the sample is out of bounds or clamped, its gradient is 0, and so is this.
+__device__ __forceinline__ acc_t factor_of([[maybe_unused]] acc_t grad, acc_t factor) {
+    if constexpr (config::reference_coordinates == 4) return grad == 0 ? (acc_t)0 : factor;
+    else return factor;
+}
+
 __device__ __forceinline__ void store_xy(location_t* __restrict__ grad_locations, index_t q, int k, acc_t x, acc_t y) {
     vector<location_t, 2> xy;
     narrow(x, xy.element[0]);
@@ -101,8 +108,8 @@ __device__ __forceinline__ void write_fused_gradients(
             const bool valid = !config::ragged || q >= 0;
             if constexpr (config::grad_locations) {
                 const offset_scale scale = offset_scale_of(raw, first + t, level, shared.levels[level]);
-                store_xy(grad_locations, decoded_query(q), k, valid ? grad[t].x * scale.x : 0,
-                         valid ? grad[t].y * scale.y : 0);
+                store_xy(grad_locations, decoded_query(q), k, valid ? grad[t].x * factor_of(grad[t].x, scale.x) : 0,
+                         valid ? grad[t].y * factor_of(grad[t].y, scale.y) : 0);
             }
             if constexpr (config::grad_weights)
                 narrow(valid ? raw.weight[first + t] * (grad[t].attention - sum) : 0,
@@ -111,8 +118,8 @@ __device__ __forceinline__ void write_fused_gradients(
                 acc_t* parts = reinterpret_cast<acc_t*>(samples + local * sample_pitch + k);
                 parts[0] = grad[t].x;
                 parts[1] = grad[t].y;
-                parts[2] = valid ? grad[t].x * widen(raw.xy[first + t].element[0]) : 0;
-                parts[3] = valid ? grad[t].y * widen(raw.xy[first + t].element[1]) : 0;
+                parts[2] = valid ? grad[t].x * factor_of(grad[t].x, widen(raw.xy[first + t].element[0])) : 0;
+                parts[3] = valid ? grad[t].y * factor_of(grad[t].y, widen(raw.xy[first + t].element[1])) : 0;
             }
         }
     }

@@ -283,7 +283,7 @@ def _gradients_of(dots: np.ndarray, samples: _GroupSamples, groups: Groups, bloc
         slope = _slope_of(coordinate, groups)
         np.multiply(derivative, weight * slope, out=result[..., i])
         if block.variant.clamped:
-            np.copyto(result[..., i], 0, where=slope == 0)  # also where the pixels are NaN
+            np.copyto(result[..., i], 0, where=slope == 0)  # also where the pixels or the weight are NaN
     np.add(top * upper, ay * lower, out=result[..., 2])
     return result
 

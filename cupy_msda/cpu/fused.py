@@ -55,8 +55,8 @@ def fused_backward(inputs: Inputs, wanted: Wanted) -> Gradients:
         gradients = gradients._replace(weights=_clear_ragged(grad_logits, inputs.lengths))
     if plain.locations is not None:
         grad_locations = plain.locations.reshape(samples.locations.shape)
-        grad_offsets = grad_locations * samples.location_per_offset
-        gradients = gradients._replace(locations=_clear_ragged(grad_offsets, inputs.lengths))
+        grad_offsets = _product(grad_locations, samples.location_per_offset)
+        gradients = gradients._replace(locations=grad_offsets)
         if wanted.references:
             gradients = gradients._replace(references=_reference_gradient(inputs, samples, grad_locations))
     return _stored(gradients, inputs)
@@ -88,10 +88,9 @@ def materialise(inputs: Inputs) -> Samples:
     else:
         sizes = np.array(problem.levels, np.float64).reshape(-1, 3)[level_of_sample, 1::-1]
         location_per_offset = (1 / sizes).astype(dtype)
-    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are legal inputs
-        weights = np.exp(logits - logits.max(-1, initial=-np.inf, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        locations = references[..., :2] + offsets * location_per_offset
+    weights = np.exp(logits - logits.max(-1, initial=-np.inf, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    locations = references[..., :2] + offsets * location_per_offset
     return Samples(locations, weights, offsets, location_per_offset, box_fraction)
 
 
@@ -108,11 +107,18 @@ def _plain_inputs(inputs: Inputs, samples: Samples) -> Inputs:
     )
 
 
+def _product(grad: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """The product; 0 where `grad` is, whatever `factor` is: a sample that does not count or is clamped has no part."""
+    product = grad * factor
+    np.copyto(product, 0, where=grad == 0)
+    return product
+
+
 def _reference_gradient(inputs: Inputs, samples: Samples, grad_locations: np.ndarray) -> np.ndarray:
     assert inputs.problem.fused is not None
     parts = [grad_locations]
     if inputs.problem.fused.coordinates == 4:
-        parts.append(_clear_ragged(grad_locations * samples.offsets * samples.box_fraction, inputs.lengths))
+        parts.append(_product(grad_locations, samples.offsets * samples.box_fraction))
     return _sum_per_reference(inputs.problem, np.concatenate(parts, -1).sum(2))
 
 

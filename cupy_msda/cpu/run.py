@@ -18,7 +18,8 @@ from .tasks import Inputs
 def forward(call: Call) -> Any:
     """Output [N, Q, M*D] in the framework of value."""
     run = fused_forward if call.problem.fused else plain_forward
-    return _to_framework(run(_inputs(call)), call.operands.value)
+    with np.errstate(all="ignore"):  # NaN and infinity are legal inputs
+        return _to_framework(run(_inputs(call)), call.operands.value)
 
 
 def backward(call: Call) -> tuple[Any, Any, Any, Any]:
@@ -27,7 +28,8 @@ def backward(call: Call) -> tuple[Any, Any, Any, Any]:
     In a packed call, the gradient of offsets and logits is one array, in the place of the locations'.
     """
     run = fused_backward if call.problem.fused else plain_backward
-    gradients, operands = run(_inputs(call), call.wanted), call.operands
+    with np.errstate(all="ignore"):
+        gradients, operands = run(_inputs(call), call.wanted), call.operands
     return (
         _to_framework(gradients.value, operands.value),
         _to_framework(gradients.locations, operands.locations),

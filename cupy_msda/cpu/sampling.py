@@ -67,6 +67,8 @@ def to_pixels(location: np.ndarray, size: np.ndarray, dtype: np.dtype, variant: 
         slope = np.zeros(size.shape)
     else:
         slope = (size - 1 if variant.align_corners else size).astype(np.float64)
+        if variant.clamped:
+            np.maximum(slope, 1, out=slope)  # on one pixel: 0 times infinity is no coordinate to clamp
         pixel = location * slope
         if not variant.align_corners:
             pixel -= 0.5

@@ -15,8 +15,10 @@ from cupy_msda.call import Wanted
 from cupy_msda.cpu import backward, cells
 from cupy_msda.cpu import forward as forward_module
 from cupy_msda.torch.reference import gather_attention
-from tests.helpers import cases
+from tests.helpers import cases, non_finite
+from tests.helpers.backends import NumPyBackend
 from tests.helpers.calls import call_of
+from tests.helpers.checks import run_operator
 from tests.helpers.tolerance import assert_close
 
 # More samples per head than are worked on at all levels at once.
@@ -124,13 +126,6 @@ def test_error_of_a_thread_reaches_the_caller(monkeypatch, count):
         cupy_msda.ms_deform_attn(*inputs(N=3)[:5])
 
 
-@pytest.mark.parametrize("setting", ["0", "-1", "two", ""])
-def test_number_of_threads_must_be_a_positive_int(monkeypatch, setting):
-    monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", setting)
-    with pytest.raises(ValueError, match="CUPY_MSDA_NUM_THREADS: expected a positive int"):
-        results(*inputs())
-
-
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("Q", [6, MANY], ids=["all levels at once", "level by level"])
 def test_special_values_reach_only_the_outputs_that_use_them(special, Q):
@@ -148,6 +143,16 @@ def test_special_values_reach_only_the_outputs_that_use_them(special, Q):
         np.testing.assert_array_equal(output[reached, 0, 1], special)
     output[reached, 0, 1] = 0
     assert np.isfinite(output).all()
+
+
+@pytest.mark.parametrize("S", [non_finite.PIXELS, 400], ids=["copied heads", "the caller's array"])
+@pytest.mark.parametrize("kind", non_finite.PLAIN_KINDS)
+@pytest.mark.parametrize("name", non_finite.VARIANTS)
+def test_non_finite_numbers_level_by_level(monkeypatch, name, kind, S):
+    monkeypatch.setattr(backward, "ALL_LEVELS_SAMPLES", 0)
+    arrays, variant = non_finite.plain(kind, S=S), non_finite.VARIANTS[name]
+    output, grads = run_operator(NumPyBackend(), arrays, **variant)
+    non_finite.check_plain(output, grads, arrays, ("float32", "float32"), **variant)
 
 
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))

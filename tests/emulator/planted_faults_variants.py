@@ -69,12 +69,14 @@ FUSED = {
     "gradient of a logit without the sum over the query": (
         False, Fault("backward", "(grad[t].attention - sum)", "grad[t].attention"),
     ),
-    "gradient of an offset per pixel": (False, Fault("backward", "grad[t].x * scale.x", "grad[t].x")),
+    "gradient of an offset per pixel": (
+        False, Fault("backward", "grad[t].x * factor_of(grad[t].x, scale.x)", "grad[t].x"),
+    ),
     "gradient of a reference point by one sample": (
         False, Fault("backward", "k < first_sample_of(l + 1); ++k", "k < first_sample_of(l) + 1; ++k"),
     ),
     "gradient of a box without its offset": (
-        False, Fault("backward", "grad[t].x * widen(raw.xy[first + t].element[0])", "grad[t].x"),
+        False, Fault("backward", "factor_of(grad[t].x, widen(raw.xy[first + t].element[0]))", "1"),
     ),
     "reference points without the last head": (
         False, Fault("reduce_references", "m < config::M", "m < config::M - 1"),
@@ -82,5 +84,36 @@ FUSED = {
     "sort without a softmax": (False, Fault("bucket_sort", "if constexpr (fused) softmax(raw[i]);", "")),
     "materialised weight of another sample": (
         False, Fault("materialise", "weights[element] =", "weights[element ^ 1] ="),
+    ),
+}  # fmt: skip
+
+
+# With NaN and infinity, found by test_non_finite.py: (variant, form of a fused call or None, fault).
+NON_FINITE = {
+    "no pixel between the ends of a level of one": (
+        "border, align_corners", None, Fault("forward", "size > 1 ? size - 1 : 1", "size - 1"),
+    ),
+    "the same in a fused call": (
+        "border, align_corners", "points", Fault("forward", "size > 1 ? size - 1 : 1", "size - 1"),
+    ),
+    "gradients of no pixel between the ends of a level": (
+        "border, align_corners", None, Fault("backward", "size > 1 ? size - 1 : 1", "size - 1"),
+    ),
+    "NaN clamped to the first pixel": (
+        "border", None, Fault("forward", "px == px && py == py && level.w > 0", "level.w > 0"),
+    ),
+    "weight of a sample out of bounds": ("border", None, Fault("forward", "cell.in_bounds || (", "true || (")),
+    "weight of a masked sample": (
+        "zeros", None, Fault("forward", "mask ? attention : level.w ? (acc_t)0 : quiet_nan()", "attention"),
+    ),
+    "fraction of an infinite coordinate": (
+        "border", None, Fault("forward", "if (pixel_slope(x, level.w) == 0) cell.fraction_x = 0;", ""),
+    ),
+    "gradient of a clamped location": (
+        "border", None, Fault("backward", "if (!clamped || slope_x != 0) grad.x", "grad.x"),
+    ),
+    "infinite box times no gradient": ("zeros", "boxes", Fault("backward", "grad == 0 ? (acc_t)0 : factor", "factor")),
+    "NaN of a softmax left out where the block aggregates": (
+        "zeros", "points", Fault("backward", "if constexpr (fused) sample.attention = point.attention;", ""),
     ),
 }  # fmt: skip

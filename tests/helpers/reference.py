@@ -1,6 +1,7 @@
 """Multi-scale deformable attention as plain float64 loops, written from the formula in the contract.
 
-It shares no code with the package. It is slow on purpose: one Python statement for each step of the definition.
+It shares no code with the package. It is slow on purpose: one Python statement for each step of the definition. NaN and
+infinity are legal inputs: NumPy's warnings about them are off.
 """
 
 import math
@@ -8,38 +9,50 @@ import math
 import numpy as np
 
 
-def _bilinear(x, y, H, W, padding_mode, align_corners):
-    """Neighbours of the normalised (x, y): (pixel, weight, d weight/dx, d weight/dy) each."""
-    if math.isnan(x) or math.isnan(y):
-        return []
-    per_x, per_y = (W - 1, H - 1) if align_corners else (W, H)
-    px, py = (x * per_x, y * per_y) if align_corners else (x * W - 0.5, y * H - 0.5)
+def _coordinate(c, size, padding_mode, align_corners):
+    """Pixel coordinate of the normalised `c`, and its derivative by `c`: None where that is clamped.
+
+    None for both where the sample does not count.
+    """
+    slope = size - 1 if align_corners else size
     if padding_mode == "border":
-        per_x, per_y = (per if 0 < p < n - 1 else 0 for per, p, n in ((per_x, px, W), (per_y, py, H)))
-        px, py = min(max(px, 0), W - 1), min(max(py, 0), H - 1)
-    elif not (-1 < px < W and -1 < py < H):
-        return []
+        if math.isinf(c):
+            return (size - 1 if c > 0 else 0), None
+        p = c * slope if align_corners else c * slope - 0.5
+        return min(max(p, 0), size - 1), (slope if 0 < p < size - 1 else None)
+    p = c * slope if align_corners else c * slope - 0.5
+    return (p, slope) if math.isfinite(c) and -1 < p < size else None
+
+
+def _bilinear(x, y, H, W, padding_mode, align_corners):
+    """Neighbours of the normalised (x, y): (pixel, weight, d weight/dpx, d weight/dpy) each; and dpx/dx, dpy/dy."""
+    if math.isnan(x) or math.isnan(y):
+        return [], (None, None)
+    column, row = (_coordinate(c, n, padding_mode, align_corners) for c, n in ((x, W), (y, H)))
+    if column is None or row is None:
+        return [], (None, None)
+    (px, slope_x), (py, slope_y) = column, row
     x0, y0 = math.floor(px), math.floor(py)
     ax, ay = px - x0, py - y0
     found = []
     for yi, wy, dy in ((y0, 1 - ay, -1.0), (y0 + 1, ay, 1.0)):
         for xi, wx, dx in ((x0, 1 - ax, -1.0), (x0 + 1, ax, 1.0)):
             if 0 <= yi < H and 0 <= xi < W:
-                found.append((yi * W + xi, wx * wy, dx * per_x * wy, wx * dy * per_y))
-    return found
+                found.append((yi * W + xi, wx * wy, dx * wy, wx * dy))
+    return found, (slope_x, slope_y)
 
 
 def _nearest(x, y, H, W):
     if math.isnan(x) or math.isnan(y):
-        return []
+        return [], (None, None)
     column, row = (int(min(max(c * n + 0.5, 0), n - 1)) for c, n in ((x, W), (y, H)))
-    return [(row * W + column, 1.0, 0.0, 0.0)]
+    return [(row * W + column, 1.0, 0.0, 0.0)], (None, None)
 
 
 def _samples(
     shapes, starts, locations, num_points, interpolation="bilinear", padding_mode="zeros", align_corners=False
 ):
-    """For every sample: its index in weights [N, Q, M, K], and its neighbours (pixel, weight, d/dx, d/dy)."""
+    """For every sample: its index in weights [N, Q, M, K], its neighbours and its slopes, as _bilinear gives them."""
     N, Q, M, K, _ = locations.shape
     level_of = [level for level, count in enumerate(num_points) for _ in range(count)]
     for n in range(N):
@@ -49,11 +62,11 @@ def _samples(
                     H, W = (int(size) for size in shapes[level_of[k]])
                     x, y = (float(c) for c in locations[n, q, m, k])
                     if interpolation == "nearest":
-                        corners = _nearest(x, y, H, W)
+                        corners, slopes = _nearest(x, y, H, W)
                     else:
-                        corners = _bilinear(x, y, H, W, padding_mode, align_corners)
+                        corners, slopes = _bilinear(x, y, H, W, padding_mode, align_corners)
                     start = int(starts[level_of[k]])
-                    yield (n, q, m, k), [(start + pixel, w, dx, dy) for pixel, w, dx, dy in corners]
+                    yield (n, q, m, k), [(start + pixel, w, dx, dy) for pixel, w, dx, dy in corners], slopes
 
 
 def _in_one_dimension(shapes, locations, weights, num_points):
@@ -74,18 +87,20 @@ def contiguous_starts(shapes):
     return [sum(sizes[:level]) for level in range(len(sizes))]
 
 
+@np.errstate(all="ignore")
 def forward(value, shapes, starts, locations, weights, num_points=None, **variant):
     starts = contiguous_starts(shapes) if starts is None else starts
     value = value.astype(np.float64)
     locations, weights, num_points = _in_one_dimension(shapes, locations, weights, num_points)
     N, _, M, D = value.shape
     output = np.zeros((N, locations.shape[1], M, D))
-    for (n, q, m, k), corners in _samples(shapes, starts, locations, num_points, **variant):
+    for (n, q, m, k), corners, _ in _samples(shapes, starts, locations, num_points, **variant):
         for pixel, w, _, _ in corners:
             output[n, q, m] += weights[n, q, m, k] * w * value[n, pixel, m]
     return output.reshape(N, -1, M * D)
 
 
+@np.errstate(all="ignore")
 def backward(value, shapes, starts, locations, weights, grad_output, num_points=None, **variant):
     starts = contiguous_starts(shapes) if starts is None else starts
     of_locations, of_weights = locations.shape, weights.shape
@@ -95,14 +110,16 @@ def backward(value, shapes, starts, locations, weights, grad_output, num_points=
     grad = grad_output.astype(np.float64).reshape(N, -1, M, D)
     grad_value, grad_locations = np.zeros_like(value), np.zeros(locations.shape)
     grad_weights = np.zeros(weights.shape)
-    for index, corners in _samples(shapes, starts, locations, num_points, **variant):
+    for index, corners, slopes in _samples(shapes, starts, locations, num_points, **variant):
         n, q, m = index[:3]
         a = weights[index]
         for pixel, w, dx, dy in corners:
             dot = float(np.dot(grad[n, q, m], value[n, pixel, m]))
             grad_value[n, pixel, m] += a * w * grad[n, q, m]
             grad_weights[index] += w * dot
-            grad_locations[index] += (a * dx * dot, a * dy * dot)
+            for axis, (slope, derivative) in enumerate(zip(slopes, (dx, dy), strict=True)):
+                if slope is not None:  # else the gradient is 0, whatever is NaN
+                    grad_locations[(*index, axis)] += a * slope * derivative * dot
     return grad_value, grad_locations.reshape(of_locations), grad_weights.reshape(of_weights)
 
 
@@ -117,6 +134,7 @@ def _references(shapes, references, points):
                 yield k, (n, q, level if levels > 1 else 0), (W, H), points[level]
 
 
+@np.errstate(all="ignore")
 def locations_and_weights(shapes, references, offsets, logits, points):
     """Locations [N, Q, M, K, 2] and weights [N, Q, M, K] of offsets from reference points, and of logits."""
     N, Q, M = logits.shape[:3]
@@ -137,6 +155,12 @@ def locations_and_weights(shapes, references, offsets, logits, points):
     return locations, weights
 
 
+def _product(grad, factor):
+    """Part of a gradient; none where the sample does not count or is clamped, whatever the factor is."""
+    return grad * factor if grad else 0.0
+
+
+@np.errstate(all="ignore")
 def fused_backward(shapes, references, offsets, weights, points, of_locations, of_weights):
     """Gradients of reference points, offsets and logits from those of locations and weights."""
     N, Q, M, K = weights.shape
@@ -152,8 +176,8 @@ def fused_backward(shapes, references, offsets, weights, points, of_locations, o
                 if len(point) == 2:
                     grad_offsets[n, q, m, k, c] = grad / size[c]
                 else:
-                    grad_offsets[n, q, m, k, c] = grad * point[2 + c] * 0.5 / P
-                    grad_references[n, q, at, 2 + c] += grad * step * 0.5 / P
+                    grad_offsets[n, q, m, k, c] = _product(grad, point[2 + c] * 0.5 / P)
+                    grad_references[n, q, at, 2 + c] += _product(grad, step * 0.5 / P)
     for index in np.ndindex(N, Q, M):
         inner = sum(weights[index] * of_weights[index])
         grad_logits[index] = [w * (g - inner) for w, g in zip(weights[index], of_weights[index], strict=True)]
