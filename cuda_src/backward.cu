@@ -84,7 +84,7 @@ __device__ __forceinline__ void multiply_chunk(
                 dot_vector x[neighbours];
 #pragma unroll
                 for (int c = 0; c < neighbours; ++c) {
-                    const address_t right = ((c & 1) * config::pixel_stride + channel) * sizeof(value_t);
+                    const address_t right = ((address_t)(c & 1) * config::pixel_stride + channel) * sizeof(value_t);
                     x[c] = load_channels_or_zeros<dot_vec>(mask >> c & 1, from[c >> 1] + right);
                 }
                 products.add(held.tile[tile], x);
@@ -95,7 +95,7 @@ __device__ __forceinline__ void multiply_chunk(
                 for (int c = 0; c < neighbours; ++c) {
                     const bool present = mask >> c & 1;
                     if constexpr (grad_samples) {
-                        const address_t right = (c & 1) * config::pixel_stride + channel;
+                        const address_t right = (address_t)(c & 1) * config::pixel_stride + channel;
                         const address_t at = from[c >> 1] + right * sizeof(value_t);
                         products.add(grad, c, load_channels_or_zeros<dot_vec>(present, at));
                     }

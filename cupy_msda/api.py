@@ -91,6 +91,8 @@ def ms_deform_attn(
         For shapes that do not match, arrays on different devices, and wrong metadata on the host.
     RuntimeError
         For an array on a CUDA device on a machine without CuPy.
+    NotImplementedError
+        On a GPU, for N*M from 2**32 on, and for M*D, 2*M*L*P, H or W from 2**31 on. Arrays may have more elements.
     """
     _refuse_gradients(
         "ms_deform_attn", value=value, sampling_locations=sampling_locations, attention_weights=attention_weights

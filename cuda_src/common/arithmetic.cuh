@@ -19,6 +19,10 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 
+// The largest number that is not above x.
+__device__ __forceinline__ void round_down(int x, float& y) { y = __int2float_rz(x); }
+__device__ __forceinline__ void round_down(int x, double& y) { y = x; }
+
 // A product that the compiler does not contract with an addition.
 __device__ __forceinline__ float multiply_unfused(float x, float y) { return __fmul_rn(x, y); }
 __device__ __forceinline__ double multiply_unfused(double x, double y) { return __dmul_rn(x, y); }

@@ -37,8 +37,15 @@ __device__ __forceinline__ acc_t pixel_coordinate(acc_t x, acc_t scale) {
     }
 }
 
+// The last pixel, rounded down: rounded to nearest, its number may be that of a pixel after the level.
+__device__ __forceinline__ acc_t last_pixel(int size) {
+    acc_t last;
+    round_down(size - 1, last);
+    return last;
+}
+
 __device__ __forceinline__ acc_t clamp_to_level(acc_t p, int size) {
-    const acc_t last = (acc_t)(size - 1);
+    const acc_t last = last_pixel(size);
     return p > 0 ? p < last ? p : last : (acc_t)0;
 }
 
@@ -46,7 +53,7 @@ __device__ __forceinline__ acc_t clamp_to_level(acc_t p, int size) {
 __device__ __forceinline__ acc_t pixel_slope([[maybe_unused]] acc_t x, int size) {
     if constexpr (clamped) {
         const acc_t p = pixel_coordinate(x, pixels_per_unit(size));
-        return !config::nearest && p > 0 && p < (acc_t)(size - 1) ? pixels_per_unit(size) : (acc_t)0;
+        return !config::nearest && p > 0 && p < last_pixel(size) ? pixels_per_unit(size) : (acc_t)0;
     } else {
         return pixels_per_unit(size);
     }

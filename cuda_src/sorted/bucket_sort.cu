@@ -75,7 +75,7 @@ __device__ __forceinline__ located_contribution contribution_of(
     found.segment =
         enters_slab
             ? 0
-            : (int)(pixel / config::bucket_size) * 2 + 1 + (found.pair && found.pixel == config::bucket_size - 1);
+            : (int)(pixel / config::bucket_size * 2 + 1 + (found.pair && found.pixel == config::bucket_size - 1));
     if (present == 0 || (!enters_slab && (pixel < 0 || pixel >= slab.pixels))) found.segment = no_segment;
     return found;
 }

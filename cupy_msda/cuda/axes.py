@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..arrays import item_size
 from ..call import accumulator_of
+from .index_width import INT, UNSIGNED, Index, Sizes
 from .kernel_spec import Axis, AxisGroup, Parameter, parameters
 
 VECTOR_BYTES = 16
@@ -47,6 +48,27 @@ class SampleAxes(AxisGroup):
         """Samples per query and head."""
         return sum(self.points) or self.L * self.P
 
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """Elements per sample from a query to the next, in the arrays of locations and of weights."""
+        return 2, 1
+
+    @property
+    def reference_numbers(self) -> int:
+        """Elements of the reference points per query."""
+        return 0
+
+    def indices(self, M: int, sizes: Sizes, bits: int) -> dict[str, Index]:
+        """The arrays that hold the samples of M heads, whose elements are counted in `bits` bits."""
+        locations, weights = self.numbers
+        return {
+            "locations": Index(sizes.Q * M * self.K * locations, bits),
+            "weights": Index(sizes.Q * M * self.K * weights, bits),
+            "references": Index(sizes.Q * self.reference_numbers, bits),
+            f"{locations}*M*L*P": Index(locations * M * self.K, INT),
+            "H and W": Index(sizes.side, INT),
+        }
+
     def derived(self) -> dict[str, Axis]:
         return {"reference_dtype": "float32", "reference_coordinates": 0, "reference_levels": 0, "packed": False}
 
@@ -59,6 +81,14 @@ class FusedSampleAxes(SampleAxes):
     reference_coordinates: int
     reference_levels: int
     packed: bool
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        return (3, 3) if self.packed else (2, 1)
+
+    @property
+    def reference_numbers(self) -> int:
+        return self.reference_levels * self.reference_coordinates
 
     def derived(self) -> dict[str, Axis]:
         return {}
@@ -87,6 +117,15 @@ class ChannelAxes(AxisGroup):
     @property
     def channel_tiles(self) -> int:
         return -(-self.D // self.channel_tile)
+
+    @property
+    def padded_channels(self) -> int:
+        """D, rounded up to whole channel tiles."""
+        return self.channel_tiles * self.channel_tile
+
+    def indices(self) -> dict[str, Index]:
+        """The channels of all heads."""
+        return {"M*D": Index(self.M * self.padded_channels, INT)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +164,17 @@ class GradientAxes(AxisGroup):
     grad_locations: bool
     grad_weights: bool
     grad_references: bool
+
+
+def block_indices(samples: SampleAxes, M: int, sizes: Sizes, bits: int) -> dict[str, Index]:
+    """What a kernel counts whose blocks take some queries of a head."""
+    return samples.indices(M, sizes, bits) | {"S": Index(sizes.S, bits), "N*M": Index(sizes.N * M, UNSIGNED)}
+
+
+def prepared_indices(samples: SampleAxes, channels: ChannelAxes, sizes: Sizes, bits: int) -> dict[str, Index]:
+    """The same where samples are prepared: they hold 16 times their pixel, which may lie a row outside the image."""
+    pixels = {"value": Index(32 * sizes.S, bits)}
+    return block_indices(samples, channels.M, sizes, bits) | channels.indices() | pixels
 
 
 # ---- parameters and shared memory that kernels have in common --------------------------------------------------------

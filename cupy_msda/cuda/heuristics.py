@@ -25,6 +25,7 @@ from .axes import (
     sample_bytes,
 )
 from .gpu import Gpu
+from .index_width import narrowest
 from .launch_tables import BackwardTable, Block, Bounds, ForwardEntry, table_of
 from .specs import BackwardSpec, ForwardSpec
 
@@ -93,15 +94,6 @@ def _common_sample_axes(problem: Problem) -> dict[str, Any]:
         "pixel_locations": problem.fused is not None,
         "ragged": problem.ragged,
     }
-
-
-def needs_wide_index(problem: Problem) -> bool:
-    """Whether offsets inside one image need 64 bits, in a kernel that takes queries."""
-    # A sample holds 16 times its pixel, which may lie a row and a pixel outside the image.
-    widest = max(problem.S * 32, problem.Q * problem.M * problem.K * 2)
-    if problem.fused:
-        widest = max(widest, problem.Q * problem.M * problem.K * 3, problem.Q * problem.L * 4)
-    return widest >= 2**31
 
 
 def bound_axes(chosen: Bounds, gpu: Gpu, warps: int | None = None) -> BoundAxes:
@@ -241,7 +233,11 @@ def forward(problem: Problem, alignment: int, gpu: Gpu) -> ForwardSpec:
     docs/performance/decisions.md#forward-query-tiles-per-warp
     docs/performance/decisions.md#forward-one-tile-for-wide-16-bit
     """
-    wide_index, channels = needs_wide_index(problem), forward_channels(problem, alignment)
+    return narrowest(lambda wide_index: _forward(problem, alignment, gpu, wide_index), problem)
+
+
+def _forward(problem: Problem, alignment: int, gpu: Gpu, wide_index: bool) -> ForwardSpec:
+    channels = forward_channels(problem, alignment)
     entry = _forward_entry(problem, channels, gpu)
     groups = _lane_groups(entry, channels.lanes, problem.K)
     per_query = channels.lanes * groups
@@ -301,6 +297,10 @@ def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> Back
     A block that aggregates works on a part of the image, in the tiles of all levels.
     docs/performance/decisions.md#backward-cross-level-tiles
     """
+    return narrowest(lambda wide_index: _backward(problem, alignment, gpu, wanted, wide_index), problem)
+
+
+def _backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, wide_index: bool) -> BackwardSpec:
     table = table_of(gpu).backward
     channels = backward_channels(problem, alignment, wanted.value)
     tiles = channels.channel_tiles
@@ -309,7 +309,7 @@ def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> Back
     elif not wanted.value:
         entry = _samples_entry(problem, tiles, table)
     elif aggregates(problem):
-        spec = _aggregated(problem, alignment, gpu, wanted)
+        spec = _aggregated(problem, alignment, gpu, wanted, wide_index)
         if spec is not None:
             return spec
         entry = table.atomics
@@ -317,7 +317,7 @@ def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> Back
         entry = table.atomics_few_queries
     else:
         entry = table.atomics
-    return _backward_spec(problem, channels, entry, gpu, wanted)
+    return _backward_spec(problem, channels, entry, gpu, wanted, wide_index)
 
 
 def _samples_entry(problem: Problem, channel_tiles: int, table: BackwardTable) -> Block:
@@ -328,7 +328,7 @@ def _samples_entry(problem: Problem, channel_tiles: int, table: BackwardTable) -
     return entry if channel_tiles == 1 else replace(entry, unroll=2)
 
 
-def _aggregated(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> BackwardSpec | None:
+def _aggregated(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, wide_index: bool) -> BackwardSpec | None:
     """The kernel whose blocks aggregate their samples, if these fit into shared memory.
 
     In 16 bits half of the lanes make the products with value, each with 16 bytes of a vector.
@@ -342,16 +342,22 @@ def _aggregated(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> B
     whole_lanes = channels.lanes >= 8 and problem.D % channels.channel_tile == 0
     paired = narrow and wide_loads and whole_lanes and (wanted.locations or wanted.weights)
     tiles = max(1, table.aggregated_queries * channels.lanes // (32 * entry.warps))
-    spec = _backward_spec(problem, channels, entry, gpu, wanted, query_tiles=tiles)
+    spec = _backward_spec(problem, channels, entry, gpu, wanted, wide_index, tiles)
     spec = replace(spec, aggregation_bits=table.aggregation_bits, paired_tiles=2 if paired else 1)
     return spec if spec.shared_bytes <= SHARED_WITHOUT_OPT_IN else None
 
 
 def _backward_spec(
-    problem: Problem, channels: ChannelAxes, entry: Block, gpu: Gpu, wanted: Wanted, query_tiles: int = 1
+    problem: Problem,
+    channels: ChannelAxes,
+    entry: Block,
+    gpu: Gpu,
+    wanted: Wanted,
+    wide_index: bool,
+    query_tiles: int = 1,
 ) -> BackwardSpec:
     """The backward kernel of an entry, without aggregation."""
-    wide_index, queries = needs_wide_index(problem), query_tiles * (32 // channels.lanes)
+    queries = query_tiles * (32 // channels.lanes)
     block = block_axes(entry, gpu, fused_warps(problem, entry.warps, queries, wide_index))
     most = _most_in_chunk(problem, channels.lanes, wide_index, unrolled=False)
     chunk = _chunk(problem, most)

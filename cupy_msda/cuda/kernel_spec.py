@@ -4,7 +4,7 @@ A :class:`KernelSpec` is one specialisation of one kernel. From it follow the he
 config``), the 64-bit words of a launch, the entry point of the emulator and the size of the shared memory. The specs
 are in ``specs.py``, ``sorted_specs.py`` and ``naive_specs.py``. To add an axis, add a field there and use
 ``config::<field>`` in the CUDA source. To add a parameter, add a line to ``parameters`` there and the parameter to the
-CUDA signature.
+CUDA signature; of an array, say in ``indices`` or ``long_arrays`` how the kernel counts its elements.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
 from .gpu import Gpu
+from .index_width import INT, LONG, Index, Sizes
 
 # A value of an axis: a number, the points of each level, or a dtype by its name.
 Axis = bool | int | str | tuple[int, ...]
@@ -25,6 +26,10 @@ class Parameter(NamedTuple):
     name: str
     type: str
     words: int = 1
+
+    @property
+    def is_array(self) -> bool:
+        return self.type.endswith("*")
 
 
 def parameters(*declarations: str) -> tuple[Parameter, ...]:
@@ -87,6 +92,8 @@ class KernelSpec(AxisGroup):
         Dynamic shared memory of a block; None where it depends on more than the axes.
     fixed : mapping
         Members of ``config`` that shared headers read and on which this kernel has no choice.
+    long_arrays : tuple of str
+        The arrays whose elements are counted in 64 bits in every specialisation. :meth:`indices` has the others.
     leaves_l1 : bool
         Whether the driver is asked to leave the shared memory that the resident blocks do not need to the L1 cache.
     """
@@ -95,6 +102,7 @@ class KernelSpec(AxisGroup):
     file: ClassVar[str]
     parameters: ClassVar[tuple[Parameter, ...]]
     fixed: ClassVar[dict[str, Axis]] = {}
+    long_arrays: ClassVar[tuple[str, ...]] = ()
     leaves_l1: ClassVar[bool] = False
 
     @property
@@ -120,6 +128,23 @@ class KernelSpec(AxisGroup):
     def resident_blocks(self, gpu: Gpu) -> int:
         """Blocks on a multiprocessor at a time."""
         return min(self.min_blocks, gpu.resident_blocks(self.threads, self.shared_bytes or 0))
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of the kernels' `index_t`."""
+        return LONG if self.axes().get("wide_index") else INT
+
+    def indices(self, sizes: Sizes) -> dict[str, Index]:
+        """What the kernel counts in a type that may be too narrow.
+
+        The elements of an array, those of one image, have its name. What follows from sizes is in the symbols of the
+        contract.
+        """
+        return {}
+
+    def exceeded(self, sizes: Sizes) -> dict[str, Index]:
+        """Those of :meth:`indices` that do not fit into their type."""
+        return {name: index for name, index in self.indices(sizes).items() if not index.fits}
 
     def words(self) -> tuple[int, ...]:
         """64-bit words of each parameter."""

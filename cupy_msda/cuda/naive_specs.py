@@ -21,6 +21,9 @@ class NaiveSpec(KernelSpec):
 
     file: ClassVar[str] = "naive.cu"
 
+    def __init_subclass__(cls) -> None:
+        cls.long_arrays = tuple(one.name for one in cls.parameters if one.is_array)  # every index is a `long long`
+
     value_dtype: str
     location_dtype: str
     reference_dtype: str

@@ -12,6 +12,7 @@ from ..call import ALL, SIXTEEN_BIT, Problem, Wanted
 from . import heuristics, sorted_heuristics
 from .axes import VECTOR_BYTES
 from .gpu import Gpu
+from .index_width import INT, Index, Sizes, sizes_of
 from .kernel_spec import KernelSpec
 from .specs import CastSpec, ForwardSpec, ReduceReferencesSpec
 
@@ -20,6 +21,7 @@ __all__ = [
     "Launch",
     "backward",
     "cast_gradient",
+    "countable",
     "forward",
     "launch_of",
     "materialise",
@@ -94,7 +96,7 @@ def reduce_references(problem: Problem) -> Launch:
         reference_coordinates=fused.coordinates,
         reference_levels=fused.levels,
     )
-    return over_elements(spec, problem.N * problem.Q * fused.levels * fused.coordinates)
+    return _accepted(problem, over_elements(spec, problem.N * problem.Q * fused.levels * fused.coordinates))
 
 
 def _grid(problem: Problem, queries: int, rows: int) -> tuple[int, int, int]:
@@ -114,4 +116,32 @@ def _accepted(problem: Problem, launch: Launch) -> Launch:
             f"sampling_offsets: expected fewer samples per query and head than L*P = {problem.K} on a GPU, where all "
             f"of them are in shared memory for their softmax; ms_deform_attn takes any number"
         )
+    return countable(problem, launch, sizes_of(problem))
+
+
+def countable(problem: Problem, launch: Launch, sizes: Sizes) -> Launch:
+    """`launch`, whose kernel and grid can count what there is.
+
+    Raises
+    ------
+    NotImplementedError
+        Where they cannot.
+    """
+    blocks, _, planes = launch.grid
+    of_grid = {f"the blocks for Q = {problem.Q}": Index(blocks, INT), "N*M / 65535": Index(planes, 16)}
+    for name, index in (launch.spec.indices(sizes) | of_grid).items():
+        if not index.fits:
+            raise NotImplementedError(
+                f"{_argument(problem, name)}: expected {name} below 2**{index.bits} on a GPU, got {index.size}; call "
+                f"the operator on a part of the arrays at a time, or set CUPY_MSDA_KERNELS=naive"
+            )
     return launch
+
+
+def _argument(problem: Problem, counted: str) -> str:
+    """The argument that is too large where this is, in the symbols of the contract."""
+    if "N" in counted or "D" in counted:
+        return "value"
+    if "H" in counted:
+        return "spatial_shapes"
+    return "sampling_offsets" if problem.fused else "sampling_locations"

@@ -20,6 +20,7 @@ from ..call import ALL, SIXTEEN_BIT, Problem, Wanted
 from . import heuristics, plan, sorted_heuristics
 from .axes import aligned, contribution_bytes
 from .gpu import Gpu
+from .index_width import Sizes, sizes_of
 from .plan import Launch
 from .sorted_specs import segment_starts_bytes
 from .specs import BlockReduceSpec, WarpReduceSpec
@@ -146,8 +147,6 @@ def is_sorted(problem: Problem) -> bool:
 
 def summation(problem: Problem, alignment: int, gpu: Gpu) -> Summation:
     """Launches and memory of a sorted sum."""
-    if problem.Q >= 2**32:
-        raise NotImplementedError(f"deterministic: expected fewer than 2**32 queries, got Q = {problem.Q}")
     reduce = sorted_heuristics.reduction(problem, alignment, gpu)
     sort = sorted_heuristics.bucket_sort(problem, reduce.bucket_size, gpu)
     in_run, in_launch = sort.bounds.warps * sort.chunk, problem.Q * problem.K
@@ -159,18 +158,17 @@ def summation(problem: Problem, alignment: int, gpu: Gpu) -> Summation:
     heads = max(1, min(problem.N * problem.M, WORKSPACE // (runs * (starts + capacity * contribution))))
     contributions = _aligned(heads * runs * starts)
     counts = contributions + heads * runs * capacity * contribution
-    split, most, of_chunk = None, 0, 0
+    sizes = sizes_of(problem)._replace(buckets=heads * buckets)
+    split, of_chunk, bucket_chunk = None, 0, BUCKET_CHUNK
     if isinstance(reduce, BlockReduceSpec) and 2 * neighbours * in_launch > BUCKET_CHUNK:
-        # A contribution that reaches into the next bucket is in both. A bucket of more than a chunk has less than twice
-        # as many chunks as its contributions would fill.
-        most = 2 * heads * (2 * neighbours * in_launch // BUCKET_CHUNK)
-        of_chunk = reduce.bucket_size * reduce.channels.channel_tiles * reduce.channels.channel_tile
+        of_chunk = reduce.chunk_sum_size
+        bucket_chunk, sizes = _chunked(reduce, sizes, heads, neighbours * in_launch)
         of_split = sorted_heuristics.split_buckets(reduce.bucket_size)
         split = Launch(of_split, (heads * -(-buckets // 32), 1, 1), of_split.shared_bytes)
     chunks = _aligned(counts + (16 + 8 * heads * buckets if split else 0))
-    sums = _aligned(chunks + 16 * most)
+    sums = _aligned(chunks + 16 * sizes.listed)
     buckets_of_block = reduce.block.warps if isinstance(reduce, WarpReduceSpec) else 1
-    return Summation(
+    planned = Summation(
         Launch(sort, (heads * runs, 1, 1), sort.bytes_for(capacity, buckets)),
         split,
         Launch(reduce, (heads * -(-buckets // buckets_of_block), 1, 1), reduce.shared_bytes),
@@ -178,13 +176,31 @@ def summation(problem: Problem, alignment: int, gpu: Gpu) -> Summation:
         pixels=buckets * reduce.bucket_size,
         runs=runs,
         capacity=capacity,
-        bucket_chunk=BUCKET_CHUNK,
+        bucket_chunk=bucket_chunk,
         contributions=contributions,
         counts=counts,
         chunks=chunks,
         sums=sums,
-        nbytes=sums + most * of_chunk * item_size(problem.accumulator_dtype),
+        nbytes=sums + sizes.listed * of_chunk * item_size(problem.accumulator_dtype),
     )
+    for launch in planned.launches:
+        plan.countable(problem, launch, sizes)
+    return planned
+
+
+def _chunked(reduce: BlockReduceSpec, sizes: Sizes, heads: int, contributions: int) -> tuple[int, Sizes]:
+    """Contributions of a bucket chunk, and how many chunks there are at most: so few that the kernel counts their sums.
+
+    A contribution that reaches into the next bucket is in both. A bucket of more than a chunk has less than twice as
+    many chunks as its contributions would fill.
+    """
+    bucket_chunk = BUCKET_CHUNK
+    while True:
+        listed, last = 2 * heads * (2 * contributions // bucket_chunk), contributions // bucket_chunk
+        sizes = sizes._replace(listed=listed, last_chunk=last)
+        if "chunk_sums" not in reduce.exceeded(sizes):
+            return bucket_chunk, sizes
+        bucket_chunk *= 2
 
 
 def _aligned(nbytes: int) -> int:

@@ -11,9 +11,9 @@ from .heuristics import (
     bound_axes,
     fused_sample_axes,
     fused_warps,
-    needs_wide_index,
     sample_axes,
 )
+from .index_width import narrowest
 from .launch_tables import table_of
 from .specs import BlockReduceSpec, BucketSortSpec, MaterialiseSpec, SplitBucketsSpec, WarpReduceSpec
 
@@ -29,11 +29,6 @@ MAX_BUCKET_SIZE, MAX_BUCKETS = 32, 1024
 RUN_BYTES = 48 * 1024
 # Warps of a block that splits buckets: they share the runs of 32 buckets.
 SPLIT_WARPS = 32
-
-
-def needs_wide_index_sorted(problem: Problem) -> bool:
-    """Whether offsets inside one image need 64 bits, in the kernels that sort and reduce contributions."""
-    return 2 * max(problem.S * problem.M * problem.D, problem.Q * problem.M * max(problem.K, problem.D)) >= 2**31
 
 
 def reduction(problem: Problem, alignment: int, gpu: Gpu) -> WarpReduceSpec | BlockReduceSpec:
@@ -74,15 +69,19 @@ def bucket_sort(problem: Problem, bucket_size: int, gpu: Gpu) -> BucketSortSpec:
     contribution = len(problem.variant.neighbours) * contribution_bytes(problem.value_dtype)
     fits = RUN_BYTES // (32 * bounds.warps * contribution) * 32
     samples = problem.N * problem.M * problem.Q * problem.K
-    return BucketSortSpec(
-        value_dtype=problem.value_dtype,
-        wide_index=needs_wide_index_sorted(problem),
-        M=problem.M,
-        samples=sample_axes(problem, materialised=is_materialised(problem)),
-        bounds=bounds,
-        chunk=min(fits, 256 if samples >= 2**20 else 128 if samples >= 2**18 else 64),
-        bucket_size=bucket_size,
-    )
+
+    def make(wide_index: bool) -> BucketSortSpec:
+        return BucketSortSpec(
+            value_dtype=problem.value_dtype,
+            wide_index=wide_index,
+            M=problem.M,
+            samples=sample_axes(problem, materialised=is_materialised(problem)),
+            bounds=bounds,
+            chunk=min(fits, 256 if samples >= 2**20 else 128 if samples >= 2**18 else 64),
+            bucket_size=bucket_size,
+        )
+
+    return narrowest(make, problem)
 
 
 def split_buckets(bucket_size: int) -> SplitBucketsSpec:
@@ -101,12 +100,16 @@ def is_materialised(problem: Problem) -> bool:
 
 def materialise(problem: Problem) -> MaterialiseSpec:
     """The kernel that turns offsets and logits into locations, in pixels, and weights."""
-    lanes, warps, wide_index = min(32, 1 << (problem.K - 1).bit_length()), 8, needs_wide_index(problem)
-    return MaterialiseSpec(
-        value_dtype=problem.value_dtype,
-        wide_index=wide_index,
-        M=problem.M,
-        lanes=lanes,
-        samples=fused_sample_axes(problem),
-        warps=fused_warps(problem, warps, 32 // lanes, wide_index),
-    )
+    lanes, warps = min(32, 1 << (problem.K - 1).bit_length()), 8
+
+    def make(wide_index: bool) -> MaterialiseSpec:
+        return MaterialiseSpec(
+            value_dtype=problem.value_dtype,
+            wide_index=wide_index,
+            M=problem.M,
+            lanes=lanes,
+            samples=fused_sample_axes(problem),
+            warps=fused_warps(problem, warps, 32 // lanes, wide_index),
+        )
+
+    return narrowest(make, problem)

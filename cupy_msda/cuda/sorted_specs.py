@@ -18,10 +18,12 @@ from .axes import (
     ChannelAxes,
     SampleAxes,
     aligned,
+    block_indices,
     contribution_bytes,
     index_bytes,
     samples_bytes,
 )
+from .index_width import INT, UNSIGNED, Index, Sizes
 from .kernel_spec import Axis, KernelSpec, Parameter, parameters
 
 
@@ -42,6 +44,7 @@ class BucketSortSpec(KernelSpec):
         *parameters("long long S", "long long Q"),
         *SLAB,
     )
+    long_arrays: ClassVar[tuple[str, ...]] = ("lengths", "segment_starts", "contributions", "counts")
     fixed: ClassVar[dict[str, Axis]] = {"tile_rows": 0}
 
     value_dtype: str
@@ -56,6 +59,11 @@ class BucketSortSpec(KernelSpec):
     def threads(self) -> int:
         return 32 * self.bounds.warps
 
+    def indices(self, sizes: Sizes) -> dict[str, Index]:
+        # Two segments per bucket, for pixels that may lie a row after the image.
+        segments = {"S": Index(4 * sizes.S, self.index_bits)}
+        return self.samples.indices(self.M, sizes, self.index_bits) | contribution_index(sizes) | segments
+
     @property
     def shared_bytes(self) -> None:
         """Depends on the number of buckets: :meth:`bytes_for`."""
@@ -66,6 +74,11 @@ class BucketSortSpec(KernelSpec):
         warps, pitch = self.bounds.warps, segment_starts_bytes(buckets)
         run = aligned(max(contributions * contribution_bytes(self.value_dtype), warps * pitch))
         return run + self.samples.L * LEVEL_BYTES + 4 * warps + pitch
+
+
+def contribution_index(sizes: Sizes) -> dict[str, Index]:
+    """A contribution holds the number of its query."""
+    return {"Q": Index(sizes.Q, UNSIGNED)}
 
 
 def segment_starts_bytes(buckets: int) -> int:
@@ -87,6 +100,7 @@ class SplitBucketsSpec(KernelSpec):
         "long long pixels",
         "long long contributions_per_chunk",
     )
+    long_arrays: ClassVar[tuple[str, ...]] = ("segment_starts",)
     fixed: ClassVar[dict[str, Axis]] = {"min_blocks": 1}
 
     warps: int
@@ -95,6 +109,9 @@ class SplitBucketsSpec(KernelSpec):
     @property
     def threads(self) -> int:
         return 32 * self.warps
+
+    def indices(self, sizes: Sizes) -> dict[str, Index]:
+        return {"counts": Index(sizes.buckets, UNSIGNED), "list": Index(sizes.listed, UNSIGNED)}
 
     @property
     def shared_bytes(self) -> int:
@@ -118,6 +135,7 @@ class WarpReduceSpec(KernelSpec):
         *RUNS,
         *SLAB,
     )
+    long_arrays: ClassVar[tuple[str, ...]] = ("grad_output", "contributions", "segment_starts", "grad_value")
 
     channels: ChannelAxes
     block: BlockAxes
@@ -127,10 +145,13 @@ class WarpReduceSpec(KernelSpec):
     def threads(self) -> int:
         return 32 * self.block.warps
 
+    def indices(self, sizes: Sizes) -> dict[str, Index]:
+        return self.channels.indices() | contribution_index(sizes)
+
     @property
     def shared_bytes(self) -> int:
         accumulator = self.channels.accumulator_bytes
-        sums = self.bucket_size * self.channels.channel_tiles * self.channels.channel_tile * accumulator
+        sums = self.bucket_size * self.channels.padded_channels * accumulator
         return self.block.warps * (32 * 4 * accumulator + aligned(sums))
 
 
@@ -150,6 +171,7 @@ class BlockReduceSpec(KernelSpec):
             "long long contributions_per_chunk",
         ),
     )  # fmt: skip
+    long_arrays: ClassVar[tuple[str, ...]] = WarpReduceSpec.long_arrays
 
     channels: ChannelAxes
     block: BlockAxes
@@ -159,6 +181,23 @@ class BlockReduceSpec(KernelSpec):
     @property
     def threads(self) -> int:
         return 32 * self.block.warps
+
+    @property
+    def chunk_sum_size(self) -> int:
+        """Elements of the sums of a bucket chunk."""
+        return self.bucket_size * self.channels.padded_channels
+
+    def indices(self, sizes: Sizes) -> dict[str, Index]:
+        return (
+            self.channels.indices()
+            | contribution_index(sizes)
+            | {
+                f"{self.bucket_size}*D": Index(self.chunk_sum_size, INT),
+                "counts": Index(sizes.buckets, UNSIGNED),
+                "list": Index(sizes.listed, UNSIGNED),
+                "chunk_sums": Index(sizes.last_chunk * self.chunk_sum_size, UNSIGNED),
+            }
+        )
 
     @property
     def shared_bytes(self) -> int:
@@ -193,6 +232,7 @@ class MaterialiseSpec(KernelSpec):
             "long long heads",
         ),
     )
+    long_arrays: ClassVar[tuple[str, ...]] = ("lengths",)
     fixed: ClassVar[dict[str, Axis]] = {
         "lane_groups": 1, "heads_per_warp": 1, "query_tiles": 1, "tile_rows": 0, "min_blocks": 1
     }  # fmt: skip
@@ -215,6 +255,12 @@ class MaterialiseSpec(KernelSpec):
     def queries_per_tile(self) -> int:
         """Queries that a warp works on."""
         return 32 // self.lanes
+
+    def indices(self, sizes: Sizes) -> dict[str, Index]:
+        given = block_indices(self.samples, self.M, sizes, self.index_bits)
+        samples = sizes.Q * self.M * self.samples.K
+        made = {"locations": Index(2 * samples, self.index_bits), "weights": Index(samples, self.index_bits)}
+        return given | {"offsets": given["locations"], "logits": given["weights"]} | made
 
     @property
     def shared_bytes(self) -> int:

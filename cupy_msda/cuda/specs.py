@@ -22,8 +22,10 @@ from .axes import (
     SampleAxes,
     aligned,
     index_bytes,
+    prepared_indices,
     samples_bytes,
 )
+from .index_width import INT, Index, Sizes
 from .kernel_spec import Axis, KernelSpec, Parameter, parameters
 from .naive_specs import NaiveBackwardSpec, NaiveForwardSpec, NaiveFusedBackwardSpec, NaiveMaterialiseSpec
 from .sorted_specs import BlockReduceSpec, BucketSortSpec, MaterialiseSpec, SplitBucketsSpec, WarpReduceSpec
@@ -48,6 +50,7 @@ class ForwardSpec(KernelSpec):
         *parameters("value_t* output"),
         *SIZES,
     )
+    long_arrays: ClassVar[tuple[str, ...]] = ("lengths", "output")
 
     wide_index: bool
     channels: ChannelAxes
@@ -78,6 +81,9 @@ class ForwardSpec(KernelSpec):
         """Whether each lane holds all levels, instead of a copy per warp in shared memory."""
         tiled = self.masked_neighbours and self.queries.query_tiles > 1
         return tiled and self.samples.L <= MAX_LEVELS_IN_REGISTERS
+
+    def indices(self, sizes: Sizes) -> dict[str, Index]:
+        return prepared_indices(self.samples, self.channels, sizes, self.index_bits)
 
     def derived(self) -> dict[str, Axis]:
         return super().derived() | {
@@ -123,6 +129,7 @@ class BackwardSpec(KernelSpec):
         *SIZES,
     )
 
+    long_arrays: ClassVar[tuple[str, ...]] = ("lengths", "grad_output", "grad_value", "grad_references")
     fixed: ClassVar[dict[str, Axis]] = {"lane_groups": 1, "heads_per_warp": 1}
 
     wide_index: bool
@@ -143,6 +150,10 @@ class BackwardSpec(KernelSpec):
     def queries_per_tile(self) -> int:
         """Queries that a warp works on at a time."""
         return 32 // self.channels.lanes
+
+    def indices(self, sizes: Sizes) -> dict[str, Index]:
+        found = prepared_indices(self.samples, self.channels, sizes, self.index_bits)
+        return found | {"grad_locations": found["locations"], "grad_weights": found["weights"]}
 
     @property
     def shared_bytes(self) -> int:
@@ -175,6 +186,7 @@ class CastSpec(_ElementSpec):
     parameters: ClassVar[tuple[Parameter, ...]] = parameters(
         "const float* source", "value_t* target", "long long count"
     )  # fmt: skip
+    long_arrays: ClassVar[tuple[str, ...]] = ("source", "target")
 
     value_dtype: str
 
@@ -188,6 +200,7 @@ class ReduceReferencesSpec(_ElementSpec):
     parameters: ClassVar[tuple[Parameter, ...]] = parameters(
         "const acc_t* per_head", "reference_t* grad_references", "long long count"
     )
+    long_arrays: ClassVar[tuple[str, ...]] = ("per_head", "grad_references")
 
     value_dtype: str
     reference_dtype: str
@@ -195,6 +208,9 @@ class ReduceReferencesSpec(_ElementSpec):
     L: int
     reference_coordinates: int
     reference_levels: int
+
+    def indices(self, sizes: Sizes) -> dict[str, Index]:
+        return {f"{self.reference_coordinates}*M*L": Index(self.reference_coordinates * self.M * self.L, INT)}
 
 
 #: Every kernel by its name.

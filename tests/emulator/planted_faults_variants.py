@@ -20,12 +20,12 @@ VARIANTS = {
     "nearest with a gradient of locations": (NEAREST, Fault("backward", "!config::nearest && p > 0", "p > 0")),
     "border without a clamp": (BORDER, Fault("forward", "px = clamp_to_level(px, level.w);", "")),
     "clamp to the size, not to the last pixel": (
-        BORDER, Fault("forward", "last = (acc_t)(size - 1)", "last = (acc_t)size"),
+        BORDER, Fault("forward", "round_down(size - 1, last)", "round_down(size, last)"),
     ),
     "fraction beyond the border": (
         BORDER, Fault("forward", "if (pixel_slope(y, level.h) == 0) cell.fraction_y = 0;", ""),
     ),
-    "gradient beyond the border": (BORDER, Fault("backward", "p > 0 && p < (acc_t)(size - 1) ?", "true ?")),
+    "gradient beyond the border": (BORDER, Fault("backward", "p > 0 && p < last_pixel(size) ?", "true ?")),
     "edges of pixels for their centres": (CORNERS, Fault("forward", "config::align_corners ? size - 1 : size", "size")),
     "shift by half a pixel": (CORNERS, Fault("backward", "config::align_corners ? (acc_t)0 :", "")),
 }  # fmt: skip

@@ -306,7 +306,7 @@ def test_slabs_and_groups_of_heads_change_nothing(monkeypatch):
 
 
 def test_64_bit_offsets_of_the_sorted_sum_under_the_sanitizers(monkeypatch):
-    monkeypatch.setattr(sorted_heuristics, "needs_wide_index_sorted", lambda problem: True)
+    emulator.force_wide_index(monkeypatch, True)
     for case in (PATHS[0], PATHS[8]):
         inputs = case.inputs(seed=8)
         assert_close(emulator.summation(inputs, sanitize=True), cases.expected(inputs)[1][0], "float32")

@@ -256,6 +256,7 @@ inline void __threadfence() {}
 template <typename T> inline T __ldcs(const T* p) { return *p; }
 template <typename T> inline void __stcs(T* p, T x) { *p = x; }
 template <typename T> inline T atomicAdd(T* p, T x) { const T old = *p; *p = old + x; return old; }
+inline float __int2float_rz(int x) { return (double)(float)x > x ? nextafterf((float)x, 0) : (float)x; }     // x >= 0
 inline float __fmul_rn(float x, float y) { volatile float product = x * y; return product; }
 inline double __dmul_rn(double x, double y) { volatile double product = x * y; return product; }
 inline int __float2int_rd(float x) {

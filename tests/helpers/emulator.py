@@ -15,8 +15,10 @@ import ml_dtypes
 import numpy as np
 
 from cupy_msda.call import ALL, PLAIN
-from cupy_msda.cuda import heuristics, kernels, plan, plan_backward, sorted_heuristics
+from cupy_msda.cuda import kernels, plan, plan_backward, sorted_heuristics
 from cupy_msda.cuda.gpu import H100
+from cupy_msda.cuda.index_width import Index
+from cupy_msda.cuda.specs import KERNELS
 from tests.helpers import cases
 from tests.helpers.calls import call_of
 
@@ -300,5 +302,10 @@ def summation(
 
 
 def force_wide_index(monkeypatch, wide):
-    """Make the planner choose 64-bit offsets, or not, whatever the sizes."""
-    monkeypatch.setattr(heuristics, "needs_wide_index", lambda problem: wide)
+    """Make the planner choose 64-bit indices, or not, whatever the sizes."""
+
+    def indices(spec, sizes):
+        return {} if spec.axes().get("wide_index", wide) == wide else {"forced": Index(2**32, 32)}
+
+    for kind in KERNELS.values():
+        monkeypatch.setattr(kind, "indices", indices)

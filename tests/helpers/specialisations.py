@@ -57,7 +57,7 @@ def variant_of(described, L, P):
 def problem_of(row):
     """The problem with these properties: a value for each of AXES."""
     L, P = row["points"]
-    S = 22223 if row["size"] == "32 bits" else 2**28
+    S = 22223 if row["size"] == "32 bits" else 2**31
     Q = {"few": 50, "many": 20000, "pixels": S}[row["queries"]]
     D, form, pair = row["D"], variant_of(row["variant"], L, P), row["pair"]
     return Problem(

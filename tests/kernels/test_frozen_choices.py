@@ -1,4 +1,7 @@
-"""On an H100 the planner makes the choices that were measured: those of a recording, for random problems."""
+"""On an H100 the planner makes the choices that were measured: those of a recording, for random problems.
+
+`python -m tests.kernels.test_frozen_choices` writes the recording anew, after a choice that was a fault.
+"""
 
 import hashlib
 import json
@@ -10,8 +13,9 @@ from cupy_msda.cuda import plan, plan_backward
 from cupy_msda.cuda.gpu import H100
 from tests.helpers import random_problems
 
-# Digests of `described_choices` for the problems of `draw`, made by the planner of commit 775fc3d. Its forwards of more
-# than 2**21 pixels as queries did not compile: the digests of these problems are later.
+# Digests of `described_choices` for the problems of `draw`, made by the planner of commit 775fc3d. Those of some are
+# later: its forwards of more than 2**21 pixels as queries did not compile, and some of its bucket sorts took 64-bit
+# indices for arrays that they do not read.
 RECORDING = Path(__file__).with_name("frozen_choices.json")
 
 _ALL = ("vec", "lanes", "chunk", "warps", "query_tiles", "min_blocks", "unroll", "tile_rows", "wide_index")
@@ -93,3 +97,10 @@ def test_another_choice_is_seen(axis):
     text = described_choices(random_problems.draw(1)[0])
     assert f"{axis}" in text
     assert digest(text.replace(axis, f"{axis}_", 1)) != json.loads(RECORDING.read_text())[0]
+
+
+if __name__ == "__main__":
+    count = len(json.loads(RECORDING.read_text()))
+    digests = [f'"{digest(described_choices(asked))}"' for asked in random_problems.draw(count)]
+    lines = (", ".join(digests[at : at + 10]) for at in range(0, count, 10))
+    RECORDING.write_text("[\n" + ",\n".join(lines) + "\n]\n")

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from cupy_msda.cuda import kernels
+from cupy_msda.cuda.index_width import Sizes
 from cupy_msda.cuda.kernel_spec import AxisGroup
 from cupy_msda.cuda.specs import KERNELS
 from tests.helpers import specialisations
@@ -35,6 +36,16 @@ def code_of(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_parameters_are_those_of_the_cuda_function(kernel):
     assert [(one.name, one.type) for one in KERNELS[kernel].parameters] == signature(kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_array_says_how_its_elements_are_counted(kernel):
+    spec = SPECS[kernel]
+    arrays = {parameter.name for parameter in spec.parameters if parameter.is_array}
+    counted, long = spec.indices(Sizes(1, 1, 1)).keys(), set(spec.long_arrays)
+    assert not counted & long
+    assert arrays <= counted | long
+    assert long <= arrays
 
 
 def test_a_swapped_parameter_is_seen():

@@ -1,0 +1,58 @@
+"""Whether the indices of a kernel need 64 bits: by the counts that its spec has of every array, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from ..call import Problem
+
+if TYPE_CHECKING:
+    from .kernel_spec import KernelSpec
+
+Spec = TypeVar("Spec", bound="KernelSpec")
+
+# Bits of the kernels' index types, without the sign.
+INT, UNSIGNED, LONG = 31, 32, 63
+
+
+class Index(NamedTuple):
+    """How many elements, or other things, a kernel counts in a type of so many bits."""
+
+    size: int
+    bits: int
+
+    @property
+    def fits(self) -> bool:
+        return self.size < 2**self.bits
+
+
+class Sizes(NamedTuple):
+    """Sizes of a launch that its specialisation does not know.
+
+    `side` is the largest H and W, 0 where levels are not known. A launch of a sorted sum has `buckets`, and at most
+    `listed` chunks of large buckets; `last_chunk` is the largest number of a chunk in its bucket.
+    """
+
+    N: int
+    S: int
+    Q: int
+    side: int = 0
+    buckets: int = 0
+    listed: int = 0
+    last_chunk: int = 0
+
+
+def sizes_of(problem: Problem) -> Sizes:
+    """What the indices of a specialisation grow with."""
+    side = max((max(h, w) for h, w, _ in problem.levels or ()), default=0)
+    return Sizes(problem.N, problem.S, problem.Q, side)
+
+
+def narrowest(make: Callable[[bool], Spec], problem: Problem) -> Spec:
+    """The specialisation with 32-bit indices, or with 64-bit ones where its own count of the indices needs them.
+
+    ``make(wide_index)`` makes it.
+    """
+    spec = make(False)
+    return make(True) if spec.exceeded(sizes_of(problem)) else spec
