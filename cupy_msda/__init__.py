@@ -1,7 +1,11 @@
 """Multi-scale deformable attention for NumPy, CuPy, torch, JAX and every other DLPack framework.
 
-``import cupy_msda`` imports NumPy and no other framework. The differentiable torch operator is in ``cupy_msda.torch``.
+``import cupy_msda`` imports NumPy and no other framework. The differentiable torch operator is in ``cupy_msda.torch``,
+which imports torch when it is first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 from .api import (
     ms_deform_attn,
@@ -22,3 +26,18 @@ __all__ = [
     "warmup",
 ]
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import torch as torch
+else:
+
+    def __getattr__(name):
+        """``cupy_msda.torch`` without an import of its own: it imports torch when it is first used."""
+        if name != "torch":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return importlib.import_module(".torch", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise AttributeError(f"module {__name__!r} has no attribute 'torch' here: {error}") from error

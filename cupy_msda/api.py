@@ -52,8 +52,8 @@ def ms_deform_attn(
     attention_weights : array [N, Q, M, L, P], or [N, Q, M, sum(num_points)]
         Used as they are, without softmax. Of the dtype of `sampling_locations`.
     im2col_step : int
-        Accepted for source compatibility: any positive int. It does not change the result.
-    num_points : sequence of L ints, optional
+        Accepted for source compatibility: any positive int, of Python or NumPy. It does not change the result.
+    num_points : integer array or sequence [L], optional
         Points of each level, where the levels differ (RT-DETRv2, D-FINE). The points of all levels are then one
         dimension of the arrays, in the order of the levels.
     interpolation : {'bilinear', 'nearest'}
@@ -66,7 +66,8 @@ def ms_deform_attn(
         :func:`torch.nn.functional.grid_sample` does. The gradient of a clamped location is 0. All locations are in
         bounds, except for NaN.
     align_corners : bool
-        px = x * (W - 1), py = y * (H - 1): 0 and 1 are the centres of the outermost pixels, not their edges.
+        px = x * (W - 1), py = y * (H - 1): 0 and 1 are the centres of the outermost pixels, not their edges. All flags
+        may be bools of Python or NumPy.
     query_lengths : integer array or sequence [N], optional
         Number of queries of each image. The others, from this index on, are padding (as in BEVFormer's cameras): their
         inputs are not read, and their output and gradients are 0. Lengths on the GPU are not read back, but clamped to
@@ -75,7 +76,9 @@ def ms_deform_attn(
         Has no effect on the forward, which always returns the same bits; see :func:`ms_deform_attn_backward`.
     validate : bool
         Read metadata on the GPU back, which synchronises, and raise for a bad level. Without it, a level on the GPU
-        that does not fit into S makes the output NaN. Memory outside the arrays is never read.
+        that does not fit into S makes the output NaN. Memory outside the arrays is never read. A ``UserWarning`` says
+        where sizes look like (W, H), or locations or reference points look like pixels or like the coordinates of
+        ``grid_sample`` from -1 to 1; these are read too.
 
     Returns
     -------

@@ -67,7 +67,7 @@ def read(arguments: Arguments, grad_output: Any = None, wanted: Wanted = ALL) ->
     starts = _read_starts(arguments.level_start_index, L)
     metadata_on_gpu = any(m is not None and m.device[0] == "cuda" for m in (shapes, starts))
     stays_on_gpu = metadata_on_gpu and value.device[0] == "cuda" and not validate
-    levels = None if stays_on_gpu else _read_levels(shapes, starts, S)
+    levels = None if stays_on_gpu else _read_levels(shapes, starts, value.shape)
     if deterministic is None:
         deterministic = value.framework.wants_determinism()
     lengths = None
@@ -204,7 +204,7 @@ def _strides_of(value: View) -> ValueStrides | None:
     return ValueStrides(image if N > 1 else 0, pixel if S > 1 else M * D, head if M > 1 else D)
 
 
-def _read_levels(shapes: View, starts: View | None, S: int) -> tuple[tuple[int, int, int], ...]:
+def _read_levels(shapes: View, starts: View | None, value: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
     """(H, W, start) of each level; metadata on a GPU is read back."""
     sizes = arrays.to_numpy(shapes).tolist()
     firsts = contiguous_starts(sizes) if starts is None else arrays.to_numpy(starts).tolist()
@@ -213,10 +213,10 @@ def _read_levels(shapes: View, starts: View | None, S: int) -> tuple[tuple[int, 
             raise ValueError(f"spatial_shapes: expected positive (H, W), got ({h}, {w}) for level {level}")
         if start < 0:
             raise ValueError(f"level_start_index: expected starts of at least 0, got {start} for level {level}")
-        if start + h * w > S:
+        if start + h * w > value[1]:
             raise ValueError(
-                f"spatial_shapes: expected level {level} of {h} x {w} pixels from pixel {start} to fit into S = {S}, "
-                f"got an end of {start + h * w}"
+                f"spatial_shapes: expected level {level} of {h} x {w} pixels from pixel {start} to fit into S = "
+                f"{value[1]} of value {list(value)}, got an end of {start + h * w}"
             )
     return tuple((h, w, start) for (h, w), start in zip(sizes, firsts, strict=True))
 

@@ -13,6 +13,9 @@ from .views import View
 def to_numpy(source: View) -> np.ndarray:
     """The array itself on the CPU, without a copy; bfloat16 as its uint16 bits. A CUDA array is copied to the host."""
     if source.device[0] == "cuda":
+        # The caller's stream may still have to write it. CuPy copies on its own current stream.
+        runtime = require_cupy("an array on a CUDA device").cuda.runtime
+        runtime.streamSynchronize(source.framework.stream(source.device))
         return to_cupy(source).get()
     if isinstance(source.array, np.ndarray):
         return source.array.view(np.uint16) if source.dtype == "bfloat16" else source.array

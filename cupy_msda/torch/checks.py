@@ -1,0 +1,85 @@
+"""What is checked before the registered operators and the reference implementations: they take tensors as metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import arrays, validate
+from ..call import PLAIN, Arguments, Problem
+from ..options import is_sequence, read_variant
+from . import devices
+from .dtypes import agreed_dtypes
+
+# torch computes little with these.
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
+
+def with_metadata_tensors(arguments: Arguments) -> Arguments:
+    """`arguments` with metadata as tensors, and with a variant that fits them. Traced sizes stay as they are.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`cupy_msda.validate.read`, for the metadata itself and for ``num_points``.
+    """
+    shapes = _metadata_tensor("spatial_shapes", arguments.spatial_shapes)
+    if isinstance(shapes, Tensor) and (shapes.ndim != 2 or shapes.shape[1] != 2):
+        raise ValueError(f"spatial_shapes: expected shape [L, 2], got {list(shapes.shape)}")
+    starts, lengths = (
+        None if metadata is None else _metadata_tensor(name, metadata)
+        for name, metadata in (
+            ("level_start_index", arguments.level_start_index),
+            ("query_lengths", arguments.query_lengths),
+        )
+    )
+    if arguments.variant != PLAIN:
+        read_variant(arguments.variant, len(shapes))
+    return dataclasses.replace(arguments, spatial_shapes=shapes, level_start_index=starts, query_lengths=lengths)
+
+
+def read(arguments: Arguments) -> Problem:
+    """The problem of a call with tensors that are not traced: every rule of the contract, after that of autocast."""
+    if torch.is_autocast_enabled(arguments.value.device.type):
+        value, references = arguments.value, arguments.reference_points
+        if arguments.packed:
+            (locations,), weights = agreed_dtypes(value, arguments.locations), None
+        else:
+            locations, weights = agreed_dtypes(value, arguments.locations, arguments.weights)
+        if references is not None:
+            (references,) = agreed_dtypes(value, references)
+        arguments = dataclasses.replace(arguments, locations=locations, weights=weights, reference_points=references)
+    arguments = devices.with_readable_metadata(arguments)
+    return validate.read(arguments).problem if devices.has_kernels(arguments.value) else devices.check(arguments)
+
+
+def zeros(arguments: Arguments, problem: Problem) -> Tensor:
+    """The output of an empty problem, which depends on the inputs for autograd."""
+    output = arguments.value.new_zeros(problem.output_shape)
+    for tensor in (arguments.value, arguments.locations, arguments.weights, arguments.reference_points):
+        if tensor is not None and tensor.requires_grad:
+            output = output + tensor[:0].sum().to(output.dtype)
+    return output
+
+
+def _metadata_tensor(name: str, metadata: Any) -> Any:
+    if isinstance(metadata, Tensor):
+        return metadata.to(torch.int64) if metadata.dtype in _UNSIGNED else metadata
+    if is_sequence(metadata) and _traced(metadata):
+        return metadata
+    view = validate.read_metadata(name, metadata)
+    if view.device[0] == "cuda":
+        return torch.from_dlpack(metadata)
+    # A copy: what the caller does with the array after the call changes nothing.
+    return torch.from_numpy(np.array(arrays.to_numpy(view), np.int64))
+
+
+def _traced(metadata: Any) -> bool:
+    """Whether numbers of a sequence are symbols, which stand for the sizes of other inputs too."""
+    numbers = [number for row in metadata for number in (row if is_sequence(row) else (row,))]
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return tracing or any(isinstance(number, torch.SymInt) for number in numbers)
