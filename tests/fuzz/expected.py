@@ -34,6 +34,7 @@ class _Axis(NamedTuple):
     free: Any  # not clamped: the location moves the sample
     maybe_free: Any
     ambiguous: Any
+    anywhere: Any  # rounding moves the coordinate by pixels: huge terms have cancelled
 
 
 class _Samples(NamedTuple):
@@ -86,7 +87,10 @@ def _expected(case: Case, levels: Any) -> dict[str, Expected]:
         found = _with_bad_levels(xp, found, bad, valid)
     if form.fused:
         found = _fused_gradients(xp, form, found, samples, wide, level_of)
-    return {name: _finished(xp, one, form, name, valid) for name, one in found.items()}
+    found = {name: _finished(xp, one, form, name, valid) for name, one in found.items()}
+    if bool((columns.anywhere | rows.anywhere).any()):
+        return {name: one.opened(xp) for name, one in found.items()}
+    return found
 
 
 def _samples(xp: Any, form: Form, wide: dict[str, Any], level_of: Any, extent: Any, epsilon: float) -> _Samples:
@@ -148,7 +152,8 @@ def _axis(xp: Any, form: Form, samples: _Samples, at: int, size: Any, epsilon: f
     else:
         inside, maybe_inside, surely_inside = ((a > -1) & (b < size) for a, b in ((p, p), (high, low), (low, high)))
         free = maybe_free = surely_free = xp.ones_like(inside)
-    p, low, high = (xp.where(maybe_inside & xp.isfinite(q), q, 0) for q in (p, low, high))
+    anywhere = maybe_inside & (high - low > 1)
+    p, low, high = (xp.where(maybe_inside & ~anywhere & xp.isfinite(q), q, 0) for q in (p, low, high))
     base, first, last = (xp.floor(q).astype(np.int64) for q in (p, low, high))
     if nearest:
         free = maybe_free = surely_free = xp.zeros_like(inside)
@@ -164,7 +169,9 @@ def _axis(xp: Any, form: Form, samples: _Samples, at: int, size: Any, epsilon: f
     weight = xp.where(around == 0, 1.0 if nearest else 1 - fraction, xp.where(around == 1, fraction, 0.0))
     slope = xp.where(around == 0, -1.0, xp.where(around == 1, 1.0, 0.0)) + xp.zeros_like(weight)
     uncertain = xp.where(maybe_inside & xp.isfinite(uncertain), xp.minimum(uncertain, size + 1), 0)
-    return _Axis(pixel, weight, slope, actual, possible, definite, factor, uncertain, free, maybe_free, ambiguous)
+    return _Axis(
+        pixel, weight, slope, actual, possible, definite, factor, uncertain, free, maybe_free, ambiguous, anywhere
+    )
 
 
 class _Pixels:
@@ -250,6 +257,8 @@ def _results(
     marker = xp.where(nan_dots, np.nan, xp.where(bad_dots, np.inf, 0))
     size_dots = (_finite(xp, abs(g)) * _finite(xp, abs(vectors))).sum(-1)
     found["weights"] = result(pixels.weight * dots, (marker,), size_dots, error["weights"], (4, 5), common=of_grad)
+    products = xp.where(pixels.possible, _finite(xp, size_a * size_dots), 0)
+    overflows = ~(products.sum((4, 5)) <= limit)  # also where a slope of 0 follows
     by_axis = []
     for axis, other, along in ((columns, rows, -1), (rows, columns, -2)):
         across = -3 - along
@@ -265,7 +274,7 @@ def _results(
             bound=xp.where(axis.maybe_free, one.bound, 0),
             nan=one.nan & axis.free & ~axis.ambiguous,
             not_finite=one.not_finite & axis.free & ~axis.ambiguous,
-            open=one.open & axis.maybe_free,
+            open=(one.open | overflows) & axis.maybe_free,
         )
         by_axis.append(one)
     found["locations"] = Expected(*(xp.stack(parts, -1) for parts in zip(*by_axis, strict=True)))

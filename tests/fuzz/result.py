@@ -29,6 +29,11 @@ class Expected(NamedTuple):
         numbers, never = xp.zeros(shape), xp.zeros(shape, bool)
         return cls(numbers, numbers, never, never, never, never)
 
+    def opened(self, xp: Any) -> Expected:
+        """With nothing to be said about any element."""
+        never = xp.zeros_like(self.open)
+        return self._replace(nan=never, not_finite=never, open=~never)
+
     def scaled(self, factor: Any) -> Expected:
         """The result times a factor. Where a sample has no part in it, the factor has none either, whatever it is."""
         xp = module_of(self.numbers)
