@@ -21,8 +21,9 @@ from .call import ArgumentNames, Operands, Problem
 _PACKAGE = Path(__file__).parent
 # Of coordinates. A share of fewer says nothing, and a share of more is that of a part.
 _FEWEST, _MOST = 16, 1 << 20
-# On levels with a shorter side, offsets of a few pixels lead far outside.
-_SHORTEST_SIDE = 8
+# On levels with a shorter side, offsets of a few pixels lead far outside. They count where no other level is there, and
+# then locations are far outside only beyond so many pixels more.
+_SHORTEST_SIDE, _FAR = 8, 8
 # Pixels: more than this share is above 1.5, and less than that one below -0.5.
 _ABOVE, _NOT_BELOW = 0.5, 0.05
 # The coordinates of grid_sample: at least this share is below -0.5, and at least that one within [-1, 1].
@@ -45,8 +46,12 @@ def check(problem: Problem, operands: Operands, names: ArgumentNames) -> None:
         return
     points = _valid_queries(problem, operands.locations, operands.lengths)
     points = points.reshape(*points.shape[:2], problem.K, 2)
-    large = [min(h, w) >= _SHORTEST_SIDE for h, w, _ in problem.levels]
-    _check_units(names.locations, points[:, :, np.repeat(large, problem.points)])
+    sides = np.repeat([min(h, w) for h, w, _ in problem.levels], problem.points)
+    large = sides >= _SHORTEST_SIDE
+    if large.any():
+        _check_units(names.locations, points[:, :, large])
+    else:
+        _check_units(names.locations, points, (_FAR / sides)[:, None])
 
 
 def _check_sizes(levels: tuple[tuple[int, int, int], ...], value: View) -> None:
@@ -85,16 +90,18 @@ def _valid_queries(problem: Problem, points: View, lengths: View | None) -> np.n
     return numbers[query < arrays.to_numpy(lengths)[:, None]]
 
 
-def _check_units(name: str, points: np.ndarray) -> None:
-    numbers = points[np.isfinite(points)]
+def _check_units(name: str, points: np.ndarray, further: np.ndarray | float = 0.0) -> None:
+    """Warns about `points` [..., 2] that lie outside; what is outside by less than `further` more does not count."""
+    finite = np.isfinite(points)
+    numbers = points[finite]
     if numbers.size < _FEWEST:
         return
-    above, below = (numbers > 1.5).mean(), (numbers < -0.5).mean()
+    above, below = (points > 1.5 + further)[finite].mean(), (points < -0.5 - further)[finite].mean()
     got = f"{name}: expected coordinates from 0 to 1 over the level, got {numbers.min():.3g} to {numbers.max():.3g}"
     if above > _ABOVE and below < _NOT_BELOW:
-        _warn(f"{got}, {above:.0%} above 1.5, which look like pixels: divide x by W and y by H")
+        _warn(f"{got}, {above:.0%} far above 1, which look like pixels: divide x by W and y by H")
     elif below >= _BELOW and (np.abs(numbers) <= 1).mean() >= _WITHIN:
-        _warn(f"{got}, {below:.0%} below -0.5, which look like grid_sample's, from -1 to 1: use (x + 1) / 2")
+        _warn(f"{got}, {below:.0%} far below 0, which look like grid_sample's, from -1 to 1: use (x + 1) / 2")
 
 
 def _numbers(name: str, view: View, index: tuple[Any, ...]) -> np.ndarray:

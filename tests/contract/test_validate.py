@@ -49,6 +49,12 @@ def in_grid_coordinates():
     return RNG.uniform(-1, 1, (N, Q, M, L, P, 2))
 
 
+def on_small_levels(locations=None):
+    """Locations around the image, unless given, on levels of a few pixels alone."""
+    value, shapes, starts, around, weights, _ = Case("small", levels=((6, 7), (3, 4)), P=4, queries=30).inputs()
+    return value, shapes, starts, around if locations is None else locations(around.shape), weights
+
+
 def fused_inputs(references):
     value, levels, _, offsets, logits = inputs(RNG.standard_normal((N, Q, M, L, P, 2)))
     return value, levels, None, references.astype(np.float32), offsets, logits
@@ -59,14 +65,18 @@ SUSPECT = {
     "sizes as (W, H)": ("spatial_shapes", lambda: (*inputs()[:1], swapped(LEVELS), *inputs()[2:])),
     "locations in pixels": ("sampling_locations", lambda: inputs(in_pixels())),
     "locations from -1 to 1": ("sampling_locations", lambda: inputs(in_grid_coordinates())),
+    "locations in image pixels on small levels": (
+        "sampling_locations", lambda: on_small_levels(lambda shape: RNG.random(shape, np.float32) * 96)
+    ),
     "references in pixels": ("reference_points", lambda: fused_inputs(RNG.random((N, Q, L, 2)) * (40, 24))),
     "references in image pixels": ("reference_points", lambda: fused_inputs(RNG.random((N, Q, 1, 2)) * (640, 384))),
     "boxes in pixels": ("reference_points", lambda: fused_inputs(BOXES * (40, 24, 40, 24))),
     "references from -1 to 1": ("reference_points", lambda: fused_inputs(RNG.uniform(-1, 1, (N, Q, L, 2)))),
-}
+}  # fmt: skip
 USUAL = {
     "locations around the image": inputs,
     "sizes as (H, W)": lambda: inputs(levels=swapped(LEVELS)),
+    "locations around small levels": on_small_levels,
     "locations at the border": lambda: inputs(RNG.choice([-0.02, 0.5, 1.02], (N, Q, M, L, P, 2))),
     "locations that do not count": lambda: inputs(np.full((N, Q, M, L, P, 2), np.inf)),
     "features of noise": lambda: (RNG.standard_normal(features().shape).astype(np.float32), *inputs()[1:]),
