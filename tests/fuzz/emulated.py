@@ -19,7 +19,7 @@ from .draw import Case, draw
 from .expected import expected
 from .hostile import fitting_levels, with_hostile_metadata
 from .passing import Memory
-from .paths import canonical
+from .paths import canonical, run_paths
 from .record import Count
 
 # Layouts of value that kernels read in place; the library copies all other inputs that are not contiguous.
@@ -93,6 +93,8 @@ def check_emulated(seed: int) -> tuple[Case, dict[str, Outcome], list[Failure]]:
     case = draw_emulated(seed)
     try:
         outcomes = run_emulated(case)
+        if not case.on_device:
+            outcomes |= run_paths(case, ["array"])
     except (emulator.EmulatorError, NotImplementedError) as error:
         outcomes = {"emulated": Outcome(error=error)}
     want = expected(case, fitting_levels(case) if case.on_device else None)

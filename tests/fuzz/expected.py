@@ -222,7 +222,7 @@ def _results(
     ) -> Expected:
         """A sum of `terms` over the pixels; `factors` are what is multiplied, `magnitude` its size.
 
-        `common` is a factor of several terms, before which some paths add up the others.
+        `common` is a factor of several terms: some paths add up or subtract the others first.
         """
         tail = (...,) + (None,) * (terms.ndim - pixels.actual.ndim)
         actual, possible, definite = (mask[tail] for mask in (pixels.actual, pixels.possible, pixels.definite))
@@ -253,10 +253,9 @@ def _results(
     dots = (g * vectors).sum(-1)
     bad_dots = (~xp.isfinite(g) | ~xp.isfinite(vectors)).any(-1)
     nan_dots = (xp.isnan(g) | xp.isnan(vectors)).any(-1)
-    of_grad = xp.where(xp.isinf(g).any(-1), np.inf, 0.0)
     marker = xp.where(nan_dots, np.nan, xp.where(bad_dots, np.inf, 0))
     size_dots = (_finite(xp, abs(g)) * _finite(xp, abs(vectors))).sum(-1)
-    found["weights"] = result(pixels.weight * dots, (marker,), size_dots, error["weights"], (4, 5), common=of_grad)
+    found["weights"] = result(pixels.weight * dots, (marker,), size_dots, error["weights"], (4, 5), common=marker)
     products = xp.where(pixels.possible, _finite(xp, size_a * size_dots), 0)
     overflows = ~(products.sum((4, 5)) <= limit)  # also where a slope of 0 follows
     by_axis = []
@@ -267,7 +266,7 @@ def _results(
         relative = tolerances["weights"] + _last(samples.weight_error) + 2 * pixels.ambiguous
         relative = relative * xp.expand_dims(other.weight, along) + pixels.uncertain + 2 * pixels.ambiguous
         one = result(slope * a * dots * factor, (marker, a), size_a * size_dots * axis.size[:, None, None], relative,
-                     (4, 5), common=xp.where(xp.isinf(a), a, of_grad))  # fmt: skip
+                     (4, 5), common=xp.where(xp.isinf(a), a, marker))  # fmt: skip
         # The contract: the gradient of a clamped location is 0, whatever the pixels hold.
         one = one._replace(
             numbers=xp.where(axis.free & pixels.actual.any((-2, -1)), one.numbers, 0),

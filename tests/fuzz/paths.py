@@ -46,7 +46,7 @@ class SeesOperators(TorchDispatchMode):
 def run_array(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
     """The array functions, forward and backward, for the arrays of the case's framework."""
     call = passed(case, memory, case.framework, device=device)
-    outcome = Outcome()
+    outcome, before = Outcome(), _on_device(call)
     keywords = call.keywords | {"validate": case.seed % 3 == 0 and not case.on_device}
     get = GET[case.framework]
     fused = case.form.fused
@@ -66,6 +66,7 @@ def run_array(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
             continue
         _check_gradient(outcome, name, grad, call.arrays[name])
         outcome.results[name] = get(grad)
+    _check_inputs(outcome, before, call)
     return outcome
 
 
@@ -175,7 +176,7 @@ def _differentiate(
 
     `transformed`: by torch.func.vjp. `saves`: tensors of metadata are saved for the backward, which sees a change.
     """
-    outcome = Outcome()
+    outcome, before = Outcome(), _on_device(call)
     wanted = [name for name in case.wanted if name in call.arrays]
     pull_back: Any = None
     if transformed and wanted:
@@ -211,7 +212,22 @@ def _differentiate(
     for name, grad in zip(leaves, grads, strict=True):
         _check_gradient(outcome, name, grad, call.arrays[name])
         outcome.results[name] = from_torch(grad)
+    _check_inputs(outcome, before, call)
     return outcome
+
+
+def _on_device(call: Passed) -> dict[str, bytes]:
+    """The bytes of the inputs that lie on a GPU; :class:`Memory` sees what lies on the host."""
+    if str(call.arrays["value"].device) == "cpu":
+        return {}
+    get = from_torch if isinstance(call.arrays["value"], torch.Tensor) else GET["cupy"]
+    return {name: get(array).tobytes() for name, array in call.arrays.items()}
+
+
+def _check_inputs(outcome: Outcome, before: dict[str, bytes], call: Passed) -> None:
+    if before:
+        after = _on_device(call)
+        outcome.wrong += [f"{name}: written to" for name in before if before[name] != after[name]]
 
 
 def _check_output(case: Case, outcome: Outcome, output: Any, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,14 @@ class Count:
     """What happened to many calls: plain data that adds up."""
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
-        self.data: dict[str, Any] = data or {"cases": 0, "failing": 0, "paths": {}, "features": {}, "failures": {}}
+        self.data: dict[str, Any] = data or {
+            "cases": 0,
+            "failing": 0,
+            "paths": {},
+            "pairs": {},
+            "features": {},
+            "failures": {},
+        }
 
     def add(self, case: Case, outcomes: dict[str, Outcome], failures: Sequence[Failure]) -> None:
         """One call."""
@@ -35,6 +43,9 @@ class Count:
         for path, outcome in outcomes.items():
             names = [*(f"{result} compared" for result in outcome.results), *(["refused"] if outcome.error else [])]
             _increment(self.data["paths"].setdefault(path, {}), ["calls", *names])
+        for (one, left), (other, right) in itertools.combinations(outcomes.items(), 2):
+            both = len(left.results.keys() & right.results.keys())
+            _increment(self.data["pairs"], [f"{one}, {other}: results compared"] * both)
         for failure in failures:
             kind = key_of(failure)
             one = self.data["failures"].setdefault(kind, {"cases": 0, "seeds": [], "example": str(failure)})
@@ -49,8 +60,9 @@ class Count:
         if "kernels" in other:
             self.data["kernels"] = sorted({*self.data.get("kernels", ()), *other["kernels"]})
             self.data["slowest_call"] = max(self.data.get("slowest_call", 0), other["slowest_call"])
-        for feature, number in other["features"].items():
-            self.data["features"][feature] = self.data["features"].get(feature, 0) + number
+        for counts in ("features", "pairs"):
+            for name, number in other[counts].items():
+                self.data[counts][name] = self.data[counts].get(name, 0) + number
         for path, counts in other["paths"].items():
             mine = self.data["paths"].setdefault(path, {})
             for name, number in counts.items():
