@@ -12,9 +12,9 @@ LIMIT = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 
 class Expected(NamedTuple):
     """One result: its numbers, how far off each may be, where it must be NaN or not finite, and where it may be.
 
-    `loose`: where it is infinite or NaN by the order of the arithmetic. The contract says that a NaN reaches "the outputs
-    that use it"; it leaves open whether an infinity becomes NaN: infinity times a sum is infinite, while the sum of
-    infinity times each term may be NaN, and so may a + w * (b - a) where (1 - w) * a + w * b is infinite.
+    `loose`: where it is infinite or NaN by the order of the arithmetic. The contract says that a NaN reaches "the
+    outputs that use it". It leaves open whether an infinity becomes NaN: infinity times a sum is infinite, while the
+    sum of infinity times each term may be NaN, and so may a + w * (b - a) where (1 - w) * a + w * b is infinite.
     """
 
     numbers: Any
