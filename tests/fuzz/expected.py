@@ -256,7 +256,7 @@ def _results(
     marker = xp.where(nan_dots, np.nan, xp.where(bad_dots, np.inf, 0))
     size_dots = (_finite(xp, abs(g)) * _finite(xp, abs(vectors))).sum(-1)
     found["weights"] = result(pixels.weight * dots, (marker,), size_dots, error["weights"], (4, 5), common=marker)
-    products = xp.where(pixels.possible, _finite(xp, size_a * size_dots), 0)
+    products = xp.where(pixels.possible, _finite(xp, xp.maximum(size_a, 1) * size_dots), 0)
     overflows = ~(products.sum((4, 5)) <= limit)  # also where a slope of 0 follows
     by_axis = []
     for axis, other, along in ((columns, rows, -1), (rows, columns, -2)):
@@ -267,12 +267,14 @@ def _results(
         relative = relative * xp.expand_dims(other.weight, along) + pixels.uncertain + 2 * pixels.ambiguous
         one = result(slope * a * dots * factor, (marker, a), size_a * size_dots * axis.size[:, None, None], relative,
                      (4, 5), common=xp.where(xp.isinf(a), a, marker))  # fmt: skip
+        # With zeros padding and align_corners, a location on one pixel moves nothing either: 0 times NaN is 0 or NaN.
+        surely = axis.free & ~axis.ambiguous & (axis.size > 0)
         # The contract: the gradient of a clamped location is 0, whatever the pixels hold.
         one = one._replace(
             numbers=xp.where(axis.free & pixels.actual.any((-2, -1)), one.numbers, 0),
             bound=xp.where(axis.maybe_free, one.bound, 0),
-            nan=one.nan & axis.free & ~axis.ambiguous,
-            not_finite=one.not_finite & axis.free & ~axis.ambiguous,
+            nan=one.nan & surely,
+            not_finite=one.not_finite & surely,
             open=(one.open | overflows) & axis.maybe_free,
         )
         by_axis.append(one)
