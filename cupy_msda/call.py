@@ -58,12 +58,6 @@ class Variant(NamedTuple):
 PLAIN = Variant()
 
 
-def requested_variant(num_points: Any, interpolation: Any, padding_mode: Any, align_corners: Any) -> Variant:
-    """The variant of a caller's arguments, not validated. A list of points is copied: the caller may change it."""
-    points = tuple(num_points) if isinstance(num_points, list) else num_points
-    return Variant(points, interpolation, padding_mode, align_corners)
-
-
 class Wanted(NamedTuple):
     """The inputs whose gradients a backward computes. In a fused call, `locations` are offsets, `weights` logits."""
 

@@ -159,7 +159,7 @@ def read_metadata(name: str, metadata: Any) -> View:
     """The view of integer metadata; Python sequences become NumPy arrays. An empty array may have any dtype."""
     if arrays.framework_of(metadata) is None and is_sequence(metadata):
         metadata = metadata_array(name, metadata)
-    view = arrays.view(name, metadata)
+    view = arrays.view_metadata(name, metadata)
     if not (view.dtype.startswith(("int", "uint")) or 0 in view.shape):
         raise TypeError(f"{name}: expected an integer dtype, got {view.dtype}")
     return view

@@ -57,7 +57,7 @@ __device__ __forceinline__ unsigned prepare_sorted_samples(
                 const int level = MSDA_LEVEL_OF(k);
                 const sampling_point point = sampling_point_of(raw[tile], step, level, shared.levels[level]);
                 sample = prepare_sample(point.x, point.y, point.attention, shared.levels[level]);
-                // NaN too: only the gradients of logits read the weight of a sample that is out of bounds.
+                // Where the sample is out of bounds, too: its weight is read for the gradients of the logits alone.
                 if constexpr (fused) sample.attention = point.attention;
                 if (sample.pixel_and_mask & 15) {
                     const int key = key_of_cell(locate(point.x, point.y, shared.levels[level]), level);

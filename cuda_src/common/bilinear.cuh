@@ -113,7 +113,6 @@ struct alignas(16) prepared_sample {
     index_t pixel_and_mask;
     acc_t fraction_x, fraction_y;
     // NaN in a level that does not fit; 0 where the sample is out of bounds, so that a NaN weight does not reach the output.
-    // A weight from a softmax is kept there, for its gradient.
     acc_t attention;
 };
 
@@ -124,8 +123,7 @@ __device__ __forceinline__ prepared_sample prepare_sample(acc_t x, acc_t y, acc_
     sample.pixel_and_mask = pixel * 16 + neighbour_mask(cell, level);
     sample.fraction_x = cell.in_bounds ? cell.fraction_x : 0;
     sample.fraction_y = cell.in_bounds ? cell.fraction_y : 0;
-    sample.attention =
-        cell.in_bounds || (config::reference_coordinates && attention == attention) ? attention : (acc_t)0;
+    sample.attention = cell.in_bounds ? attention : (acc_t)0;
     if (!cell.in_bounds && level.w == 0) sample.attention = quiet_nan();
     return sample;
 }

@@ -11,7 +11,7 @@ from .cupy_module import (
     require_cupy,
 )
 from .dlpack import LAST_DEFAULT_STREAM
-from .frameworks import Framework, framework_of, tracks_gradient, view
+from .frameworks import Framework, framework_of, tracks_gradient, view, view_metadata
 from .views import Device, View, item_size
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "to_numpy",
     "tracks_gradient",
     "view",
+    "view_metadata",
 ]

@@ -30,6 +30,10 @@ class Framework:
             capsule = array.__dlpack__()
         return View(*read_capsule(capsule), self, array, capsule)
 
+    def metadata(self, array: Any) -> Any:
+        """Metadata, which the caller may have on any device, where it can be read."""
+        return array
+
     def stream(self, device: Device) -> int:
         """Address of the caller's current stream on `device`."""
         return require_cupy("this array").cuda.get_current_stream(device[1]).ptr
@@ -77,6 +81,10 @@ class NumPyFramework(Framework):
     name = "NumPy"
 
     def view(self, array: Any) -> View:
+        masked = sys.modules.get("numpy.ma")
+        if masked is not None and isinstance(array, masked.MaskedArray):
+            raise TypeError("expected an array without a mask, got a MaskedArray: fill it and pass numpy.asarray of it")
+        array = np.asarray(array)  # without the arithmetic of a subclass
         if not array.dtype.isnative:
             raise TypeError(f"expected an array in native byte order, got dtype {array.dtype.str}")
         size = max(array.itemsize, 1)
@@ -93,6 +101,8 @@ class CuPyFramework(Framework):
     name = "CuPy"
 
     def view(self, array: Any) -> View:
+        if sys.modules["cupy"].cuda.runtime.is_hip:
+            raise TypeError("expected an array on a CUDA device, got one on a GPU of ROCm: copy it with .get()")
         strides = tuple(stride // array.itemsize for stride in array.strides)
         return View(array.data.ptr, array.shape, strides, array.dtype.name, ("cuda", array.device.id), self, array)
 
@@ -106,12 +116,51 @@ class TorchFramework(Framework):
     def view(self, array: Any) -> View:
         # `to_dlpack` synchronises no streams, and need not: the work runs on torch's own current stream.
         torch = _torch()
-        if array.device.type not in ("cpu", "cuda") or array.layout != torch.strided:
+        if not self._reads(array.device):
+            where = f"{array.device} (ROCm)" if array.is_cuda else array.device
             raise TypeError(
-                f"expected a strided tensor on the CPU or a CUDA device, got {array.layout} on {array.device}"
+                f"expected a tensor on the CPU or a CUDA device, got one on {where}: copy it with .cpu(), or call the "
+                "function of cupy_msda.torch, which takes tensors on any device"
             )
-        capsule = torch.utils.dlpack.to_dlpack(array.detach())
-        return View(*read_capsule(capsule), self, array, capsule)
+        if array.layout != torch.strided or array.is_nested:
+            layout = "nested" if array.is_nested else array.layout
+            raise TypeError(f"expected a strided tensor, got one of layout {layout}: make it dense before the call")
+        if type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise TypeError(
+                f"expected a tensor with memory of its own, got {type(array).__name__}: call the function of "
+                "cupy_msda.torch, or pass the tensors that it is made of"
+            )
+        try:
+            capsule = torch.utils.dlpack.to_dlpack(self._elements_of(array.detach()))
+        except BufferError as error:
+            raise TypeError(f"expected a tensor of numbers, got {array.dtype}: {error}") from error
+        tensor = read_capsule(capsule)._replace(dtype=str(array.dtype).removeprefix("torch."))
+        return View(*tensor, self, array, capsule)
+
+    def metadata(self, array: Any) -> Any:
+        return array if self._reads(array.device) or array.is_meta else array.cpu()
+
+    def _reads(self, device: Any) -> bool:
+        """Whether kernels read the memory of a device of torch, which calls the GPUs of ROCm "cuda" too."""
+        return device.type == "cpu" or (device.type == "cuda" and _torch().version.hip is None)
+
+    @staticmethod
+    def _elements_of(array: Any) -> Any:
+        """`array` in memory that holds its elements: without a pending negation, and no symbolic zeros."""
+        refusal = TypeError(
+            "expected a tensor with memory, got one inside a transformation (torch.func or torch.compile): call the "
+            "function of cupy_msda.torch"
+        )
+        array = array.resolve_neg()
+        try:
+            if array.data_ptr() or not array.numel():
+                return array
+            array = array.clone()
+            if array.data_ptr():
+                return array
+        except RuntimeError as error:
+            raise refusal from error
+        raise refusal
 
     def stream(self, device: Device) -> int:
         # The private function is the one that torch's own compiler calls. The public one makes a stream object in each
@@ -157,6 +206,10 @@ class JaxFramework(Framework):
     def view(self, array: Any) -> View:
         if isinstance(array, sys.modules["jax"].core.Tracer):
             raise TypeError("expected a concrete JAX array, got a tracer: call this outside jit, grad and vmap")
+        if not hasattr(array, "__dlpack__"):
+            raise TypeError(f"expected a JAX array of numbers, got dtype {array.dtype}")
+        if array.is_deleted():
+            raise TypeError("expected a JAX array with data, got one whose buffer was donated or deleted")
         return super().view(array)
 
     def finish(self, array: Any, dtype: str, like: Any) -> Any:
@@ -201,8 +254,14 @@ def view(name: str, array: Any) -> View:
         )
     try:
         return framework.view(array)
-    except TypeError as error:
+    except (TypeError, BufferError) as error:
         raise TypeError(f"{name}: {error}") from error
+
+
+def view_metadata(name: str, array: Any) -> View:
+    """The :class:`View` of metadata, after a copy to the host from a device without kernels."""
+    framework = framework_of(array)
+    return view(name, array if framework is None else framework.metadata(array))
 
 
 def tracks_gradient(array: Any) -> bool:

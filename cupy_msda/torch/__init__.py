@@ -1,5 +1,15 @@
 """Multi-scale deformable attention as an operator of torch, on the CPU and on CUDA."""
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError(
+        "cupy_msda.torch needs torch, which is not installed: pip install 'cupy-msda[torch]'", name="torch"
+    ) from error
+
+from . import flops as _flops  # noqa: F401  (registers them with torch)
 from .functional import MSDeformAttnFunction, decomposed, ms_deform_attn, ms_deform_attn_fused
 from .modules import MSDeformAttn, MultiScaleDeformableAttention
 

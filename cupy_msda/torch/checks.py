@@ -53,8 +53,7 @@ def read(arguments: Arguments) -> Problem:
         if references is not None:
             (references,) = agreed_dtypes(value, references)
         arguments = dataclasses.replace(arguments, locations=locations, weights=weights, reference_points=references)
-    arguments = devices.with_readable_metadata(arguments)
-    return validate.read(arguments).problem if devices.has_kernels(arguments.value) else devices.check(arguments)
+    return validate.read(arguments).problem if devices.has_kernels(arguments.value.device) else devices.check(arguments)
 
 
 def zeros(arguments: Arguments, problem: Problem) -> Tensor:

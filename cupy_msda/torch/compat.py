@@ -7,6 +7,8 @@ the answer that is always right: calls then go through the registered operators,
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,9 +66,24 @@ def under_transform() -> bool:
     return _interpreter is None or _interpreter() is not None
 
 
-def eager() -> bool:
-    """Whether nothing but eager execution, with or without autograd, sees the calls of this thread."""
-    return not (dispatch_modes() or under_transform() or _tracing() is not None or observed())
+_EAGER_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _has_elements(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor holds its elements: it is no wrapper, and no operation is pending."""
+    if type(tensor) not in _EAGER_TYPES or tensor.is_neg():
+        return False
+    try:
+        return tensor.data_ptr() != 0 or tensor.numel() == 0
+    except RuntimeError:  # of a transformation's wrapper
+        return False
+
+
+def eager(*tensors: Tensor) -> bool:
+    """Whether nothing but eager execution, with or without autograd, sees a call of this thread with these tensors."""
+    if dispatch_modes() or under_transform() or _tracing() is not None or observed():
+        return False
+    return all(map(_has_elements, tensors))
 
 
 def layout_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
@@ -86,12 +103,61 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
+_BelowAutograd: Any = _private("_C._AutoDispatchBelowAutograd")
+_get_single_level: Callable[[], bool] | None = _private("_C._functorch.get_single_level_autograd_function_allowed")
+_set_forward_mode: Any = _private("autograd.forward_ad._set_fwd_grad_enabled")
+_set_single_level: Any = _private("_C._functorch.set_single_level_autograd_function_allowed")
+
+
+def differentiable_kernel(
+    operator: Callable[..., Any], save: Callable[..., None], differentiate: Callable[..., Any]
+) -> Callable[..., Any] | None:
+    """A kernel of the dispatcher's key Autograd; None where a release of torch lacks the means.
+
+    ``save(ctx, inputs, output)`` saves what ``differentiate(ctx, *grads)`` needs.
+    """
+    get_allowed, set_allowed = _get_single_level, _set_single_level
+    if not (_BelowAutograd and get_allowed and set_allowed and _set_forward_mode):
+        return None
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            # `apply` switches gradients off, which the outer levels of torch.func may want.
+            with _BelowAutograd(), torch.enable_grad(), _set_forward_mode(True):
+                output = operator(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return differentiate(ctx, *grads)
+
+    apply = direct_apply(Differentiable)
+
+    def kernel(*inputs: Any) -> Any:
+        # The dispatcher has entered the level of torch.func that this call belongs to.
+        allowed = get_allowed()
+        set_allowed(True)
+        try:
+            return apply(*inputs)
+        finally:
+            set_allowed(allowed)
+
+    return kernel
+
+
 _ExcludeKeys: Any = _private("_C._ExcludeDispatchKeyGuard")
 _KeySet: Any = _private("_C.DispatchKeySet")
 _Key: Any = _private("_C.DispatchKey")
 _AUTOCAST = None
+#: The dispatcher's keys of autocast, one per type of device.
+autocast_keys: tuple[str, ...] = ("AutocastCUDA", "AutocastCPU")
 if _ExcludeKeys and _KeySet and _Key:
-    _AUTOCAST = _KeySet(_Key.AutocastCUDA) | _KeySet(_Key.AutocastCPU)
+    _names = (f"Autocast{kind}" for kind in ("CUDA", "CPU", "XPU", "MPS", "HPU", "IPU", "PrivateUse1"))
+    _keys = {name: getattr(_Key, name, None) for name in _names}
+    autocast_keys = tuple(name for name, key in _keys.items() if key is not None)
+    _AUTOCAST = functools.reduce(operator.or_, (_KeySet(_keys[name]) for name in autocast_keys))
 
 
 def without_autocast() -> contextlib.AbstractContextManager[Any]:

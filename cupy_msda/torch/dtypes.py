@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from ..call import Arguments
 
@@ -33,6 +34,8 @@ def agreed_dtypes(value: Tensor, *samples: Tensor) -> tuple[Tensor, ...]:
     The rule of autocast. It lowers nothing and never touches value, so it costs no copy in the usual case, where a
     linear layer made value 16-bit, and softmax and the reference points made the others float32.
     """
+    if not isinstance(value, Tensor):  # in symbolic tracing, which knows no dtypes
+        return handle_torch_function(agreed_dtypes, (value,), value, *samples)
     if _agree(value, samples):
         return samples
     dtype = torch.float32 if value.dtype in _SIXTEEN_BIT else value.dtype

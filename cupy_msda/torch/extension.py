@@ -11,9 +11,12 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import api
+from ..call import ALL, EXTENSION_NAMES, Arguments
+from . import devices
 from .dtypes import agreed_dtypes
 from .integrations.module_name import ModuleName
 
@@ -36,6 +39,11 @@ def ms_deform_attn_forward(
     not 16-bit: under autocast a linear layer makes value and weights 16-bit, and locations may stay float32.
     """
     locations, weights = _agreed(value, sampling_loc, attn_weight)
+    if not devices.serves(value):
+        with torch.no_grad():
+            return devices.forward(
+                _arguments(value, spatial_shapes, level_start_index, locations, weights, im2col_step)
+            )
     return api.ms_deform_attn_forward(value, spatial_shapes, level_start_index, locations, weights, im2col_step)
 
 
@@ -51,13 +59,23 @@ def ms_deform_attn_backward(
     """:func:`cupy_msda.ms_deform_attn_backward` by the rule of autocast, each gradient in the dtype of its input."""
     given = (sampling_loc, attn_weight)
     locations, weights = _agreed(value, *given)
-    of_value, *others = api.ms_deform_attn_backward(
-        value, spatial_shapes, level_start_index, locations, weights, grad_output, im2col_step
-    )
+    others: list[Any]
+    if devices.serves(value):
+        of_value, *others = api.ms_deform_attn_backward(
+            value, spatial_shapes, level_start_index, locations, weights, grad_output, im2col_step
+        )
+    else:
+        arguments = _arguments(value, spatial_shapes, level_start_index, locations, weights, im2col_step)
+        with torch.no_grad():
+            of_value, *others = devices.backward(arguments, grad_output, ALL)[:3]
     if isinstance(of_value, Tensor):
         others = [grad.to(tensor.dtype) for grad, tensor in zip(others, given, strict=True)]
     of_locations, of_weights = others
     return of_value, of_locations, of_weights
+
+
+def _arguments(value: Any, shapes: Any, starts: Any, locations: Any, weights: Any, im2col_step: int) -> Arguments:
+    return Arguments(value, shapes, starts, None, locations, weights, im2col_step, names=EXTENSION_NAMES)
 
 
 def _agreed(value: Any, *samples: Any) -> tuple[Any, ...]:

@@ -60,9 +60,11 @@ class LaunchPlan:
         if problem.levels is not None:
             with on_device(device):
                 self.levels = level_table(problem.levels, device, compat.current_stream(device))
+        # Metadata from the host is the problem's: the caller may change the lists that it came in.
+        levels = problem.levels or ()
         self._settings = replace(
-            arguments, value=None, spatial_shapes=None, level_start_index=None, reference_points=None, locations=None,
-            weights=None,
+            arguments, value=None, reference_points=None, locations=None, weights=None,
+            spatial_shapes=[(h, w) for h, w, _ in levels], level_start_index=[start for *_, start in levels],
         )  # fmt: skip
         self._strides = None if value.is_contiguous() else value.stride()
         self._backwards: dict[tuple[Wanted, bool], Callable[..., Gradients | None]] = {}
@@ -76,10 +78,10 @@ class LaunchPlan:
         self, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Any, references: Tensor | None
     ) -> Arguments:
         """The arguments of a call of this layout."""
-        return replace(
-            self._settings, value=value, spatial_shapes=shapes, level_start_index=starts, locations=locations,
-            weights=weights, reference_points=references,
-        )  # fmt: skip
+        arguments = replace(
+            self._settings, value=value, locations=locations, weights=weights, reference_points=references
+        )
+        return arguments if self.levels else replace(arguments, spatial_shapes=shapes, level_start_index=starts)
 
     def backward(self, wanted: Wanted) -> Callable[..., Gradients | None]:
         """``backward(grad_output, value, shapes, starts, locations, weights, references=None)`` -> the gradients that

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..call import FUSED_NAMES, PLAIN, Arguments, requested_variant
-from ..validate import read_variant
-from . import compat, fast_path
-from .autograd import TRANSFORMED, apply_attention
+from ..call import FUSED_NAMES, PLAIN, Arguments, Variant
+from ..options import read_settings, read_variant, requested_variant
+from . import checks, compat, devices, fast_path
+from .autograd import apply_attention
 from .compat import observed
+from .derivatives import registered_forward
 from .dtypes import dtypes_agree
 from .exportable import exportable_attention
 from .fast_path import PACKED, WITH_LOGITS, WITH_WEIGHTS, recent
-from .operators import inputs_of, operator_of
+from .overrides import hand_over, overriding
 
+# Compared by identity, because an array has no truth value.
+_BILINEAR, _ZEROS = PLAIN.interpolation, PLAIN.padding_mode
+# Types that take the place of no tensor.
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter, list, tuple, type(None)))
 _decomposed = 0
 
 
@@ -62,15 +67,25 @@ def ms_deform_attn(
     Parameters, result and errors are those of :func:`cupy_msda.ms_deform_attn`; the metadata may be tensors on any
     device, NumPy arrays or Python sequences. Under autocast, locations and weights whose dtype does not go with value's
     are taken in float32; value and the output keep theirs. Works under ``torch.compile``, ``torch.export``,
-    ``torch.func`` and ``torch.onnx.export``. `validate` has no effect there, because it reads data, and none with
-    `query_lengths`. `deterministic` holds for the gradients, as in :func:`cupy_msda.ms_deform_attn_backward`; None is
-    what ``torch.use_deterministic_algorithms`` says when the backward runs. With
-    ``interpolation="nearest"`` locations that require a gradient are refused with a ValueError: there is none.
+    ``torch.func`` and ``torch.onnx.export``; `validate` has no effect there, because it reads data. `deterministic`
+    holds for the gradients, as in :func:`cupy_msda.ms_deform_attn_backward`; None is what
+    ``torch.use_deterministic_algorithms`` says when the backward runs. With ``interpolation="nearest"`` locations that
+    require a gradient are refused with a ValueError: there is none.
+
+    On devices other than the CPU and CUDA (mps, xpu, a torch for ROCm) the call is a composition of torch's own
+    functions, with the same results; a warning says so once. ``deterministic=True`` is refused there in the backward.
+
+    ``torch.utils.flop_counter`` counts two operations per sample, channel and neighbour (four neighbours, or one with
+    'nearest'): once in a forward, and in a backward once for the gradient of value and once for all others.
     """
     variant = PLAIN
-    if num_points is not None or interpolation != "bilinear" or padding_mode != "zeros" or align_corners is not False:
-        variant = requested_variant(num_points, interpolation, padding_mode, align_corners)
-    elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or _decomposed or observed()):
+    if not (num_points is None and interpolation is _BILINEAR and padding_mode is _ZEROS and align_corners is False):
+        # Options are read where it is clear that nothing stands for them, such as the proxies of torch.fx.
+        given: Any = (num_points, interpolation, padding_mode, align_corners)
+        variant = Variant(*given)
+    elif not (
+        torch.compiler.is_compiling() or validate is not False or query_lengths is not None or _decomposed or observed()
+    ):
         for matches, plan, step, recorded, differentiable in recent[WITH_WEIGHTS]:
             if (
                 step is im2col_step
@@ -78,8 +93,10 @@ def ms_deform_attn(
                 and matches(value, sampling_locations, attention_weights, spatial_shapes, level_start_index)
             ):
                 if differentiable and torch.is_grad_enabled():
-                    repeat = (plan, spatial_shapes, level_start_index)
-                    return apply_attention(value, sampling_locations, attention_weights, None, repeat, None)
+                    return apply_attention(
+                        value, sampling_locations, attention_weights, None, spatial_shapes, level_start_index, plan,
+                        None,
+                    )  # fmt: skip
                 output = plan.forward(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
                 if output is not None:
                     return output
@@ -113,14 +130,18 @@ def ms_deform_attn_fused(
     Parameters, result and errors are those of :func:`cupy_msda.ms_deform_attn_fused`; the metadata may be tensors on
     any device, NumPy arrays or Python sequences. Under autocast, what has a dtype that does not go with value's is
     taken in float32. Works under ``torch.compile``, ``torch.export``, ``torch.func`` and ``torch.onnx.export``, where
-    `validate` has no effect, because it reads data, as it has none with `query_lengths`. Second derivatives are
+    `validate` has no effect, because it reads data. Second derivatives are
     computed by torch's own functions. `deterministic` holds for the gradients; None is what
     ``torch.use_deterministic_algorithms`` says when the backward runs.
     """
     variant = PLAIN
-    if num_points is not None or interpolation != "bilinear" or padding_mode != "zeros" or align_corners is not False:
-        variant = requested_variant(num_points, interpolation, padding_mode, align_corners)
-    elif not (torch.compiler.is_compiling() or validate or query_lengths is not None or _decomposed or observed()):
+    if not (num_points is None and interpolation is _BILINEAR and padding_mode is _ZEROS and align_corners is False):
+        # Options are read where it is clear that nothing stands for them, such as the proxies of torch.fx.
+        given: Any = (num_points, interpolation, padding_mode, align_corners)
+        variant = Variant(*given)
+    elif not (
+        torch.compiler.is_compiling() or validate is not False or query_lengths is not None or _decomposed or observed()
+    ):
         tensors: tuple[Any, ...] = (
             value, sampling_offsets, attention_logits, reference_points, spatial_shapes, level_start_index
         )  # fmt: skip
@@ -131,8 +152,10 @@ def ms_deform_attn_fused(
         ]:
             if step is im2col_step and recorded is deterministic and matches(*tensors):
                 if differentiable and torch.is_grad_enabled():
-                    repeat = (plan, spatial_shapes, level_start_index)
-                    return apply_attention(value, sampling_offsets, attention_logits, reference_points, repeat, None)
+                    return apply_attention(
+                        value, sampling_offsets, attention_logits, reference_points, spatial_shapes,
+                        level_start_index, plan, None,
+                    )  # fmt: skip
                 output = plan.forward(
                     value, spatial_shapes, level_start_index, sampling_offsets, attention_logits, reference_points
                 )
@@ -158,26 +181,57 @@ class MSDeformAttnFunction:
 
 def _attention(arguments: Arguments) -> Tensor:
     """A call that repeats no recent one. The plain operator is the fused one without reference points."""
+    if not _ORDINARY.issuperset(map(type, _all_arrays(arguments))):
+        relevant = overriding(_all_arrays(arguments))
+        if relevant:
+            return hand_over(ms_deform_attn_fused if arguments.fused else ms_deform_attn, arguments, relevant)
+    arguments = _read_options(arguments)
     tensors = _tensors(arguments)
     _require_tensors(tensors)
     if arguments.variant.nearest and torch.is_grad_enabled():
         _refuse_gradients(arguments, tensors)
-    if arguments.query_lengths is None and _eager(*tensors.values()) and dtypes_agree(arguments):
+    eager = _eager(*tensors.values())
+    has_kernels = devices.has_kernels(arguments.value.device)
+    if eager and has_kernels and arguments.query_lengths is None and dtypes_agree(arguments):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
-            inputs = (arguments.value, arguments.locations, arguments.weights, arguments.reference_points)
-            return apply_attention(*inputs, None, arguments)
+            metadata = (arguments.spatial_shapes, arguments.level_start_index)
+            return apply_attention(
+                arguments.value, arguments.locations, arguments.weights, arguments.reference_points,
+                *(part if isinstance(part, Tensor) else None for part in metadata), None, arguments,
+            )  # fmt: skip
         return fast_path.forward(arguments)[0]
-    if arguments.variant != PLAIN:
+    if arguments.value.is_meta and _eager():
+        devices.check(arguments)
+    if not torch.compiler.is_compiling():
+        arguments = checks.with_metadata_tensors(arguments)
+        if (_decomposed or arguments.validate) and compat.eager(*tensors.values()):
+            problem = checks.read(arguments)
+            if _decomposed and problem.empty:
+                return checks.zeros(arguments, problem)
+    elif arguments.variant != PLAIN:
         read_variant(arguments.variant, len(arguments.spatial_shapes))
     if _decomposed or torch.onnx.is_in_onnx_export():
         return exportable_attention(arguments)
-    operator = operator_of(arguments)
-    forward = operator.forward
-    if not torch.compiler.is_compiling():
-        _refuse_tangents(tensors)
-        if compat.under_transform():
-            forward = TRANSFORMED[operator.name]
-    return forward(*inputs_of(arguments))
+    return registered_forward(arguments)
+
+
+def _all_arrays(arguments: Arguments) -> tuple[Any, ...]:
+    return (
+        arguments.value, arguments.spatial_shapes, arguments.level_start_index, arguments.reference_points,
+        arguments.locations, arguments.weights, arguments.query_lengths,
+    )  # fmt: skip
+
+
+def _read_options(arguments: Arguments) -> Arguments:
+    """`arguments` with options that are checked, and of Python's own types."""
+    variant = arguments.variant if arguments.variant is PLAIN else requested_variant(*arguments.variant)
+    given = (arguments.im2col_step, arguments.deterministic, arguments.validate)
+    im2col_step, deterministic, validate = read_settings(*given)
+    if variant is PLAIN and im2col_step is given[0] and deterministic is given[1] and validate is given[2]:
+        return arguments
+    return dataclasses.replace(
+        arguments, im2col_step=im2col_step, deterministic=deterministic, validate=validate, variant=variant
+    )
 
 
 def _tensors(arguments: Arguments) -> dict[str, Any]:
@@ -195,6 +249,9 @@ def _require_tensors(tensors: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
+            raise TypeError(f"{name}: expected a dense tensor, got one that is {kind}: make it dense before the call")
 
 
 def _refuse_gradients(arguments: Arguments, tensors: dict[str, Any]) -> None:
@@ -209,26 +266,10 @@ def _refuse_gradients(arguments: Arguments, tensors: dict[str, Any]) -> None:
             )
 
 
-_EAGER_TYPES = (Tensor, torch.nn.Parameter)
-
-
 def _eager(*tensors: Tensor) -> bool:
     """Whether nothing but eager execution, with or without autograd, sees a call with these tensors.
 
     Everything else (compilation, export, fake tensors, subclasses, torch.func, forward-mode gradients, modes, the
     profiler) sees the registered operator.
     """
-    if torch.compiler.is_compiling():
-        return False
-    for tensor in tensors:
-        if type(tensor) not in _EAGER_TYPES:
-            return False
-    return not _decomposed and compat.eager()
-
-
-def _refuse_tangents(tensors: dict[str, Tensor]) -> None:
-    """Dual numbers raise NotImplementedError."""
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors.values()):
-        raise NotImplementedError(
-            "ms_deform_attn has no forward-mode gradient (dual numbers, torch.func.jvp): use reverse mode"
-        )
+    return not (torch.compiler.is_compiling() or _decomposed) and compat.eager(*tensors)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .dtypes import agreed_dtypes
 from .functional import ms_deform_attn
-from .integrations.patch import Patch
+from .integrations.patch import Patch, standing_in
 
 
 class MultiScaleDeformableAttnFunction:
@@ -46,14 +46,25 @@ def multi_scale_deformable_attn_pytorch(
 def patch() -> Patch:
     """Put both into ``mmcv.ops.multi_scale_deform_attn``; a context manager, whose ``undo`` restores mmcv's own.
 
+    Tensors on devices without kernels (see :func:`cupy_msda.torch.ms_deform_attn`) are left to mmcv's own functions.
+
     Raises
     ------
     ModuleNotFoundError
         Without mmcv.
     """
     module = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
+    theirs = module.MultiScaleDeformableAttnFunction
+
+    class Served(MultiScaleDeformableAttnFunction):
+        apply = staticmethod(standing_in(MultiScaleDeformableAttnFunction.apply, theirs.apply))
+
+    served_function = standing_in(multi_scale_deformable_attn_pytorch, module.multi_scale_deformable_attn_pytorch)
     done = Patch()
-    for ours in (MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch):
-        done.replace(module, ours.__name__, ours)
+    for ours, served in (
+        (MultiScaleDeformableAttnFunction, Served),
+        (multi_scale_deformable_attn_pytorch, served_function),
+    ):
+        done.replace(module, ours.__name__, served)
         done.served.append(f"{module.__name__}.{ours.__name__}")
     return done

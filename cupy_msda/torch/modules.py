@@ -1,7 +1,5 @@
 """Layers: the attention module of Deformable DETR, and the bare operator as a kernel layer."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import operator
@@ -10,11 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function
 
 from .dtypes import agreed_dtypes
 from .functional import ms_deform_attn, ms_deform_attn_fused
+from .layer_checks import attend, check_inputs
+
+# No postponed annotations: torch.fx writes them into the code of traced layers, where names alone mean nothing.
 
 _RESET_NAMES = ("reset_parameters", "_reset_parameters")
 
@@ -121,17 +122,23 @@ class MSDeformAttn(nn.Module):
 
         Raises
         ------
-        ValueError
-            When the last dimension of reference_points is neither 2 nor 4.
+        TypeError, ValueError
+            As :func:`ms_deform_attn_fused`, in the names of these arguments.
         """
         M, L, P = self.n_heads, self.n_levels, self.n_points
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            check_inputs(
+                (self.d_model, L), query, reference_points, input_flatten, input_spatial_shapes,
+                input_level_start_index, input_padding_mask,
+            )  # fmt: skip
         value = _without_padding(self.value_proj(input_flatten), input_padding_mask)
         value = value.unflatten(-1, (M, self.d_model // M))
         offsets = self.sampling_offsets(query).unflatten(-1, (M, L, P, 2))
         logits = self.attention_weights(query).unflatten(-1, (M, L, P))
         (references,) = agreed_dtypes(value, reference_points)
         offsets, logits = agreed_dtypes(value, offsets, logits)
-        attended = ms_deform_attn_fused(
+        attended = (ms_deform_attn_fused if compiling else attend)(
             value, input_spatial_shapes, input_level_start_index, references, offsets, logits, self.im2col_step
         )
         return self.output_proj(attended)
@@ -198,12 +205,9 @@ def _reset_to_xavier(projection: nn.Linear) -> None:
 
 
 def _without_padding(value: Tensor, mask: Tensor | None) -> Tensor:
+    if not isinstance(value, Tensor):  # in symbolic tracing, which does not know whether there is a mask
+        return handle_torch_function(_without_padding, (value,), value, mask)
     return value if mask is None else value.masked_fill(mask[..., None], 0.0)
-
-
-# These look at their arguments, which symbolic tracing cannot follow: it records their calls.
-torch.fx.wrap("_without_padding")
-torch.fx.wrap("agreed_dtypes")
 
 
 def _size(name: str, size: Any, least: int) -> int:

@@ -1,7 +1,7 @@
 """The operators in torch's dispatcher: ``cupy_msda::ms_deform_attn``, ``ms_deform_attn_fused`` and their backwards.
 
 Schemas, kernels for the CPU and CUDA, shapes without data (fake tensors: torch.compile, torch.export) and the rules of
-autocast. Gradients and the rules of vmap are in :mod:`.autograd`. Exported programs hold the names and schemas.
+autocast. Derivatives and the rules of vmap are in :mod:`.derivatives`. Exported programs hold the names and schemas.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..call import ALL, FUSED_NAMES, OPERATOR_NAMES, ArgumentNames, Arguments, Variant, Wanted
-from . import compat, fast_path
+from . import compat, devices, fast_path
 from .dtypes import agreed_dtypes
 
 _INPUTS = (
@@ -129,7 +129,9 @@ def _metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:
         return metadata
     # A compiled graph wants all on one device; elsewhere the host is better, because what is there is validated.
     device = value.device if torch.compiler.is_compiling() else "cpu"
-    return torch.as_tensor(metadata, device=device)
+    tensor = torch.as_tensor(metadata, device=device)
+    # The memory of another library's array is the caller's, who may change it before the backward.
+    return tensor if isinstance(metadata, (list, tuple)) else tensor.clone()
 
 
 def arguments_of(operator: Operator, inputs: Sequence[Any]) -> Arguments:
@@ -159,6 +161,9 @@ def registered_backward(arguments: Arguments, grad_output: Tensor, wanted: Wante
 
 def with_mask(operator: Operator, inputs: Sequence[Any], mask: Sequence[bool]) -> tuple[Any, ...]:
     """The inputs of the operator's backward after grad_output, from those of the forward."""
+    # The dispatcher leaves out inputs that equal their defaults at the end of a schema.
+    first_default = 6 if operator is FUSED_ATTENTION else 5
+    inputs = (*inputs, *_DEFAULTS[len(inputs) - first_default :])
     return (*inputs[: operator.mask_at], mask, *inputs[operator.mask_at :])
 
 
@@ -169,14 +174,21 @@ def without_mask(operator: Operator, inputs: Sequence[Any]) -> tuple[tuple[Any, 
 
 # The dispatcher leaves out inputs that equal their defaults at the end of a schema.
 def _forward(operator: Operator, *inputs: Any) -> Tensor:
-    return fast_path.forward(arguments_of(operator, inputs), remember=False)[0]
+    arguments = arguments_of(operator, inputs)
+    if not devices.has_kernels(arguments.value.device):
+        return devices.forward(arguments)
+    return fast_path.forward(arguments, remember=False)[0]
 
 
 def _backward(operator: Operator, grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     inputs, mask = without_mask(operator, inputs)
     asked = dict(zip(operator.tensors, mask, strict=True))
     wanted = Wanted(*(asked.get(name, False) for name in DIFFERENTIABLE))
-    grads = fast_path.backward(arguments_of(operator, inputs), grad_output, wanted)
+    arguments = arguments_of(operator, inputs)
+    if devices.has_kernels(arguments.value.device):
+        grads = fast_path.backward(arguments, grad_output, wanted)
+    else:
+        grads = devices.backward(arguments, grad_output, wanted)
     found = dict(zip(DIFFERENTIABLE, grads, strict=True))
     return tuple(_or_empty(found[name] if asked[name] else None, grad_output) for name in operator.tensors)
 
@@ -250,9 +262,10 @@ def _forward_autocast(operator: Operator, *inputs: Any) -> Tensor:
 
 _library = torch.library.Library("cupy_msda", "IMPL")
 for _operator in (ATTENTION, FUSED_ATTENTION):
-    torch.library.impl(_operator.name, ("cpu", "cuda"), partial(_forward, _operator))
-    torch.library.impl(f"{_operator.name}_backward", ("cpu", "cuda"), partial(_backward, _operator))
+    # "default" is every other device.
+    torch.library.impl(_operator.name, ("cpu", "cuda", "default"), partial(_forward, _operator))
+    torch.library.impl(f"{_operator.name}_backward", ("cpu", "cuda", "default"), partial(_backward, _operator))
     torch.library.register_fake(_operator.name, partial(_forward_fake, _operator))
     torch.library.register_fake(f"{_operator.name}_backward", partial(_backward_fake, _operator))
-    for _key in ("AutocastCUDA", "AutocastCPU"):
+    for _key in compat.autocast_keys:
         _library.impl(_operator.name.partition("::")[2], partial(_forward_autocast, _operator), _key)

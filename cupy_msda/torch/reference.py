@@ -1,37 +1,61 @@
-"""The operator by ``gather``: differentiable any number of times, for second derivatives."""
+"""The operator and its gradients by ``gather`` and other functions of torch, differentiable any number of times.
+
+For second derivatives and forward mode. What counts for nothing (a sample outside its level, a query that is padding)
+has derivatives of zero, whatever the inputs hold there. Metadata is not read. Arithmetic is in the dtype of the inputs.
+Each call holds the value vectors of the neighbours of all samples, N * Q * M * L * P * D numbers per neighbour.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import PLAIN, Arguments, Variant
-from .exportable import locations_and_weights
+from .fused_samples import FusedSamples, fused_samples
+
+
+class _Samples(NamedTuple):
+    """Samples [N, Q, M, K] in pixels: floor and fraction of x and y, their slopes, and which samples count.
+
+    A slope is the derivative with respect to the location. `height`, `width` and `start` [K] are those of the level.
+    """
+
+    x: Tensor
+    y: Tensor
+    right: Tensor
+    below: Tensor
+    slope_x: Tensor
+    slope_y: Tensor
+    valid: Tensor
+    height: Tensor
+    width: Tensor
+    start: Tensor
+
+
+class _Neighbour(NamedTuple):
+    """One pixel per sample: its row of value [N, M, Q*K], whether it is in the level, and its bilinear weights.
+
+    A weight is `across` times `along`. `sign_x` and `sign_y` are the derivatives of the two.
+    """
+
+    rows: Tensor
+    inside: Tensor
+    across: Tensor
+    along: Tensor
+    sign_x: int
+    sign_y: int
 
 
 def differentiable_attention(arguments: Arguments) -> Tensor:
-    """The operator by ``gather``, differentiable any number of times. It does not read the metadata."""
-    value, shapes, variant = arguments.value, arguments.spatial_shapes, arguments.variant
-    locations, weights = arguments.locations, arguments.weights
-    shapes = torch.as_tensor(shapes, device=value.device)
-    if arguments.reference_points is not None:
-        locations, weights = locations_and_weights(
-            shapes, arguments.reference_points, locations, weights, variant=variant
-        )
-    locations, weights = ignore_padding(locations, weights, arguments.query_lengths)
-    return gather_attention(value, shapes, arguments.level_start_index, locations, weights, variant)
-
-
-def ignore_padding(locations: Tensor, weights: Tensor, lengths: Any) -> tuple[Tensor, Tensor]:
-    """Locations and weights by which the queries of each image from its number in `lengths` on give zeros."""
-    if lengths is None:
-        return locations, weights
-    query = torch.arange(locations.shape[1], device=locations.device)
-    valid = query < torch.as_tensor(lengths, device=locations.device)[:, None]
-    valid = valid.view(*valid.shape, *(1,) * (weights.ndim - 2))
-    return torch.where(valid[..., None], locations, 0.5), torch.where(valid, weights, 0)
+    """The output [N, Q, M*D]."""
+    arguments, locations, weights, _ = _plain(arguments)
+    shapes, starts = _levels(arguments)
+    return gather_attention(arguments.value, shapes, starts, locations, weights, arguments.variant)
 
 
 def gather_attention(
@@ -42,44 +66,200 @@ def gather_attention(
     weights: Tensor,
     variant: Variant = PLAIN,
 ) -> Tensor:
-    """Four ``gather`` of value vectors: differentiable any number of times, which ``grid_sample`` is not.
-
-    Arguments as for the operator, the metadata as tensors, which are not read; arithmetic in the dtype of the others.
-    """
-    N, _, M, D = value.shape
-    Q = locations.shape[1]
-    points = variant.num_points or (locations.shape[-2],) * shapes.shape[0]
-    K = sum(points)
-    shapes = shapes.to(value.device)
-    pixels = shapes.prod(1)
-    starts = pixels.cumsum(0) - pixels if starts is None else starts.to(value.device)
-    level_of = torch.tensor([level for level, count in enumerate(points) for _ in range(count)], device=value.device)
-    h, w, start = (numbers[level_of] for numbers in (shapes[:, 0], shapes[:, 1], starts))
-    x, y = locations.reshape(N, Q, M, K, 2).unbind(-1)
+    """The output of a plain call; `shapes` [L, 2] and `starts` [L] are int64."""
+    N, S, M, D = value.shape
+    samples = _samples(shapes, starts, locations, variant)
+    Q, K = samples.valid.shape[1], samples.valid.shape[3]
     weights = weights.reshape(N, Q, M, K)
-    if variant.nearest:
-        x, y = ((c * size + 0.5).detach().floor() for c, size in ((x, w), (y, h)))
-    elif variant.align_corners:
-        x, y = x * (w - 1), y * (h - 1)
-    else:
-        x, y = x * w - 0.5, y * h - 0.5
-    if variant.clamped:
-        valid = ~(x.isnan() | y.isnan())
-        x, y = (torch.minimum(c.clamp_min(0), (size - 1).to(c.dtype)) for c, size in ((x, w), (y, h)))
-    else:
-        valid = (x > -1) & (y > -1) & (x < w) & (y < h)
-    x, y = torch.where(valid, x, 0), torch.where(valid, y, 0)
-    x0, y0 = x.detach().floor(), y.detach().floor()
-    ax, ay = x - x0, y - y0
-    heads = value.transpose(1, 2)
+    rows = _rows(value)
     output = value.new_zeros(N, M, Q, D)
+    for neighbour in _neighbours(samples, S, variant):
+        vectors = _gather(rows, neighbour, Q)
+        weight = neighbour.across * neighbour.along * torch.where(neighbour.inside, weights, 0)
+        output = output + (weight.transpose(1, 2)[..., None, :] @ vectors).squeeze(-2)
+    output = output + _nan_of_bad_levels(shapes, starts, S).to(output.dtype)
+    return output.transpose(1, 2).reshape(N, Q, M * D)
+
+
+def differentiable_gradients(arguments: Arguments, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of value, locations (or offsets), weights (or logits) and reference points, None where there are none.
+
+    They are those of an implementation by loops over samples, written out: a transform of torch.func cannot be entered
+    where a derivative of the operator is being computed.
+    """
+    given, valid = arguments, _valid_queries(arguments)
+    arguments, locations, weights, fused = _plain(arguments)
+    shapes, starts = _levels(arguments)
+    value, variant = arguments.value, arguments.variant
+    N, S, M, D = value.shape
+    samples = _samples(shapes, starts, locations, variant)
+    Q, K = samples.valid.shape[1], samples.valid.shape[3]
+    weights = weights.reshape(N, Q, M, K)
+    of_output = grad_output.reshape(N, Q, M, D).transpose(1, 2)
+    if valid is not None:
+        of_output = of_output.masked_fill(~valid[:, None, :, None], 0)
+    rows, of_rows = _rows(value), value.new_zeros(N, M, S + 1, D)
+    of_weights, of_x, of_y = (torch.zeros_like(weights) for _ in range(3))
+    for neighbour in _neighbours(samples, S, variant):
+        inside = neighbour.inside
+        dots = (_gather(rows, neighbour, Q) @ of_output[..., None]).squeeze(-1).transpose(1, 2)
+        dots = torch.where(inside, dots, 0)
+        known = torch.where(inside, weights, 0)
+        of_weights = of_weights + neighbour.across * neighbour.along * dots
+        of_x = of_x + neighbour.sign_x * neighbour.along * known * dots
+        of_y = of_y + neighbour.sign_y * neighbour.across * known * dots
+        weight = (neighbour.across * neighbour.along * known).transpose(1, 2)
+        parts = (weight[..., None] * of_output[..., None, :]).flatten(2, 3)
+        of_rows = of_rows.scatter_add(2, neighbour.rows[..., None].expand_as(parts), parts)
+    poison = _nan_of_bad_levels(shapes, starts, S).to(value.dtype)
+    of_value = of_rows[:, :, :S].transpose(1, 2) + poison
+    of_locations = torch.stack((of_x * samples.slope_x, of_y * samples.slope_y), -1)
+    if variant.clamped:
+        # Of a clamped coordinate it is zero, also where the pixels hold NaN.
+        free = torch.stack((samples.slope_x, samples.slope_y), -1) != 0
+        of_locations = torch.where(free, of_locations, 0)
+    of_locations = of_locations + poison
+    of_weights = of_weights + poison
+    if fused is None:
+        return of_value, of_locations.reshape(locations.shape), of_weights.reshape(given.weights.shape), None
+    return of_value, *_fused_gradients(given, fused, of_locations, of_weights)
+
+
+def _fused_gradients(
+    arguments: Arguments, fused: FusedSamples, of_locations: Tensor, of_weights: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of offsets, logits and reference points; of packed offsets and logits in one array."""
+    of_points, of_offsets, of_logits = fused.gradients(of_locations, of_weights)
+    references = arguments.reference_points
+    if references.shape[2] == 1:
+        of_references = of_points.sum(2, keepdim=True)
+    else:
+        of_references = torch.zeros_like(references).index_add(2, fused.level_of, of_points)
+    valid = _valid_queries(arguments)
+    if valid is not None:
+        of_offsets, of_logits, of_references = (_masked(part, valid) for part in (of_offsets, of_logits, of_references))
+    if arguments.packed:
+        return torch.cat((of_offsets.flatten(3), of_logits), -1), None, of_references
+    return of_offsets.reshape(arguments.locations.shape), of_logits.reshape(arguments.weights.shape), of_references
+
+
+def _plain(arguments: Arguments) -> tuple[Arguments, Tensor, Tensor, FusedSamples | None]:
+    """Arguments in which padding holds zeros, with locations and weights by which padding gives zeros."""
+    valid = _valid_queries(arguments)
+    if valid is not None:
+        arguments = dataclasses.replace(
+            arguments,
+            locations=_masked(arguments.locations, valid),
+            weights=_masked(arguments.weights, valid),
+            reference_points=_masked(arguments.reference_points, valid),
+        )
+    locations, weights, fused = arguments.locations, arguments.weights, None
+    if arguments.reference_points is not None:
+        shapes, _ = _levels(arguments)
+        fused = fused_samples(shapes, arguments.reference_points, locations, weights, arguments.variant)
+        locations, weights = fused.locations(), fused.weights()
+        if arguments.variant.num_points is None:
+            N, Q, M, K = weights.shape
+            L = shapes.shape[0]
+            locations = locations.reshape(N, Q, M, L, K // max(L, 1), 2)
+    if valid is not None:
+        # A sample at NaN counts for nothing, whatever value holds.
+        locations = locations.masked_fill(~valid.view(*valid.shape, *(1,) * (locations.ndim - 2)), torch.nan)
+        weights = _masked(weights, valid)
+    return arguments, locations, weights, fused
+
+
+def _masked(tensor: Any, valid: Tensor) -> Any:
+    """Zeros in the queries that are not `valid`."""
+    return None if tensor is None else tensor.masked_fill(~valid.view(*valid.shape, *(1,) * (tensor.ndim - 2)), 0)
+
+
+def _valid_queries(arguments: Arguments) -> Tensor | None:
+    """Which queries [N, Q] are not padding; None: all."""
+    if arguments.query_lengths is None:
+        return None
+    lengths = torch.as_tensor(arguments.query_lengths, device=arguments.value.device).to(torch.int64)
+    return torch.arange(arguments.locations.shape[1], device=lengths.device) < lengths[:, None]
+
+
+def _levels(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
+    """Shapes and starts as int64 on value's device."""
+    device, starts = arguments.value.device, arguments.level_start_index
+    shapes = torch.as_tensor(arguments.spatial_shapes, device=device).to(torch.int64).reshape(-1, 2)
+    return shapes, None if starts is None else torch.as_tensor(starts, device=device).to(torch.int64)
+
+
+def _first_pixels(shapes: Tensor, starts: Tensor | None) -> Tensor:
+    pixels = shapes.prod(1)
+    return pixels.cumsum(0) - pixels if starts is None else starts
+
+
+def _samples(shapes: Tensor, starts: Tensor | None, locations: Tensor, variant: Variant) -> _Samples:
+    N, Q, M = locations.shape[:3]
+    points = variant.num_points or (locations.shape[-2],) * shapes.shape[0]
+    level_of = torch.tensor([level for level, count in enumerate(points) for _ in range(count)], dtype=torch.int64)
+    level_of = level_of.to(locations.device)
+    numbers = (*shapes.unbind(1), _first_pixels(shapes, starts))
+    height, width, start = (number.index_select(0, level_of) for number in numbers)
+    locations = locations.reshape(N, Q, M, sum(points), 2)
+    valid = ~locations.isnan().any(-1) if variant.clamped else locations.isfinite().all(-1)
+    # What lies this far outside is the same as at infinity, and has no gradient.
+    x, y = locations.masked_fill(~valid[..., None], 0).clamp(-1, 2).unbind(-1)
+    (x, slope_x), (y, slope_y) = _to_pixels(x, width, variant), _to_pixels(y, height, variant)
+    if not variant.clamped:
+        valid = valid & (x > -1) & (y > -1) & (x < width) & (y < height)
+    x, y, slope_x, slope_y = (number.masked_fill(~valid, 0) for number in (x, y, slope_x, slope_y))
+    column, row = x.detach().floor(), y.detach().floor()
+    return _Samples(column.long(), row.long(), x - column, y - row, slope_x, slope_y, valid, height, width, start)
+
+
+def _to_pixels(location: Tensor, size: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
+    """Coordinates in pixels along one axis, and their slopes."""
+    slope = torch.ones_like(location) * (size - 1 if variant.align_corners else size)
+    if variant.nearest:
+        pixel, slope = (location * size + 0.5).detach().floor(), torch.zeros_like(slope)
+    elif variant.align_corners:
+        pixel = location * (size - 1)
+    else:
+        pixel = location * size - 0.5
+    if not variant.clamped:
+        return pixel, slope
+    free = (pixel > 0) & (pixel < size - 1)
+    clamped = torch.minimum(pixel.detach().clamp_min(0), (size - 1).to(pixel.dtype))
+    return torch.where(free, pixel, clamped), torch.where(free, slope, 0)
+
+
+def _neighbours(samples: _Samples, S: int, variant: Variant) -> Iterator[_Neighbour]:
     for right in variant.neighbours:
         for below in variant.neighbours:
-            column, row = x0.long() + right, y0.long() + below
-            inside = valid & (column >= 0) & (column < w) & (row >= 0) & (row < h)
-            index = torch.where(inside, start + row * w + column, 0).transpose(1, 2).flatten(2)
-            vectors = heads.gather(2, index[..., None].expand(N, M, Q * K, D)).view(N, M, Q, K, D)
-            weight = (ax if right else 1 - ax) * (ay if below else 1 - ay) * weights
-            weight = torch.where(inside, weight, 0).transpose(1, 2)
-            output = output + (weight[..., None, :] @ vectors).squeeze(-2)
-    return output.transpose(1, 2).reshape(N, Q, M * D)
+            column, row = samples.x + right, samples.y + below
+            inside = samples.valid & (column >= 0) & (column < samples.width) & (row >= 0) & (row < samples.height)
+            index = torch.where(inside, samples.start + row * samples.width + column, S).clamp(0, S)
+            yield _Neighbour(
+                index.transpose(1, 2).flatten(2),
+                inside,
+                samples.right if right else 1 - samples.right,
+                samples.below if below else 1 - samples.below,
+                1 if right else -1,
+                1 if below else -1,
+            )
+
+
+def _rows(value: Tensor) -> Tensor:
+    """Value vectors [N, M, S + 1, D]. The last ones are zeros, and serve the neighbours outside a level."""
+    return F.pad(value, (0, 0, 0, 0, 0, 1)).transpose(1, 2)
+
+
+def _gather(rows: Tensor, neighbour: _Neighbour, Q: int) -> Tensor:
+    """The value vectors [N, M, Q, K, D] of a neighbour."""
+    N, M, _, D = rows.shape
+    vectors = rows.gather(2, neighbour.rows[..., None].expand(N, M, neighbour.rows.shape[2], D))
+    return vectors.view(N, M, Q, neighbour.inside.shape[3], D)
+
+
+def _nan_of_bad_levels(shapes: Tensor, starts: Tensor | None, S: int) -> Tensor:
+    """Zero, or NaN where a level does not lie in the S pixels: metadata on a GPU is not validated."""
+    height, width = shapes.unbind(1)
+    start = _first_pixels(shapes, starts)
+    bad = (height < 1) | (width < 1) | (height > S) | (width > S) | (start < 0) | (start + height * width > S)
+    return torch.where(bad.any(), torch.nan, 0.0)

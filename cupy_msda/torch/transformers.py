@@ -84,6 +84,8 @@ _FUNCTIONS = (multi_scale_deformable_attention, multi_scale_deformable_attention
 def patch(*families: str) -> Patch:
     """Serve the models of transformers by this operator, those that exist already and those to come.
 
+    Tensors on devices without kernels (see :func:`cupy_msda.torch.ms_deform_attn`) are left to the model's own code.
+
     Parameters
     ----------
     *families : str

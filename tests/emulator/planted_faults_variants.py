@@ -87,7 +87,6 @@ FUSED = {
     ),
 }  # fmt: skip
 
-
 # With NaN and infinity, found by test_non_finite.py: (variant, form of a fused call or None, fault).
 NON_FINITE = {
     "no pixel between the ends of a level of one": (
@@ -102,7 +101,9 @@ NON_FINITE = {
     "NaN clamped to the first pixel": (
         "border", None, Fault("forward", "px == px && py == py && level.w > 0", "level.w > 0"),
     ),
-    "weight of a sample out of bounds": ("border", None, Fault("forward", "cell.in_bounds || (", "true || (")),
+    "weight of a sample out of bounds": (
+        "border", None, Fault("forward", "cell.in_bounds ? attention : (acc_t)0", "attention"),
+    ),
     "weight of a masked sample": (
         "zeros", None, Fault("forward", "mask ? attention : level.w ? (acc_t)0 : quiet_nan()", "attention"),
     ),

@@ -65,6 +65,8 @@ def run_array(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
                 outcome.wrong.append(f"{name}: expected None in a packed call, got {type(grad).__name__}")
             continue
         _check_gradient(outcome, name, grad, call.arrays[name])
+        if not _is_contiguous(grad):  # what the registered operators say to torch.compile
+            outcome.wrong.append(f"gradient of {name}: not contiguous")
         outcome.results[name] = get(grad)
     _check_inputs(outcome, before, call)
     return outcome
@@ -239,8 +241,12 @@ def _check_output(case: Case, outcome: Outcome, output: Any, value: Any) -> None
         outcome.wrong.append(f"output: dtype {output.dtype}, expected {value.dtype}")
     if type(output) is not type(value) or str(output.device) != str(value.device):
         outcome.wrong.append(f"output: {type(output).__name__} on {output.device}")
-    if not (output.is_contiguous() if isinstance(output, torch.Tensor) else output.flags.c_contiguous):
+    if not _is_contiguous(output):
         outcome.wrong.append("output: not contiguous")
+
+
+def _is_contiguous(array: Any) -> bool:
+    return array.is_contiguous() if isinstance(array, torch.Tensor) else array.flags.c_contiguous
 
 
 def _check_gradient(outcome: Outcome, name: str, grad: Any, like: Any) -> None:

@@ -200,10 +200,11 @@ def test_undo_restores_everything():
             pass
         assert attributes() != before
         layer = next(layer for layer in model.modules() if hasattr(layer, "ms_deformable_attn_core"))
-        assert layer.ms_deformable_attn_core is serve.multi_scale_deformable_attention_v2
+        served = modeling("d_fine").multi_scale_deformable_attention_v2
+        assert layer.ms_deformable_attn_core is served
         layer.ms_deformable_attn_core = print
         assert layer.ms_deformable_attn_core is print
-        layer.ms_deformable_attn_core = serve.multi_scale_deformable_attention_v2
+        layer.ms_deformable_attn_core = served
     after = attributes()
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before)

@@ -48,6 +48,7 @@ MANY_PARAMETERS = {
     "api.ms_deform_attn_backward",
     "api.ms_deform_attn_fused",
     "api.ms_deform_attn_fused_backward",
+    "torch.autograd._Attention.forward",
     "torch.functional.ms_deform_attn",
     "torch.functional.ms_deform_attn_fused",
 }

@@ -3,7 +3,7 @@
 Counted are the Python calls of this package that receive the operands: a tensor, the Arguments or the Call, as an
 argument or in a tuple. A hop is such a call that enters another file, or one inside a file that is still on the stack
 when the computation starts. Not counted are helpers that return to their own file, `call.py` (data), `arrays/` (a view
-per array, a result per output) and predicates without operands, such as those of `torch/compat.py`.
+per array, a result per output) and `torch/compat.py` (what torch answers about tensors).
 
 The chain is measured to the function that receives the validated Call: `cpu/run.py` here, `cuda/run.py` on a GPU.
 """
@@ -56,7 +56,7 @@ class Chain:
             return
         here, *callers = frames_of_package(frame)
         name = f"{file_of(here)}:{here.f_code.co_qualname}"
-        if file_of(here).startswith("arrays/") or file_of(here) == "call.py":
+        if file_of(here).startswith("arrays/") or file_of(here) in ("call.py", "torch/compat.py"):
             return
         if not callers or file_of(callers[0]) != file_of(here):
             self.entered.append(name)

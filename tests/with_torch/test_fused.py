@@ -167,14 +167,10 @@ def test_transforms_of_torch_func_agree_with_autograd(device, form):
             torch.testing.assert_close(one[index], other)
 
 
-def test_mapped_metadata_and_forward_mode_gradients_are_refused():
+def test_mapped_metadata_is_refused():
     shapes, (value, *samples), _ = tensors("cpu")
     with pytest.raises(ValueError, match="spatial_shapes, level_start_index: expected the same for every sample"):
         torch.vmap(lambda s: attend(s, value, *samples))(torch.stack((shapes, shapes)))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(samples[1].detach(), samples[1].detach())
-        with pytest.raises(NotImplementedError, match="no forward-mode gradient"):
-            attend(shapes, value, samples[0], dual, samples[2])
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

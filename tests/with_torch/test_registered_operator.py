@@ -278,16 +278,6 @@ def test_vmap_over_metadata_is_refused():
         torch.vmap(lambda s: ms_deform_attn(value, s, None, locations, weights))(torch.stack((shapes, shapes)))
 
 
-def test_forward_mode_gradient_is_refused():
-    value, shapes, starts, locations, weights, _ = tensors("cpu", requires_grad=False)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(value, value)
-        with pytest.raises(NotImplementedError, match="no forward-mode gradient"):
-            ms_deform_attn(dual, shapes, starts, locations, weights)
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"forward-mode|jvp"):
-        torch.func.jvp(lambda v: ms_deform_attn(v, shapes, starts, locations, weights), (value,), (value,))
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("location_dtype", [None, torch.float32], ids=["same", "float32"])

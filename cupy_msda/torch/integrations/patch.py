@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
+
+from ..devices import serves
+
+
+def standing_in(ours: Callable[..., Any], original: Callable[..., Any], value_at: int = 0) -> Callable[..., Any]:
+    """`ours`, but `original` where the value is on a device without kernels: what works there goes on as it is.
+
+    `value_at` is the place of the value among the arguments.
+    """
+
+    @functools.wraps(original)
+    def chosen(*arguments: Any, **named: Any) -> Any:
+        value = named["value"] if "value" in named else arguments[value_at]
+        return (ours if serves(value) else original)(*arguments, **named)
+
+    chosen.__dict__[_OURS] = ours
+    return chosen
+
+
+def stands_in(function: Any, ours: Callable[..., Any]) -> bool:
+    """Whether `ours` stands in already, put there by another patch."""
+    return getattr(function, _OURS, None) is ours
+
+
+# An attribute of the functions of :func:`standing_in`.
+_OURS = "_cupy_msda_function"
 
 
 class Patch:

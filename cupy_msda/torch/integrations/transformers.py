@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .patch import Patch
+from .patch import Patch, standing_in, stands_in
 
 # Under this name some layers keep the function that they found when they were made.
 _KEPT = "ms_deformable_attn_core"
@@ -18,27 +18,28 @@ _SERVED = "_cupy_msda_core"
 
 
 def serve_layer(done: Patch, layer: type[nn.Module], ours: type[nn.Module]) -> None:
-    """Make the layers of a class compute what those of `ours` do."""
+    """Make the layers of a class compute what those of `ours` do, except on devices without kernels."""
     done.served.append(f"{layer.__module__}.{layer.__name__}")
-    if layer.forward is ours.forward:
-        return  # an outer patch has replaced it
+    if stands_in(layer.forward, ours.forward):
+        return
     _check_signature(layer.forward, ours.forward)
-    done.replace(layer, "forward", ours.forward)
+    done.replace(layer, "forward", standing_in(ours.forward, layer.forward, value_at=1))
 
 
 def serve_function(done: Patch, module: ModuleType, ours: Callable[..., Tensor]) -> None:
-    """Replace the function of this name in a module, also in layers that keep it."""
+    """Replace the function of this name in a module, also in layers that keep it; not on devices without kernels."""
     name = ours.__name__
     original = getattr(module, name)
     done.served.append(f"{module.__name__}.{name}")
-    if original is ours:
+    if stands_in(original, ours):
         return
     _check_signature(original, ours)
-    done.replace(module, name, ours)
+    served = standing_in(ours, original)
+    done.replace(module, name, served)
     for layer in vars(module).values():
         if isinstance(layer, type) and layer.__module__ == module.__name__ and _keeps_function(layer):
-            done.add(layer, _SERVED, staticmethod(ours))
-            done.add(layer, _KEPT, _served_attribute(original, ours))
+            done.add(layer, _SERVED, staticmethod(served))
+            done.add(layer, _KEPT, _served_attribute(original, served))
 
 
 def _keeps_function(layer: type) -> bool:
