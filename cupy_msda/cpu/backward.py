@@ -242,7 +242,11 @@ def _backward_groups(groups: Groups, block: _Block, sums: _Sums) -> None:
                 pixels[~inside] = 0
             np.matmul(pixels, vectors.transpose(0, 2, 1), out=dots[part])
         if sums.grad_value is not None and corner_weights is not None:
-            products = np.matmul(corner_weights[:, part].transpose(1, 0, 2), vectors)
+            factors = corner_weights[:, part].transpose(1, 0, 2)
+            products = np.matmul(factors, vectors)
+            if not np.isfinite(products.sum()):
+                vectors[~groups.real[part]] = 0  # padding: its factor 0 times infinity is NaN
+                np.matmul(factors, vectors, out=products)
             for same in equal_ranges(groups.scatter_pass[part]):
                 at = slice(part.start + same.start, part.start + same.stop)
                 scatter_pass, indices = int(groups.scatter_pass[at.start]), corners.grad_value_index[at].reshape(-1)
@@ -261,7 +265,7 @@ def _corner_weights(samples: _GroupSamples, groups: Groups) -> np.ndarray:
     Contiguous per corner: strided, each step takes longer (docs/performance/decisions.md#cpu-corner-arrays).
     """
     left, top = 1 - samples.ax, 1 - samples.ay
-    result, real = np.empty((4, *samples.ax.shape), samples.ax.dtype), samples.weight * groups.real
+    result, real = np.empty((4, *samples.ax.shape), samples.ax.dtype), np.where(groups.real, samples.weight, 0)
     for corner, (vertical, horizontal) in enumerate(itertools.product((top, samples.ay), (left, samples.ax))):
         np.multiply(vertical, horizontal, out=result[corner])
         result[corner] *= real

@@ -44,7 +44,9 @@ def fused_backward(inputs: Inputs, wanted: Wanted) -> Gradients:
     problem, wanted = inputs.problem, inputs.problem.computed(wanted)
     if problem.empty:
         arrays = zip((inputs.value, inputs.locations, inputs.weights, inputs.references), wanted, strict=True)
-        return Gradients(*(np.zeros_like(array) if asked and array is not None else None for array, asked in arrays))
+        return Gradients(
+            *(np.zeros(array.shape, array.dtype) if asked and array is not None else None for array, asked in arrays)
+        )
     samples = materialise(inputs)
     plain = plain_backward(_plain_inputs(inputs, samples), wanted._replace(references=False))
     gradients = Gradients(value=plain.value)

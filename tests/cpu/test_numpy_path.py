@@ -145,6 +145,17 @@ def test_special_values_reach_only_the_outputs_that_use_them(special, Q):
     assert np.isfinite(output).all()
 
 
+@pytest.mark.parametrize("name", ["grad_output", "weights"])
+def test_infinity_of_a_sample_stays_infinite_in_an_incomplete_group(name):
+    """Three samples of a cell, and one of padding that repeats the last."""
+    value, levels, starts, locations, weights, grad_output = inputs(levels=((4, 4),), Q=3, M=1, D=2, P=1, spread=0.01)
+    grad_output[...] = 1
+    {"grad_output": grad_output, "weights": weights}[name][0, -1] = np.inf
+    grad_value = cupy_msda.ms_deform_attn_backward(value, levels, starts, locations, weights, grad_output, 64)[0]
+    np.testing.assert_array_equal(grad_value[0, [5, 6, 9, 10]], np.inf)
+    assert np.isinf(grad_value).sum() == 4 * 2
+
+
 @pytest.mark.parametrize("S", [non_finite.PIXELS, 400], ids=["copied heads", "the caller's array"])
 @pytest.mark.parametrize("kind", non_finite.PLAIN_KINDS)
 @pytest.mark.parametrize("name", non_finite.VARIANTS)
@@ -196,6 +207,16 @@ def test_only_wanted_gradients_are_computed(dtype, Q, wanted):
             assert grad is None
 
 
+@pytest.mark.parametrize("empty", [{"Q": 0}, {"D": 0}], ids=str)
+def test_gradients_of_an_empty_fused_call_are_contiguous(empty):
+    """As those of other calls, whatever the strides of the inputs."""
+    value, levels, _, offsets, logits, grad_output = inputs(**empty)
+    references = np.ones((1, offsets.shape[1], 2, 4))
+    arrays = [np.asfortranarray(array) for array in (value, references, offsets, logits)]
+    grads = cupy_msda.ms_deform_attn_fused_backward(arrays[0], levels, None, *arrays[1:], grad_output)
+    assert all(grad.flags.c_contiguous for grad in grads)
+
+
 def test_crowded_cell_takes_long_groups():
     """Half of the samples are in one cell, which gets longer groups than the other cells."""
     arguments = inputs(levels=((40, 40),), M=2, D=4, Q=2000, spread=0.5)
@@ -205,3 +226,25 @@ def test_crowded_cell_takes_long_groups():
     assert 3 * cells.MAX_GROUP < 2000
     for have, want in zip(results(*arguments), exact(*arguments), strict=True):
         assert_close(have, want, "float64")
+
+
+CLAMPED = {
+    "border": {"padding_mode": "border"},
+    "border, align_corners": {"padding_mode": "border", "align_corners": True},
+    "nearest": {"interpolation": "nearest"},
+}
+
+
+@pytest.mark.parametrize("W", [2**24 + 3, 2**24 + 4])
+@pytest.mark.parametrize("name", CLAMPED)
+def test_clamped_location_is_the_last_pixel_of_a_level_wider_than_float32_counts(name, W):
+    value = np.zeros((1, W, 1, 1), np.float16)
+    value[0, -3:, 0, 0] = 1, 2, 3
+    locations = np.full((1, 1, 1, 1, 1, 2), 2, np.float32)
+    weights, grad_output = np.ones((1, 1, 1, 1, 1), np.float32), np.ones((1, 1, 1), np.float16)
+    arrays = value, [(1, W)], None, locations, weights
+    assert cupy_msda.ms_deform_attn(*arrays, **CLAMPED[name]) == 3
+    of_value, of_locations, of_weights = cupy_msda.ms_deform_attn_backward(*arrays, grad_output, 64, **CLAMPED[name])
+    np.testing.assert_array_equal(np.flatnonzero(of_value), W - 1)
+    assert not of_locations.any()
+    assert of_weights == 3
