@@ -120,6 +120,9 @@ def _samples(xp: Any, form: Form, wide: dict[str, Any], level_of: Any, extent: A
     ) else locations  # fmt: skip
     exact = (power | (offsets == 0)) & is_exact(offsets) & is_exact(references[..., :2]) & is_exact(locations)
     exact = exact & is_exact(move) & is_exact(xp.broadcast_to(steps, move.shape))
+    # The kernels add an offset in pixels, whose product with W - 1 may need more bits than the location in pixels does.
+    factor = extent - 1 if form.align_corners else extent
+    exact = exact & is_exact(move * factor) & ((offsets == 0) | is_exact(steps * factor))
     largest = weights.max(-1, keepdims=True) if weights.size else weights[..., :1]
     distance = abs(weights - largest)
     weights = xp.exp(weights - largest)

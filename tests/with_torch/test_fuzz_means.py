@@ -9,12 +9,13 @@ import pytest
 
 from tests.fuzz.__main__ import main
 from tests.fuzz.compare import Outcome, compare, difference
-from tests.fuzz.draw import LAYOUTS, draw
+from tests.fuzz.draw import LAYOUTS, Case, Form, draw
+from tests.fuzz.emulated import run_emulated
 from tests.fuzz.expected import expected
 from tests.fuzz.hostile import fitting_levels, with_hostile_metadata
 from tests.fuzz.passing import Memory, laid_out, to_torch
 from tests.fuzz.shrink import code, shrink
-from tests.helpers import reference
+from tests.helpers import emulator, reference
 from tests.helpers.cases import dtype_of
 
 
@@ -135,6 +136,62 @@ def test_an_input_that_is_written_to_is_found():
     assert memory.written() == []
     memory.arrays["weights"].flat[0] += 1
     assert memory.written() == ["weights"]
+
+
+# ---- rounding next to a kink -----------------------------------------------------------------------------------------
+
+
+def one_sample(width, padding_mode, references, offset):
+    """A fused call of one sample with align_corners, which `offset` moves along the one row of its level."""
+    coordinates = len(references)
+    form = Form(
+        M=1, D=1, points=(1,), per_level=False, dtypes=("float32",) * 3, padding_mode=padding_mode, align_corners=True,
+        coordinates=coordinates, reference_levels=1,
+    )  # fmt: skip
+    arrays = {"value": np.arange(1, width + 1).reshape(1, width, 1, 1) ** 2, "weights": np.zeros((1, 1, 1, 1))}
+    arrays |= {"locations": np.array([offset, 0]).reshape(1, 1, 1, 1, 2), "grad_output": np.ones((1, 1, 1, 1))}
+    arrays["references"] = np.array(references).reshape(1, 1, 1, coordinates)
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    return Case(0, form, ((1, width),), None, None, arrays, {}, {}, form.names)
+
+
+@pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
+@pytest.mark.parametrize(
+    ("width", "padding_mode", "references", "offset"),
+    [
+        (8, "zeros", (0.125, 0.5), -2.142857074737549),  # -1 in the kernel, which is outside
+        (4, "zeros", (0.875, 0.5), -2.1666667461395264),
+        (6, "border", (0.5, 0.5, 0.25, 0.5), -2.4000000953674316),
+    ],
+)
+def test_the_offset_in_pixels_may_be_rounded(width, padding_mode, references, offset):
+    """float32 has the location in pixels exactly, but not the offset: a kernel may be on the other side of the kink."""
+    case = one_sample(width, padding_mode, references, offset)
+    outcomes = run_emulated(case)
+    formula = {name: numbers.astype(np.float32) for name, numbers in loops(case).items()}
+    assert abs(outcomes["emulated"].results["locations"] - formula["locations"]).max() > 0.1
+    want = expected(case)
+    assert compare(case, outcomes | {"formula": Outcome(formula)}, want) == []
+    assert want["output"].bound.max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("width", "padding_mode", "references", "offset", "right"),
+    [
+        (4, "zeros", (0.5, 0.5), -2.0, 1),  # the pixel to the right of the sample
+        (8, "border", (0.5, 0.5), 0.0, 4),
+        (5, "zeros", (0.5, 0.5, 0.25, 0.5), 2.0, 4),
+        (7, "border", (0.75, 0.5, 0.5, 0.5), -1.0, 4),
+    ],
+)
+def test_a_location_without_rounding_is_on_one_side(width, padding_mode, references, offset, right):
+    """Then a kernel that is on the other side is wrong, and NaN reaches the output from a pixel of weight 0."""
+    case = one_sample(width, padding_mode, references, offset)
+    want = expected(case)
+    assert want["locations"].bound.max() < 1e-2
+    assert not want["output"].nan.any()
+    case.arrays["value"][0, right] = np.nan
+    assert expected(case)["output"].nan.all()
 
 
 # ---- layouts, hostile metadata, shrinking, records -------------------------------------------------------------------
