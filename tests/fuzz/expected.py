@@ -250,7 +250,7 @@ def _results(
     found["output"] = output
     products = a[..., None] * w * g
     of_value = result(
-        products, (a[..., None], g), size_a[..., None] * _finite(xp, abs(g)), error["value"], ()
+        products, (a[..., None], g), size_a[..., None] * _finite(xp, abs(g)), error["value"], (), common=a[..., None]
     )  # fmt: skip
     found["value"] = _scattered(xp, of_value, index, pixels, (N, S, M, D))
     dots = (g * vectors).sum(-1)

@@ -122,6 +122,19 @@ def test_a_number_in_the_place_of_nan_is_found():
     assert [failure.kind for failure in compare(case, {"one": wrong}, want)] == ["contract"]
 
 
+@pytest.mark.parametrize(("name", "kinds"), [("weights", set()), ("grad_output", {"disagree"})])
+def test_an_infinite_weight_may_reach_the_gradient_of_value_as_nan(name, kinds):
+    """The contract says so: the kernels subtract a * fraction from a."""
+    case = plain_case()
+    case.arrays[name][:] = np.inf
+    right = right_outcome(case)
+    infinite = np.flatnonzero(np.isinf(right.results["value"]))
+    assert len(infinite)
+    other = changed(right, "value", infinite, np.nan)
+    found = compare(case, {"one": right, "other": other}, expected(case))
+    assert {failure.kind for failure in found} == kinds
+
+
 def test_one_path_that_raises_is_found():
     case = plain_case()
     outcomes = {"one": right_outcome(case), "other": Outcome(error=ValueError("no"))}
