@@ -209,8 +209,11 @@ def _samples(shapes: Tensor, starts: Tensor | None, locations: Tensor, variant: 
     if not variant.clamped:
         valid = valid & (x > -1) & (y > -1) & (x < width) & (y < height)
     x, y, slope_x, slope_y = (number.masked_fill(~valid, 0) for number in (x, y, slope_x, slope_y))
-    column, row = x.detach().floor(), y.detach().floor()
-    return _Samples(column.long(), row.long(), x - column, y - row, slope_x, slope_y, valid, height, width, start)
+    floor_x, floor_y = x.detach().floor(), y.detach().floor()
+    column, row = floor_x.long(), floor_y.long()
+    if variant.clamped:  # the number of the last pixel may be rounded up
+        column, row = torch.minimum(column, width - 1), torch.minimum(row, height - 1)
+    return _Samples(column, row, x - floor_x, y - floor_y, slope_x, slope_y, valid, height, width, start)
 
 
 def _to_pixels(location: Tensor, size: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:

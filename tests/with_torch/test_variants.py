@@ -140,3 +140,17 @@ def test_nearest_refuses_a_gradient_of_locations():
         ms_deform_attn(value, shapes, starts, locations, weights, interpolation="nearest")
     with torch.no_grad():
         ms_deform_attn(value, shapes, starts, locations, weights, interpolation="nearest")
+
+
+@pytest.mark.parametrize("variant", [{"padding_mode": "border"}, {"interpolation": "nearest"}], ids=str)
+def test_derivative_at_the_last_pixel_of_a_level_wider_than_float32_counts(variant):
+    W = 2**24 + 4
+    assert torch.tensor(W - 1).float() == W
+    value = torch.zeros(1, W, 1, 1)
+    value[0, -1] = 3
+    locations, weights = torch.full((1, 1, 1, 1, 1, 2), 2.0), torch.ones(1, 1, 1, 1, 1)
+
+    def output(weights):
+        return ms_deform_attn(value, [(1, W)], None, locations, weights, **variant)
+
+    assert torch.func.jvp(output, (weights,), (weights,))[1] == 3
