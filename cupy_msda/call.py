@@ -72,6 +72,8 @@ class Wanted(NamedTuple):
         return self.locations or self.weights or self.references
 
 
+# The fields of Arguments that have gradients, in the order of Wanted.
+DIFFERENTIABLE: tuple[str, ...] = ("value", "locations", "weights", "reference_points")
 # Every gradient of a plain call.
 ALL = Wanted()
 

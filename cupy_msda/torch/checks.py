@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .. import arrays, validate
 from ..call import PLAIN, Arguments, Problem
-from ..options import is_sequence, read_variant
+from ..options import read_variant
 from . import devices
 from .dtypes import agreed_dtypes
+from .metadata import has_symbols, tensor_of
 
 # torch computes little with these.
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
@@ -68,17 +69,11 @@ def zeros(arguments: Arguments, problem: Problem) -> Tensor:
 def _metadata_tensor(name: str, metadata: Any) -> Any:
     if isinstance(metadata, Tensor):
         return metadata.to(torch.int64) if metadata.dtype in _UNSIGNED else metadata
-    if is_sequence(metadata) and _traced(metadata):
-        return metadata
+    if has_symbols(metadata):
+        # A trace knows tensors alone.
+        return tensor_of(metadata, "cpu") if torch.jit.is_tracing() else metadata  # pyright: ignore[reportPrivateImportUsage]
     view = validate.read_metadata(name, metadata)
     if view.device[0] == "cuda":
         return torch.from_dlpack(metadata)
     # A copy: what the caller does with the array after the call changes nothing.
     return torch.from_numpy(np.array(arrays.to_numpy(view), np.int64))
-
-
-def _traced(metadata: Any) -> bool:
-    """Whether numbers of a sequence are symbols, which stand for the sizes of other inputs too."""
-    numbers = [number for row in metadata for number in (row if is_sequence(row) else (row,))]
-    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return tracing or any(isinstance(number, torch.SymInt) for number in numbers)

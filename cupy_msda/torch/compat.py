@@ -69,7 +69,7 @@ def under_transform() -> bool:
 _EAGER_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def _has_elements(tensor: Tensor) -> bool:
+def has_elements(tensor: Tensor) -> bool:
     """Whether the memory of a tensor holds its elements: it is no wrapper, and no operation is pending."""
     if type(tensor) not in _EAGER_TYPES or tensor.is_neg():
         return False
@@ -79,11 +79,19 @@ def _has_elements(tensor: Tensor) -> bool:
         return False
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the elements of a tensor are known now, be it after a pending operation."""
+    try:
+        return type(tensor) in _EAGER_TYPES and tensor.data_ptr() >= 0
+    except RuntimeError:
+        return False
+
+
 def eager(*tensors: Tensor) -> bool:
     """Whether nothing but eager execution, with or without autograd, sees a call of this thread with these tensors."""
     if dispatch_modes() or under_transform() or _tracing() is not None or observed():
         return False
-    return all(map(_has_elements, tensors))
+    return all(map(has_elements, tensors))
 
 
 def layout_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:

@@ -6,7 +6,6 @@ torch.compile and compositions of these.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..call import Arguments
+from ..call import DIFFERENTIABLE, Arguments
 from . import compat
 from .operators import (
     ATTENTION,
-    DIFFERENTIABLE,
     FUSED_ATTENTION,
     Operator,
     arguments_of,
@@ -29,6 +27,7 @@ from .operators import (
     without_mask,
 )
 from .reference import differentiable_attention, differentiable_gradients
+from .samples import in_float
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -89,29 +88,20 @@ def _differentiable_places(operator: Operator, inputs: Sequence[Any]) -> list[in
 def _reference_forward(operator: Operator, *inputs: Any) -> Tensor:
     """A forward in torch's own functions."""
     arguments = arguments_of(operator, inputs)
-    return differentiable_attention(_in_float(arguments)).to(arguments.value.dtype)
+    return differentiable_attention(in_float(arguments)).to(arguments.value.dtype)
 
 
 def _reference_backward(operator: Operator, grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """A backward in torch's own functions."""
     inputs, mask = without_mask(operator, inputs)
     arguments = arguments_of(operator, inputs)
-    in_float = _in_float(arguments)
-    gradients = differentiable_gradients(in_float, grad_output.to(in_float.value.dtype))
+    widened = in_float(arguments)
+    gradients = differentiable_gradients(widened, grad_output.to(widened.value.dtype))
     grads = dict(zip(DIFFERENTIABLE, gradients, strict=True))
     return tuple(
         grad_output.new_empty(0) if grad is None or not wanted else grad.to(inputs[place].dtype)
         for (name, place), wanted in zip(operator.tensors.items(), mask, strict=True)
         for grad in (grads[name],)
-    )
-
-
-def _in_float(arguments: Arguments) -> Arguments:
-    """The tensors in the dtype of the arithmetic: float64, or float32."""
-    dtype = torch.float64 if arguments.value.dtype == torch.float64 else torch.float32
-    tensors = {name: getattr(arguments, name) for name in DIFFERENTIABLE}
-    return dataclasses.replace(
-        arguments, **{name: tensor.to(dtype) for name, tensor in tensors.items() if tensor is not None}
     )
 
 

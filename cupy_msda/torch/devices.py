@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Arguments, Problem, Wanted
+from ..call import DIFFERENTIABLE, Arguments, Problem, Wanted
 from ..validate import read
 from .exportable import exportable_attention
 from .reference import differentiable_gradients
+from .samples import in_float
 
 # Of value, locations, weights and reference points, the order of `Wanted`; None for what is not wanted.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-# Fields of Arguments, in the order of the fields of Wanted.
-DIFFERENTIABLE = ("value", "locations", "weights", "reference_points")
 _METADATA = ("spatial_shapes", "level_start_index", "query_lengths")
 # And "cuda", unless torch is made for ROCm.
 _WITH_KERNELS: tuple[str, ...] = ("cpu",)
@@ -103,10 +102,8 @@ def backward(arguments: Arguments, grad_output: Tensor, wanted: Wanted) -> Gradi
         found = [part if part is None else part.new_zeros(part.shape) for part in _differentiable(arguments)]
     else:
         # Autograd does not record inside of an operator, so these are formulas.
-        dtype = torch.float64 if arguments.value.dtype == torch.float64 else torch.float32
-        parts = (None if part is None else part.to(dtype) for part in _differentiable(arguments))
-        in_float: dict[str, Any] = dict(zip(DIFFERENTIABLE, parts, strict=True))
-        found = differentiable_gradients(replace(arguments, **in_float), grad_output.to(dtype))
+        widened = in_float(arguments)
+        found = differentiable_gradients(widened, grad_output.to(widened.value.dtype))
     of_value, of_locations, of_weights, of_references = (
         grad.to(part.dtype).contiguous() if asked and grad is not None and part is not None else None
         for grad, part, asked in zip(found, _differentiable(arguments), wanted, strict=True)

@@ -10,45 +10,72 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import PLAIN, Arguments, Variant, contiguous_starts
+from ..options import is_sequence
+from . import compat
+from .metadata import tensor_of
+from .reference import differentiable_attention
+from .samples import in_float, level_of_samples, plain_samples, to_pixels
 
-Levels = Sequence[Sequence[int]]
+# (H, W) of each level: numbers, symbols, or tensors without dimensions in a trace.
+Levels = Sequence[Sequence[Any]]
 
 
 def exportable_attention(arguments: Arguments) -> Tensor:
-    """The operator by ``grid_sample``, with arithmetic in float32 or float64. The level sizes become constants."""
-    value, shapes, variant = arguments.value, arguments.spatial_shapes, arguments.variant
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    levels = shapes.tolist() if hasattr(shapes, "tolist") else shapes
-    starts = arguments.level_start_index
-    if hasattr(starts, "tolist"):
-        starts = starts.tolist()
-    locations = arguments.locations.to(dtype)
-    weights: Any = None if arguments.weights is None else arguments.weights.to(dtype)
-    if arguments.reference_points is not None:
-        sizes = torch.as_tensor(shapes, device=value.device)
-        locations, weights = locations_and_weights(
-            sizes, arguments.reference_points.to(dtype), locations, weights, variant=variant
-        )
-    # grid_sample promises nothing for NaN. What lies this far outside is the same as at infinity.
-    invalid = locations.isnan().any(-1)
-    valid = _valid_queries(arguments)
-    if valid is not None:
-        invalid = invalid | ~valid.view(*valid.shape, *(1,) * (weights.ndim - 2))
-    locations = torch.where(invalid[..., None], -1, locations).clamp(-1, 2)
-    weights = torch.where(invalid, 0, weights)
-    output = grid_sample_attention(value.to(dtype), levels, locations, weights, starts, variant)
-    if valid is not None:
-        # Where locations are clamped, padding reads a pixel, which may be NaN.
-        output = torch.where(valid[..., None], output, 0)
-    return output.to(value.dtype)
+    """The operator by ``grid_sample``, with arithmetic in float32 or float64.
+
+    Level sizes that are numbers become constants of what is exported, those that are symbols or traced stay so. Where
+    they are data, which no size of an exported tensor can depend on, it is a composition of ``gather``.
+    """
+    dtype = arguments.value.dtype
+    arguments = in_float(arguments)
+    levels = _rows_of(arguments.spatial_shapes)
+    starts = _rows_of(arguments.level_start_index)
+    if levels is None or (starts is None and arguments.level_start_index is not None):
+        return differentiable_attention(arguments).to(dtype)
+    value, variant = arguments.value, arguments.variant
+    arguments, locations, weights, _ = plain_samples(arguments)
+    N, Q, M = locations.shape[:3]
+    sizes = tensor_of(arguments.spatial_shapes, value.device).flip(-1)
+    points = variant.num_points or [int(locations.shape[-2])] * len(levels)
+    sizes = sizes.to(locations.dtype).index_select(0, level_of_samples(points, value.device))
+    locations, weights = locations.reshape(N, Q, M, sum(points), 2), weights.reshape(N, Q, M, sum(points))
+    locations, counts = _for_grid_sample(locations, sizes, variant)
+    weights = torch.where(counts, weights, 0)
+    sampled = _samples(value, levels, locations, starts, variant._replace(num_points=tuple(points)))
+    if variant.clamped or variant.align_corners:
+        # What does not count reads a pixel here, which may be NaN.
+        sampled = torch.where(counts.transpose(1, 2).flatten(0, 1)[:, None], sampled, 0)
+    return _weighted(sampled, weights).to(dtype)
 
 
-def _valid_queries(arguments: Arguments) -> Tensor | None:
-    """Which queries [N, Q] are not padding; None: all."""
-    if arguments.query_lengths is None:
+def _for_grid_sample(locations: Tensor, sizes: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
+    """Locations [N, Q, M, K, 2] that are finite, and which samples count. `sizes` [K, 2] are (W, H)."""
+    # What lies this far outside is the same as at infinity.
+    pixels = to_pixels(locations.detach().clamp(-1, 2), sizes, variant)
+    if variant.nearest:
+        counts = (locations == locations).all(-1)
+        pixels = torch.minimum(pixels.floor().clamp_min(0), sizes - 1)
+        locations = (pixels + 0.5) / sizes
+    elif variant.clamped:
+        counts = (locations == locations).all(-1)
+        free = (pixels > 0) & (pixels < sizes - 1)
+        locations = torch.where(free, locations, locations.detach()).clamp(-1, 2)
+    else:
+        counts = ((locations.abs() < torch.inf) & (pixels > -1) & (pixels < sizes)).all(-1)
+    return torch.where(counts[..., None], locations, -1), counts
+
+
+def _rows_of(metadata: Any) -> list[Any] | None:
+    """Metadata as a list of rows or numbers, which may be symbols or traced; None where it is missing, or data."""
+    if metadata is None or is_sequence(metadata):
+        return None if metadata is None else list(metadata)
+    if not isinstance(metadata, Tensor):
+        return metadata.tolist()
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return [row.unbind() if row.ndim else row for row in metadata.unbind()]
+    if torch.compiler.is_compiling() or not compat.has_elements(metadata) or compat.dispatch_modes():
         return None
-    lengths = torch.as_tensor(arguments.query_lengths, device=arguments.value.device)
-    return torch.arange(arguments.locations.shape[1], device=lengths.device) < lengths[:, None]
+    return metadata.tolist()
 
 
 def grid_sample_attention(
@@ -65,19 +92,22 @@ def grid_sample_attention(
     in value's dtype. `starts` are the first pixels of the levels; None: each level follows the one before it. With
     `num_points` in `variant`, the points of all levels are one dimension.
     """
+    return _weighted(_samples(value, levels, locations.to(value.dtype), starts, variant), weights.to(value.dtype))
+
+
+def _samples(
+    value: Tensor, levels: Levels, locations: Tensor, starts: Sequence[Any] | None, variant: Variant
+) -> Tensor:
+    """What each sample reads [N*M, D, Q, K]; K counts the points of all levels."""
     N, _, M, D = value.shape
     Q = locations.shape[1]
     points = variant.num_points or [locations.shape[-2]] * len(levels)
-    by_level = locations.to(value.dtype).reshape(N, Q, M, sum(points), 2).transpose(1, 2).split(list(points), dim=3)
+    by_level = locations.reshape(N, Q, M, sum(points), 2).transpose(1, 2).split(list(points), dim=3)
     sampled = []
     for (h, w), start, where in zip(
         levels, contiguous_starts(levels) if starts is None else starts, by_level, strict=True
     ):
         image = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(N * M, D, h, w)
-        if variant.nearest:
-            size = where.new_tensor((w, h))
-            pixel = torch.minimum((where * size + 0.5).floor().clamp_min(0), size - 1)
-            where = (pixel + 0.5) / size
         sampled.append(
             F.grid_sample(
                 image,
@@ -87,36 +117,11 @@ def grid_sample_attention(
                 align_corners=variant.align_corners,
             )
         )
-    attention = weights.to(value.dtype).transpose(1, 2).reshape(N * M, 1, Q, sum(points))
-    output = (torch.cat(sampled, -1) * attention).sum(-1)
-    return output.view(N, M * D, Q).transpose(1, 2).contiguous()
+    return torch.cat(sampled, -1)
 
 
-def locations_and_weights(
-    shapes: Tensor,
-    references: Tensor,
-    offsets: Tensor,
-    logits: Tensor | None = None,
-    *,
-    variant: Variant = PLAIN,
-) -> tuple[Tensor, Tensor]:
-    """Sampling locations and attention weights of a fused call, as the models compute them."""
-    L = shapes.shape[0]
-    if logits is None:
-        K = offsets.shape[-1] // 3
-        offsets, logits = offsets[..., : 2 * K], offsets[..., 2 * K :]
-    N, Q, M = logits.shape[:3]
-    logits = logits.reshape(N, Q, M, -1)
-    points = variant.num_points or (logits.shape[-1] // max(L, 1),) * L
-    level_of = torch.tensor([level for level, n in enumerate(points) for _ in range(n)], device=offsets.device)
-    point = references[:, :, level_of if references.shape[2] > 1 else level_of * 0][:, :, None]
-    offsets = offsets.reshape(N, Q, M, -1, 2)
-    if references.shape[-1] == 2:
-        locations = point + offsets / shapes.to(offsets.device).flip(-1).to(offsets.dtype)[level_of]
-    else:
-        counts = torch.tensor(points, device=offsets.device, dtype=offsets.dtype)[level_of, None]
-        locations = point[..., :2] + offsets / counts * point[..., 2:] * 0.5
-    weights = logits.softmax(-1)
-    if variant.num_points is None:
-        return locations.view(N, Q, M, L, -1, 2), weights.view(N, Q, M, L, -1)
-    return locations, weights
+def _weighted(sampled: Tensor, weights: Tensor) -> Tensor:
+    """The sums [N, Q, M*D] of what the samples read times the weights [N, Q, M, ...]."""
+    N, Q, M = weights.shape[:3]
+    attention = weights.transpose(1, 2).reshape(N * M, 1, Q, sampled.shape[-1])
+    return (sampled * attention).sum(-1).view(N, -1, Q).transpose(1, 2).contiguous()

@@ -35,8 +35,8 @@ def decomposed() -> Iterator[None]:
     These are ``torch.nn.functional.grid_sample`` and similar ones.
 
     For a runtime that does not know the operator: export inside this context. ``torch.onnx.export`` needs none, the
-    operator decomposes there by itself. Level sizes that are given as numbers become constants of what is exported.
-    Holds for the whole process.
+    operator decomposes there by itself. Level sizes that are plain numbers become constants of what is exported; those
+    from the shape of an input follow that input. Holds for the whole process.
     """
     global _decomposed
     _decomposed += 1
@@ -204,7 +204,7 @@ def _attention(arguments: Arguments) -> Tensor:
         devices.check(arguments)
     if not torch.compiler.is_compiling():
         arguments = checks.with_metadata_tensors(arguments)
-        if (_decomposed or arguments.validate) and compat.eager(*tensors.values()):
+        if (_decomposed or arguments.validate) and compat.eager() and all(map(compat.is_readable, tensors.values())):
             problem = checks.read(arguments)
             if _decomposed and problem.empty:
                 return checks.zeros(arguments, problem)

@@ -133,9 +133,11 @@ class MSDeformAttn(nn.Module):
                 input_level_start_index, input_padding_mask,
             )  # fmt: skip
         value = _without_padding(self.value_proj(input_flatten), input_padding_mask)
-        value = value.unflatten(-1, (M, self.d_model // M))
-        offsets = self.sampling_offsets(query).unflatten(-1, (M, L, P, 2))
-        logits = self.attention_weights(query).unflatten(-1, (M, L, P))
+        # torch.onnx.export(dynamo=False) makes the number of images a constant after `unflatten`.
+        value = value.view(value.shape[0], value.shape[1], M, self.d_model // M)
+        N, Q = query.shape[0], query.shape[1]
+        offsets = self.sampling_offsets(query).view(N, Q, M, L, P, 2)
+        logits = self.attention_weights(query).view(N, Q, M, L, P)
         (references,) = agreed_dtypes(value, reference_points)
         offsets, logits = agreed_dtypes(value, offsets, logits)
         attended = (ms_deform_attn_fused if compiling else attend)(

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import ALL, FUSED_NAMES, OPERATOR_NAMES, ArgumentNames, Arguments, Variant, Wanted
+from ..call import ALL, DIFFERENTIABLE, FUSED_NAMES, OPERATOR_NAMES, ArgumentNames, Arguments, Variant, Wanted
 from . import compat, devices, fast_path
 from .dtypes import agreed_dtypes
+from .metadata import has_symbols, tensor_of
 
 _INPUTS = (
     "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, "
@@ -54,8 +55,6 @@ for _name, _schema in _SCHEMAS.items():
 # The last inputs of a forward, which a schema may leave out: im2col_step, deterministic, the variant, query_lengths,
 # level_sizes.
 _DEFAULTS: tuple[Any, ...] = (64, None, *Variant(), None, None)
-# Fields of Arguments, in the order of the fields of Wanted.
-DIFFERENTIABLE: tuple[str, ...] = ("value", "locations", "weights", "reference_points")
 
 
 class Operator(NamedTuple):
@@ -110,7 +109,7 @@ def inputs_of(arguments: Arguments) -> tuple[Any, ...]:
     """The inputs of the operator's forward."""
     value, shapes = arguments.value, arguments.spatial_shapes
     sizes: list[Any] | None = None
-    if torch.compiler.is_compiling() and isinstance(shapes, (list, tuple)):
+    if isinstance(shapes, (list, tuple)) and (torch.compiler.is_compiling() or has_symbols(shapes)):
         # A tensor of numbers would be copied to the GPU in every call, and make the compiler give up its CUDA graphs.
         sizes = [size for level in shapes for size in level]
         shapes = None
@@ -129,7 +128,7 @@ def _metadata_tensor(metadata: Any, value: Tensor) -> Tensor | None:
         return metadata
     # A compiled graph wants all on one device; elsewhere the host is better, because what is there is validated.
     device = value.device if torch.compiler.is_compiling() else "cpu"
-    tensor = torch.as_tensor(metadata, device=device)
+    tensor = tensor_of(metadata, device)
     # The memory of another library's array is the caller's, who may change it before the backward.
     return tensor if isinstance(metadata, (list, tuple)) else tensor.clone()
 

@@ -7,16 +7,16 @@ Each call holds the value vectors of the neighbours of all samples, N * Q * M * 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import PLAIN, Arguments, Variant
-from .fused_samples import FusedSamples, fused_samples
+from .metadata import tensor_of
+from .samples import FusedSamples, level_of_samples, masked, plain_samples, to_pixels, valid_queries
 
 
 class _Samples(NamedTuple):
@@ -53,7 +53,7 @@ class _Neighbour(NamedTuple):
 
 def differentiable_attention(arguments: Arguments) -> Tensor:
     """The output [N, Q, M*D]."""
-    arguments, locations, weights, _ = _plain(arguments)
+    arguments, locations, weights, _ = plain_samples(arguments)
     shapes, starts = _levels(arguments)
     return gather_attention(arguments.value, shapes, starts, locations, weights, arguments.variant)
 
@@ -87,8 +87,8 @@ def differentiable_gradients(arguments: Arguments, grad_output: Tensor) -> tuple
     They are those of an implementation by loops over samples, written out: a transform of torch.func cannot be entered
     where a derivative of the operator is being computed.
     """
-    given, valid = arguments, _valid_queries(arguments)
-    arguments, locations, weights, fused = _plain(arguments)
+    given, valid = arguments, valid_queries(arguments)
+    arguments, locations, weights, fused = plain_samples(arguments)
     shapes, starts = _levels(arguments)
     value, variant = arguments.value, arguments.variant
     N, S, M, D = value.shape
@@ -135,58 +135,19 @@ def _fused_gradients(
         of_references = of_points.sum(2, keepdim=True)
     else:
         of_references = torch.zeros_like(references).index_add(2, fused.level_of, of_points)
-    valid = _valid_queries(arguments)
+    valid = valid_queries(arguments)
     if valid is not None:
-        of_offsets, of_logits, of_references = (_masked(part, valid) for part in (of_offsets, of_logits, of_references))
+        of_offsets, of_logits, of_references = (masked(part, valid) for part in (of_offsets, of_logits, of_references))
     if arguments.packed:
         return torch.cat((of_offsets.flatten(3), of_logits), -1), None, of_references
     return of_offsets.reshape(arguments.locations.shape), of_logits.reshape(arguments.weights.shape), of_references
 
 
-def _plain(arguments: Arguments) -> tuple[Arguments, Tensor, Tensor, FusedSamples | None]:
-    """Arguments in which padding holds zeros, with locations and weights by which padding gives zeros."""
-    valid = _valid_queries(arguments)
-    if valid is not None:
-        arguments = dataclasses.replace(
-            arguments,
-            locations=_masked(arguments.locations, valid),
-            weights=_masked(arguments.weights, valid),
-            reference_points=_masked(arguments.reference_points, valid),
-        )
-    locations, weights, fused = arguments.locations, arguments.weights, None
-    if arguments.reference_points is not None:
-        shapes, _ = _levels(arguments)
-        fused = fused_samples(shapes, arguments.reference_points, locations, weights, arguments.variant)
-        locations, weights = fused.locations(), fused.weights()
-        if arguments.variant.num_points is None:
-            N, Q, M, K = weights.shape
-            L = shapes.shape[0]
-            locations = locations.reshape(N, Q, M, L, K // max(L, 1), 2)
-    if valid is not None:
-        # A sample at NaN counts for nothing, whatever value holds.
-        locations = locations.masked_fill(~valid.view(*valid.shape, *(1,) * (locations.ndim - 2)), torch.nan)
-        weights = _masked(weights, valid)
-    return arguments, locations, weights, fused
-
-
-def _masked(tensor: Any, valid: Tensor) -> Any:
-    """Zeros in the queries that are not `valid`."""
-    return None if tensor is None else tensor.masked_fill(~valid.view(*valid.shape, *(1,) * (tensor.ndim - 2)), 0)
-
-
-def _valid_queries(arguments: Arguments) -> Tensor | None:
-    """Which queries [N, Q] are not padding; None: all."""
-    if arguments.query_lengths is None:
-        return None
-    lengths = torch.as_tensor(arguments.query_lengths, device=arguments.value.device).to(torch.int64)
-    return torch.arange(arguments.locations.shape[1], device=lengths.device) < lengths[:, None]
-
-
 def _levels(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     """Shapes and starts as int64 on value's device."""
     device, starts = arguments.value.device, arguments.level_start_index
-    shapes = torch.as_tensor(arguments.spatial_shapes, device=device).to(torch.int64).reshape(-1, 2)
-    return shapes, None if starts is None else torch.as_tensor(starts, device=device).to(torch.int64)
+    shapes = tensor_of(arguments.spatial_shapes, device).to(torch.int64).reshape(-1, 2)
+    return shapes, None if starts is None else tensor_of(starts, device).to(torch.int64)
 
 
 def _first_pixels(shapes: Tensor, starts: Tensor | None) -> Tensor:
@@ -197,8 +158,7 @@ def _first_pixels(shapes: Tensor, starts: Tensor | None) -> Tensor:
 def _samples(shapes: Tensor, starts: Tensor | None, locations: Tensor, variant: Variant) -> _Samples:
     N, Q, M = locations.shape[:3]
     points = variant.num_points or (locations.shape[-2],) * shapes.shape[0]
-    level_of = torch.tensor([level for level, count in enumerate(points) for _ in range(count)], dtype=torch.int64)
-    level_of = level_of.to(locations.device)
+    level_of = level_of_samples(points, locations.device)
     numbers = (*shapes.unbind(1), _first_pixels(shapes, starts))
     height, width, start = (number.index_select(0, level_of) for number in numbers)
     locations = locations.reshape(N, Q, M, sum(points), 2)
@@ -218,13 +178,10 @@ def _samples(shapes: Tensor, starts: Tensor | None, locations: Tensor, variant: 
 
 def _to_pixels(location: Tensor, size: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
     """Coordinates in pixels along one axis, and their slopes."""
+    pixel = to_pixels(location, size, variant)
     slope = torch.ones_like(location) * (size - 1 if variant.align_corners else size)
     if variant.nearest:
-        pixel, slope = (location * size + 0.5).detach().floor(), torch.zeros_like(slope)
-    elif variant.align_corners:
-        pixel = location * (size - 1)
-    else:
-        pixel = location * size - 0.5
+        pixel, slope = pixel.detach().floor(), torch.zeros_like(slope)
     if not variant.clamped:
         return pixel, slope
     free = (pixel > 0) & (pixel < size - 1)

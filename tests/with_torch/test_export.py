@@ -1,11 +1,11 @@
-"""Other runtimes: ONNX by the reference implementation of torch functions, and torch.export without our operator."""
+"""Export: torch.jit.trace, torch.export and ONNX, where sizes that follow an input's keep doing so."""
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 
-from cupy_msda.torch import decomposed, ms_deform_attn
+from cupy_msda.torch import decomposed, ms_deform_attn, ms_deform_attn_fused
 from tests.helpers.torch_calls import LEVELS, attention_module, module_inputs, to_float32
 
 
@@ -46,6 +46,121 @@ def test_onnx_runtime_gives_the_same_numbers(tmp_path, dynamo, metadata):
     np.testing.assert_allclose(run(path, inputs), want, rtol=1e-4, atol=1e-5)
 
 
+class Detector(torch.nn.Module):
+    """Two feature maps of an image and an attention layer over them, whose level sizes follow the image's.
+
+    `sizes` is how the level sizes are given: as the maps' dimensions, or written into a tensor as in transformers.
+    """
+
+    def __init__(self, form, sizes, starts=False, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.form, self.sizes, self.starts, self.options = form, sizes, starts, options
+        self.maps = torch.nn.ModuleList(torch.nn.Conv2d(3, 16, size, size) for size in (2, 4))
+        self.layer = attention_module().float()
+        self.query = torch.nn.Parameter(torch.randn(1, 5, 16))
+
+    def forward(self, images):
+        maps = [made(images) for made in self.maps]
+        shapes = [(one.shape[2], one.shape[3]) for one in maps]
+        starts = [0, shapes[0][0] * shapes[0][1]] if self.starts else None
+        if self.sizes == "tensor":
+            table = torch.empty((2, 2), dtype=torch.int64)
+            for level, (height, width) in enumerate(shapes):
+                table[level, 0], table[level, 1] = height, width
+            shapes = table
+        memory = torch.cat([one.flatten(2).transpose(1, 2) for one in maps], 1)
+        N, Q = images.shape[0], self.query.shape[1]
+        query = self.query.expand(N, -1, -1)
+        points = query[..., :2].sigmoid()[:, :, None]
+        layer = self.layer
+        if self.form == "layer":
+            return layer(query, points.expand(-1, -1, 2, -1), memory, shapes, starts)
+        value = layer.value_proj(memory).view(N, memory.shape[1], 2, 8)
+        offsets = layer.sampling_offsets(query).view(N, Q, 2, 6, 2)
+        logits = layer.attention_weights(query).view(N, Q, 2, 6)
+        if self.form == "boxes":
+            boxes = query[..., :4].sigmoid()[:, :, None]
+            options = {"num_points": [4, 2], **self.options}
+            return ms_deform_attn_fused(value, shapes, starts, boxes, offsets, logits, **options)
+        locations = (points[:, :, None] + offsets / 10).view(N, Q, 2, 2, 3, 2)
+        return ms_deform_attn(value, shapes, starts, locations, logits.softmax(-1).view(N, Q, 2, 2, 3), **self.options)
+
+
+def dimensions():
+    Dim = torch.export.Dim
+    return {0: Dim("N"), 2: 8 * Dim("H", max=100), 3: 8 * Dim("W", max=100)}
+
+
+def traced(net, images, path):
+    return torch.jit.trace(net, images, check_trace=False)
+
+
+def traced_composition(net, images, path):
+    with decomposed():
+        return torch.jit.trace(net, images, check_trace=False)
+
+
+def exported(net, images, path):
+    return torch.export.export(net, (images,), dynamic_shapes=(dimensions(),)).module()
+
+
+def exported_composition(net, images, path):
+    with decomposed():
+        program = torch.export.export(net, (images,), dynamic_shapes=(dimensions(),))
+    assert not any("cupy_msda" in str(node.target) for node in program.graph.nodes)
+    return program.module()
+
+
+def onnx(net, images, path):
+    torch.onnx.export(net, (images,), path, dynamo=True, verbose=False, dynamic_shapes=(dimensions(),))
+    return lambda other: torch.from_numpy(run(path, (other,)))
+
+
+def onnx_of_trace(net, images, path):
+    axes = {"images": {0: "N", 2: "H", 3: "W"}}
+    torch.onnx.export(
+        net, (images,), path, dynamo=False, opset_version=18, verbose=False, input_names=["images"], dynamic_axes=axes
+    )
+    return lambda other: torch.from_numpy(run(path, (other,)))
+
+
+EXPORTS = (traced, traced_composition, exported, exported_composition, onnx, onnx_of_trace)
+BORDER, NEAREST = {"padding_mode": "border"}, {"interpolation": "nearest"}
+NETS = {
+    "plain": ("plain", "numbers", False, {}),
+    "plain, starts": ("plain", "tensor", True, {}),
+    "layer": ("layer", "numbers", True, {}),
+    "layer, tensor": ("layer", "tensor", False, {}),
+    "boxes": ("boxes", "tensor", False, {}),
+    "plain, border": ("plain", "tensor", False, BORDER),
+    "boxes, border": ("boxes", "numbers", False, BORDER),
+    "plain, nearest": ("plain", "numbers", False, NEAREST),
+    "boxes, nearest": ("boxes", "tensor", False, NEAREST),
+}
+# The default ONNX exporter takes seconds, so most of its cases are long ones.
+SHORT = {onnx: ("layer, tensor",)} | dict.fromkeys(
+    EXPORTS[:4] + EXPORTS[5:], ("plain", "layer, tensor", "boxes, nearest")
+)
+CALLS = [
+    pytest.param(export, name, marks=() if name in SHORT[export] else pytest.mark.long, id=f"{export.__name__}-{name}")
+    for export in EXPORTS
+    for name in NETS
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("export", "name"), CALLS)
+def test_other_image_sizes_give_the_numbers_of_the_eager_call(tmp_path, export, name):
+    form, sizes, starts, options = NETS[name]
+    net = Detector(form, sizes, starts, **options).eval().requires_grad_(False)
+    other = export(net, torch.randn(2, 3, 32, 48), tmp_path / "net.onnx")
+    for size in ((2, 3, 32, 48), (3, 3, 48, 16), (1, 3, 64, 64)):
+        images = torch.randn(size)
+        torch.testing.assert_close(other(images), net(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_runtime_serves_other_numbers_of_queries(tmp_path):
     net, inputs = Net().eval(), to_float32(module_inputs())[:3]

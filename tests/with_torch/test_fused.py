@@ -14,7 +14,6 @@ torch = pytest.importorskip("torch")
 import cupy_msda
 from cupy_msda import validate
 from cupy_msda.torch import decomposed, ms_deform_attn, ms_deform_attn_fused
-from cupy_msda.torch.exportable import locations_and_weights
 from tests.helpers.torch_calls import DEVICES
 
 pytestmark = pytest.mark.sanitizer
@@ -30,6 +29,21 @@ def tensors(device, dtype="float64", seed=0, **form):
     leaves = [put(array) for array in (inputs.value, inputs.references, inputs.locations, inputs.weights)]
     leaves = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
     return put(inputs.shapes), leaves, put(inputs.grad_output)
+
+
+def locations_and_weights(shapes, references, offsets, logits=None):
+    """As Deformable DETR's module computes them."""
+    if logits is None:
+        K = offsets.shape[-1] // 3
+        L = shapes.shape[0]
+        offsets, logits = offsets[..., : 2 * K], offsets[..., 2 * K :]
+        offsets, logits = offsets.unflatten(-1, (L, K // L, 2)), logits.unflatten(-1, (L, K // L))
+    points = references[:, :, None, :, None]
+    if references.shape[-1] == 2:
+        locations = points + offsets / shapes.flip(-1)[:, None]
+    else:
+        locations = points[..., :2] + offsets / offsets.shape[-2] * points[..., 2:] * 0.5
+    return locations, logits.flatten(-2).softmax(-1).view(logits.shape)
 
 
 def attend(shapes, value, *samples, **options):
