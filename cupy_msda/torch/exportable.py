@@ -50,19 +50,18 @@ def exportable_attention(arguments: Arguments) -> Tensor:
 
 def _for_grid_sample(locations: Tensor, sizes: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:
     """Locations [N, Q, M, K, 2] that are finite, and which samples count. `sizes` [K, 2] are (W, H)."""
+    known = (locations == locations).all(-1) if variant.clamped else (locations.abs() < torch.inf).all(-1)
     # What lies this far outside is the same as at infinity.
-    pixels = to_pixels(locations.detach().clamp(-1, 2), sizes, variant)
+    locations = locations.clamp(-1, 2)
+    pixels = to_pixels(locations.detach(), sizes, variant)
     if variant.nearest:
-        counts = (locations == locations).all(-1)
-        pixels = torch.minimum(pixels.floor().clamp_min(0), sizes - 1)
-        locations = (pixels + 0.5) / sizes
+        locations = (torch.minimum(pixels.floor().clamp_min(0), sizes - 1) + 0.5) / sizes
     elif variant.clamped:
-        counts = (locations == locations).all(-1)
         free = (pixels > 0) & (pixels < sizes - 1)
-        locations = torch.where(free, locations, locations.detach()).clamp(-1, 2)
+        locations = torch.where(free, locations, locations.detach())
     else:
-        counts = ((locations.abs() < torch.inf) & (pixels > -1) & (pixels < sizes)).all(-1)
-    return torch.where(counts[..., None], locations, -1), counts
+        known = known & ((pixels > -1) & (pixels < sizes)).all(-1)
+    return torch.where(known[..., None], locations, -1), known
 
 
 def _rows_of(metadata: Any) -> list[Any] | None:

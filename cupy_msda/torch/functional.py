@@ -181,7 +181,7 @@ class MSDeformAttnFunction:
 
 def _attention(arguments: Arguments) -> Tensor:
     """A call that repeats no recent one. The plain operator is the fused one without reference points."""
-    if not _ORDINARY.issuperset(map(type, _all_arrays(arguments))):
+    if not (torch.compiler.is_compiling() or _ORDINARY.issuperset(map(type, _all_arrays(arguments)))):
         relevant = overriding(_all_arrays(arguments))
         if relevant:
             return hand_over(ms_deform_attn_fused if arguments.fused else ms_deform_attn, arguments, relevant)

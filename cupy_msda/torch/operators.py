@@ -110,9 +110,12 @@ def inputs_of(arguments: Arguments) -> tuple[Any, ...]:
     value, shapes = arguments.value, arguments.spatial_shapes
     sizes: list[Any] | None = None
     if isinstance(shapes, (list, tuple)) and (torch.compiler.is_compiling() or has_symbols(shapes)):
-        # A tensor of numbers would be copied to the GPU in every call, and make the compiler give up its CUDA graphs.
-        sizes = [size for level in shapes for size in level]
-        shapes = None
+        if all(isinstance(level, (list, tuple)) for level in shapes):
+            # A tensor would be copied to the GPU in every call, and make the compiler give up its CUDA graphs.
+            sizes = [size for level in shapes for size in level]
+            shapes = None
+        else:  # rows that are arrays
+            shapes = torch.stack([torch.as_tensor(level) for level in shapes])
     samples: tuple[Any, ...] = (arguments.locations, arguments.weights)
     if arguments.reference_points is not None:
         samples = (arguments.reference_points, *samples)

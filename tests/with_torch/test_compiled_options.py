@@ -27,9 +27,11 @@ def compiled(function, arguments):
         (FLAT, SHAPES, {"num_points": range(1, 4, 2)}),
         (PLAIN, SHAPES, {"align_corners": np.True_, "deterministic": np.False_, "im2col_step": np.int64(2)}),
         (tuple(part[:0] for part in PLAIN), SHAPES, {"query_lengths": []}),
+        (PLAIN, np.array(LEVELS), {"level_start_index": np.array(LEVELS)[:, 0] * 0}),
+        (PLAIN, [np.array(level) for level in LEVELS], {}),
         ((VALUE, LOCATIONS[:, :, :, :0], WEIGHTS[:, :, :, :0]), [], {"level_start_index": []}),
     ],
-    ids=["points", "range", "flags", "no image", "no level"],
+    ids=["points", "range", "flags", "no image", "array", "rows that are arrays", "no level"],
 )
 def test_compiled_code_reads_options_as_eager_code_does(arguments, shapes, options):
     def call(value, locations, weights):
