@@ -88,9 +88,17 @@ def _expected(case: Case, levels: Any) -> dict[str, Expected]:
     if form.fused:
         found = _fused_gradients(xp, form, found, samples, wide, level_of)
     found = {name: _finished(xp, one, form, name, valid) for name, one in found.items()}
-    if bool((columns.anywhere | rows.anywhere).any()):
+    if bool((columns.anywhere | rows.anywhere).any()) or _zero_times_overflow(xp, form, wide, W, H):
         return {name: one.opened(xp) for name, one in found.items()}
     return found
+
+
+def _zero_times_overflow(xp: Any, form: Form, wide: dict[str, Any], W: Any, H: Any) -> bool:
+    """Whether W - 1 = 0 or H - 1 = 0 multiplies what overflows in some orders of the arithmetic of a fused call."""
+    if not (form.fused and form.align_corners):
+        return False
+    one_pixel = xp.stack((W, H), -1) == 1
+    return bool((one_pixel & (abs(wide["locations"]) > 1e18)).any())
 
 
 def _samples(xp: Any, form: Form, wide: dict[str, Any], level_of: Any, extent: Any, epsilon: float) -> _Samples:

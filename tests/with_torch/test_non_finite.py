@@ -73,5 +73,6 @@ def test_grid_sample_agrees(name, level, dtype, device):
     got = ms_deform_attn(value, [level], None, locations.view(1, Q, 1, 1, 1, 2), weights, **variant)
     image = value.view(1, H, W, 3).permute(0, 3, 1, 2)
     align = variant.get("align_corners", False)
-    want = F.grid_sample(image, (2 * locations - 1)[None, None], padding_mode=padding_mode, align_corners=align)
+    with torch.backends.cudnn.flags(enabled=False):  # which gives NaN where both coordinates are far away
+        want = F.grid_sample(image, (2 * locations - 1)[None, None], padding_mode=padding_mode, align_corners=align)
     torch.testing.assert_close(got, want[0, :, 0].T[None])
