@@ -1,4 +1,7 @@
-"""The autograd function of eager calls: what the registered operators' derivatives do, without the dispatcher."""
+"""The autograd function of eager calls: what the registered operators' derivatives do, without the dispatcher's cost.
+
+A backward that a transformation, the compiler or a second derivative sees goes to the registered operator.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is checked before the registered operators and the reference implementations: they take tensors as metadata."""
+"""What is checked before a call goes to a registered operator or a composition, which take tensors as metadata."""
 
 from __future__ import annotations
 

@@ -178,7 +178,10 @@ for _one in (ATTENTION, FUSED_ATTENTION):
 
 
 def registered_forward(arguments: Arguments) -> Tensor:
-    """The output by the registered operator, which every transformation of torch sees."""
+    """The output by the registered operator, which every transformation of torch sees.
+
+    Where a release of torch lacks the means for its rules, transformations see the composition instead.
+    """
     operator, inputs = operator_of(arguments), inputs_of(arguments)
     if not (_transformable or torch.compiler.is_compiling()) and (compat.under_transform() or _has_tangents(inputs)):
         return _reference_forward(operator, *inputs)

@@ -17,14 +17,11 @@ from torch import Tensor
 from ..call import DIFFERENTIABLE, Arguments, Problem, Wanted
 from ..validate import read
 from .exportable import exportable_attention
-from .reference import differentiable_gradients
+from .reference import Gradients, differentiable_gradients
 from .samples import in_float
 
-# Of value, locations, weights and reference points, the order of `Wanted`; None for what is not wanted.
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
 _METADATA = ("spatial_shapes", "level_start_index", "query_lengths")
-# And "cuda", unless torch is made for ROCm.
+# And "cuda", unless torch is made for ROCm. :mod:`cupy_msda.api` knows these two alone.
 _WITH_KERNELS: tuple[str, ...] = ("cpu",)
 # Device types whose first call has been noted.
 _noted: set[str] = set()

@@ -1,4 +1,7 @@
-"""The operator by ``grid_sample`` and other functions that every runtime knows: for export, and to compare with."""
+"""The operator by ``grid_sample`` and other functions that every runtime knows.
+
+For export, for the forward on devices without kernels, and to compare with.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Repeated CUDA calls: a call whose layout is known costs its outputs, its launches and little more.
+"""From a torch call to the kernels: `forward` and `backward` serve eager calls and the registered operators.
+
+A repeated CUDA call, whose layout is known, costs its outputs, its launches and little more.
 
 The first call of a layout (shapes, dtypes, devices, strides, host metadata) is validated, planned and compiled, and
 leaves a :class:`LaunchPlan` in the plan cache. The key of the cache holds all that validation looks at, so a later call
 with that key needs addresses alone. They come from ``Tensor.data_ptr``, which is much faster than DLPack. What has no
-key takes the general path every time. ``docs/performance`` has the measurements.
+key, such as a call on the CPU, goes to :mod:`cupy_msda.api` every time. ``docs/performance`` has the measurements.
 """
 
 from __future__ import annotations
@@ -24,15 +26,12 @@ from ..cuda.level_tables import level_table
 from ..cuda.session import on_device
 from ..cuda.steps import Addresses
 from . import compat
+from .reference import Gradients
 
 # What vector loads of the kernels need, and what torch's allocator gives.
 ALIGNMENT = 16
 # A model comes back to few layouts. One that never does must not fill the memory.
 _MOST_PLANS = 4096
-
-# Of value, locations, weights and reference points, the order of `Wanted`. In a fused call, locations are offsets and
-# weights are logits; weights are None where one array holds both.
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class LaunchPlan:

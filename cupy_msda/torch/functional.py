@@ -1,4 +1,9 @@
-"""The public functions, and which path a call takes: launch plan, eager, registered operator, or decomposed."""
+"""The public functions, and which path a call takes.
+
+A call that repeats a recent one takes its launch plan. Any other eager call with kernels for its device goes to
+:mod:`.autograd` or :mod:`.fast_path`, export to a foreign runtime to :mod:`.exportable`, and all else to the registered
+operator, other devices included.
+"""
 
 from __future__ import annotations
 
@@ -180,7 +185,7 @@ class MSDeformAttnFunction:
 
 
 def _attention(arguments: Arguments) -> Tensor:
-    """A call that repeats no recent one. The plain operator is the fused one without reference points."""
+    """A call that repeats no recent one: checks it and chooses its path. A plain call has no reference points."""
     if not (torch.compiler.is_compiling() or _ORDINARY.issuperset(map(type, _all_arrays(arguments)))):
         relevant = overriding(_all_arrays(arguments))
         if relevant:
@@ -200,7 +205,7 @@ def _attention(arguments: Arguments) -> Tensor:
                 *(part if isinstance(part, Tensor) else None for part in metadata), None, arguments,
             )  # fmt: skip
         return fast_path.forward(arguments)[0]
-    if arguments.value.is_meta and _eager():
+    if arguments.value.is_meta and _eager():  # otherwise the fake kernels check
         devices.check(arguments)
     if not torch.compiler.is_compiling():
         arguments = checks.with_metadata_tensors(arguments)

@@ -1,7 +1,8 @@
 """The operators in torch's dispatcher: ``cupy_msda::ms_deform_attn``, ``ms_deform_attn_fused`` and their backwards.
 
 Schemas, kernels for the CPU and CUDA, shapes without data (fake tensors: torch.compile, torch.export) and the rules of
-autocast. Derivatives and the rules of vmap are in :mod:`.derivatives`. Exported programs hold the names and schemas.
+autocast. Derivatives and the rules of vmap are in :mod:`.derivatives`, what the flop counter counts in :mod:`.flops`.
+Exported programs hold the names and schemas.
 """
 
 from __future__ import annotations

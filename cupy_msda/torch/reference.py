@@ -1,8 +1,9 @@
 """The operator and its gradients by ``gather`` and other functions of torch, differentiable any number of times.
 
-For second derivatives and forward mode. What counts for nothing (a sample outside its level, a query that is padding)
-has derivatives of zero, whatever the inputs hold there. Metadata is not read. Arithmetic is in the dtype of the inputs.
-Each call holds the value vectors of the neighbours of all samples, N * Q * M * L * P * D numbers per neighbour.
+For second derivatives, forward mode, and gradients on devices without kernels. What counts for nothing (a sample outside
+its level, a query that is padding) has derivatives of zero, whatever the inputs hold there. Metadata is not read.
+Arithmetic is in the dtype of the inputs. Each call holds the value vectors of the neighbours of all samples,
+N * Q * M * L * P * D numbers per neighbour.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from torch import Tensor
 from ..call import PLAIN, Arguments, Variant
 from .metadata import tensor_of
 from .samples import FusedSamples, level_of_samples, masked, plain_samples, to_pixels, valid_queries
+
+# Of value, locations, weights and reference points, the order of `Wanted`. In a fused call, locations are offsets and
+# weights are logits; weights are None where one array holds both, and each where it is not wanted.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Samples(NamedTuple):
@@ -81,7 +86,7 @@ def gather_attention(
     return output.transpose(1, 2).reshape(N, Q, M * D)
 
 
-def differentiable_gradients(arguments: Arguments, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def differentiable_gradients(arguments: Arguments, grad_output: Tensor) -> Gradients:
     """Gradients of value, locations (or offsets), weights (or logits) and reference points, None where there are none.
 
     They are those of an implementation by loops over samples, written out: a transform of torch.func cannot be entered
