@@ -1,6 +1,6 @@
 """The operator and its gradients by ``gather`` and other functions of torch, differentiable any number of times.
 
-For second derivatives, forward mode, and gradients on devices without kernels. What counts for nothing (a sample outside
+For second derivatives, forward mode, and gradients on devices without kernels. What counts for nothing (a sample out of
 its level, a query that is padding) has derivatives of zero, whatever the inputs hold there. Metadata is not read.
 Arithmetic is in the dtype of the inputs. Each call holds the value vectors of the neighbours of all samples,
 N * Q * M * L * P * D numbers per neighbour.
