@@ -75,7 +75,7 @@ def _rows_of(metadata: Any) -> list[Any] | None:
         return metadata.tolist()
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return [row.unbind() if row.ndim else row for row in metadata.unbind()]
-    if torch.compiler.is_compiling() or not compat.has_elements(metadata) or compat.dispatch_modes():
+    if torch.compiler.is_compiling() or not compat.has_elements(metadata):
         return None
     return metadata.tolist()
 
