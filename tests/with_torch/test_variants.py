@@ -13,6 +13,8 @@ from tests.helpers.tolerance import TOLERANCE, assert_close
 from tests.helpers.torch_calls import DEVICES, assert_same, backward_operator, forward_operator, results, tensors_of
 
 FORMS = VARIANTS[:7]
+# opcheck takes up to ten seconds, so the other forms are long ones.
+OPCHECKED = ("points", "one_sample_border", "nearest")
 
 
 def positional(case):
@@ -35,7 +37,9 @@ def test_output_and_gradients_agree_with_the_reference(device, case):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", FORMS, ids=str)
+@pytest.mark.parametrize(
+    "case", [case if case.name in OPCHECKED else pytest.param(case, marks=pytest.mark.long) for case in FORMS], ids=str
+)
 def test_opcheck(device, case):
     *inputs, grad_output = tensors_of(case, device)
     torch.library.opcheck(forward_operator, (*inputs, 64, None, *positional(case)), rtol=1e-5, atol=1e-5)
