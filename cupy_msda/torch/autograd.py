@@ -37,7 +37,7 @@ class _Attention(torch.autograd.Function):
         arguments: Arguments | None,
     ) -> Tensor:
         # Of the metadata too, autograd then notices a change.
-        ctx.save_for_backward(value, locations, weights, references, shapes, starts)
+        ctx.save_for_backward(value, locations, weights, saveable(references), saveable(shapes), saveable(starts))
         ctx.plan, ctx.arguments = plan, None
         if plan is not None:
             output = plan.forward(value, shapes, starts, locations, weights, references)
@@ -50,8 +50,8 @@ class _Attention(torch.autograd.Function):
             # Without the tensors, whose memory autograd frees with the saved ones.
             ctx.arguments = dataclasses.replace(
                 arguments, value=None, locations=None, weights=None, reference_points=None, validate=False,
-                spatial_shapes=None if shapes is not None else copy.deepcopy(arguments.spatial_shapes),
-                level_start_index=None if starts is not None else copy.deepcopy(arguments.level_start_index),
+                spatial_shapes=_copy_on_the_host(arguments.spatial_shapes),
+                level_start_index=_copy_on_the_host(arguments.level_start_index),
             )  # fmt: skip
         return output
 
@@ -69,14 +69,27 @@ class _Attention(torch.autograd.Function):
             if ctx.plan is not None:
                 arguments = ctx.plan.arguments(value, shapes, starts, locations, weights, references)
             else:
+                given = ctx.arguments
                 arguments = dataclasses.replace(
-                    ctx.arguments, value=value, locations=locations, weights=weights, reference_points=references,
-                    spatial_shapes=ctx.arguments.spatial_shapes if shapes is None else shapes,
-                    level_start_index=ctx.arguments.level_start_index if starts is None else starts,
+                    given, value=value, locations=locations, weights=weights, reference_points=references,
+                    spatial_shapes=shapes if given.spatial_shapes is None else given.spatial_shapes,
+                    level_start_index=starts if given.level_start_index is None else given.level_start_index,
                 )  # fmt: skip
             grads = (fast_path.backward if eager else registered_backward)(arguments, grad_output, wanted)
         found = (grad if asked else None for grad, asked in zip(grads, wanted, strict=True))
         return (*found, None, None, None, None)
+
+
+def saveable(tensor: Tensor | None) -> Tensor | None:
+    """What autograd saves of an input that may come from inference mode, such as level sizes of an evaluation."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+
+
+def _copy_on_the_host(metadata: Any) -> Any:
+    """Metadata that no change of the caller's memory reaches; None for a tensor on another device."""
+    if isinstance(metadata, Tensor) and metadata.device.type != "cpu":
+        return None
+    return copy.deepcopy(metadata)
 
 
 #: ``apply_attention(value, locations, weights, references, shapes, starts, plan, arguments)``, outside the transforms

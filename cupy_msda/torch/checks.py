@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import arrays, validate
 from ..call import PLAIN, Arguments, Problem
 from ..options import read_variant
-from . import devices
+from . import compat, devices
 from .dtypes import agreed_dtypes
 from .metadata import has_symbols, tensor_of
 
@@ -43,8 +43,11 @@ def with_metadata_tensors(arguments: Arguments) -> Arguments:
     return dataclasses.replace(arguments, spatial_shapes=shapes, level_start_index=starts, query_lengths=lengths)
 
 
-def read(arguments: Arguments) -> Problem:
-    """The problem of a call with tensors that are not traced: every rule of the contract, after that of autocast."""
+def read(arguments: Arguments, known: bool) -> Problem:
+    """The problem of a call that is not compiled: every rule of the contract, after that of autocast.
+
+    Of tensors whose elements are not `known`, such as a transformation's, it reads dtypes and shapes.
+    """
     if torch.is_autocast_enabled(arguments.value.device.type):
         value, references = arguments.value, arguments.reference_points
         if arguments.packed:
@@ -54,7 +57,10 @@ def read(arguments: Arguments) -> Problem:
         if references is not None:
             (references,) = agreed_dtypes(value, references)
         arguments = dataclasses.replace(arguments, locations=locations, weights=weights, reference_points=references)
-    return validate.read(arguments).problem if devices.has_kernels(arguments.value.device) else devices.check(arguments)
+    if known and devices.has_kernels(arguments.value.device):
+        return validate.read(arguments).problem
+    with compat.without_transforms():
+        return devices.check(arguments if known else dataclasses.replace(arguments, validate=False))
 
 
 def zeros(arguments: Arguments, problem: Problem) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,11 @@ if _profiler_enabled is None or not hasattr(forward_ad, "_current_level"):
     observed = _assume_true
 
 
+def forward_mode() -> bool:
+    """Whether a level of forward-mode gradients is active, and :func:`without_transforms` works."""
+    return getattr(forward_ad, "_current_level", -1) >= 0 and _without_transforms is not None
+
+
 def under_transform() -> bool:
     """Whether this runs inside vmap, grad or another transform of torch.func, or may."""
     return _interpreter is None or _interpreter() is not None
@@ -79,19 +84,28 @@ def has_elements(tensor: Tensor) -> bool:
         return False
 
 
-def is_readable(tensor: Tensor) -> bool:
-    """Whether the elements of a tensor are known now, be it after a pending operation."""
-    try:
-        return type(tensor) in _EAGER_TYPES and tensor.data_ptr() >= 0
-    except RuntimeError:
-        return False
-
-
 def eager(*tensors: Tensor) -> bool:
     """Whether nothing but eager execution, with or without autograd, sees a call of this thread with these tensors."""
     if dispatch_modes() or under_transform() or _tracing() is not None or observed():
         return False
     return all(map(has_elements, tensors))
+
+
+def all_known(tensors: Iterable[Tensor]) -> bool:
+    """Whether the elements of tensors are known now, be it after pending operations."""
+    try:
+        known = all(type(one) in _EAGER_TYPES and one.data_ptr() >= 0 for one in tensors)
+    except RuntimeError:  # of a transformation's wrapper
+        return False
+    return known and not (dispatch_modes() or under_transform() or _tracing() is not None)
+
+
+_without_transforms: Callable[[], Any] | None = _private("_C._DisableFuncTorch")
+
+
+def without_transforms() -> contextlib.AbstractContextManager[Any]:
+    """What is made inside this context is no tensor of a transform of torch.func around it, where that is possible."""
+    return _without_transforms() if _without_transforms else contextlib.nullcontext()
 
 
 def layout_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:

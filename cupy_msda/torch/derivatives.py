@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from ..call import DIFFERENTIABLE, Arguments
 from . import compat
+from .autograd import saveable
 from .operators import (
     ATTENTION,
     FUSED_ATTENTION,
@@ -32,14 +33,24 @@ from .samples import in_float
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Of an operator, or of its backward."""
-    ctx.save_for_backward(*(part if isinstance(part, Tensor) else None for part in inputs))
-    ctx.other_inputs = [None if isinstance(part, Tensor) else part for part in inputs]
+    ctx.save_for_backward(*(saveable(part) if isinstance(part, Tensor) else None for part in inputs))
+    # Of metadata on the host a copy: autograd does not see every change, such as one through an array of NumPy.
+    ctx.other_inputs = [part.clone() if _is_known_metadata(part) else _unless_tensor(part) for part in inputs]
     ctx.set_materialize_grads(False)
 
 
 def _saved_inputs(ctx: Any) -> tuple[Any, ...]:
     pairs = zip(ctx.saved_tensors, ctx.other_inputs, strict=True)
-    return tuple(other if saved is None else saved for saved, other in pairs)
+    return tuple(saved if other is None else other for saved, other in pairs)
+
+
+def _is_known_metadata(part: Any) -> bool:
+    on_the_host = isinstance(part, Tensor) and part.device.type == "cpu" and not part.is_floating_point()
+    return on_the_host and not torch.compiler.is_compiling() and compat.all_known([part])
+
+
+def _unless_tensor(part: Any) -> Any:
+    return None if isinstance(part, Tensor) else part
 
 
 def _differentiate_forward(operator: Operator, ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -126,16 +137,19 @@ def _vmap_rule(operator: Callable[..., Any], metadata: tuple[int, int]) -> Calla
                 mapped = argument.expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
                 argument = mapped.flatten(0, 1)
             folded.append(argument)
+        value = next(place for place, argument in enumerate(inputs) if isinstance(argument, Tensor))
+        N = inputs[value].movedim(in_dims[value] or 0, 0).shape[in_dims[value] is not None]
         results = operator(*folded)
         if isinstance(results, Tensor):
-            return _unfold(results, size), 0
-        return tuple(_unfold(result, size) for result in results), (0,) * len(results)
+            return _unfold(results, size, N), 0
+        return tuple(_unfold(result, size, N) for result in results), (0,) * len(results)
 
     return rule
 
 
-def _unfold(tensor: Tensor, size: int) -> Tensor:
-    return tensor.view(size, tensor.shape[0] // size, *tensor.shape[1:])
+def _unfold(tensor: Tensor, size: int, N: int) -> Tensor:
+    """Takes N apart again. A gradient that nothing asks for is empty, without dimensions for N."""
+    return tensor.view(size, *((0,) if tensor.ndim == 1 else (N, *tensor.shape[1:])))
 
 
 def _register(

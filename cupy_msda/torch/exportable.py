@@ -33,7 +33,7 @@ def exportable_attention(arguments: Arguments) -> Tensor:
     arguments = in_float(arguments)
     levels = _rows_of(arguments.spatial_shapes)
     starts = _rows_of(arguments.level_start_index)
-    if levels is None or (starts is None and arguments.level_start_index is not None):
+    if levels is None or (starts is None and arguments.level_start_index is not None) or _is_empty(arguments):
         return differentiable_attention(arguments).to(dtype)
     value, variant = arguments.value, arguments.variant
     arguments, locations, weights, _ = plain_samples(arguments)
@@ -49,6 +49,13 @@ def exportable_attention(arguments: Arguments) -> Tensor:
         # What does not count reads a pixel here, which may be NaN.
         sampled = torch.where(counts.transpose(1, 2).flatten(0, 1)[:, None], sampled, 0)
     return _weighted(sampled, weights).to(dtype)
+
+
+def _is_empty(arguments: Arguments) -> bool:
+    """Whether there is no sample, or no channel, for ``grid_sample`` to take."""
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return False
+    return 0 in arguments.value.shape or 0 in arguments.locations.shape
 
 
 def _for_grid_sample(locations: Tensor, sizes: Tensor, variant: Variant) -> tuple[Tensor, Tensor]:

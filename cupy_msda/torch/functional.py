@@ -209,8 +209,9 @@ def _attention(arguments: Arguments) -> Tensor:
         devices.check(arguments)
     if not torch.compiler.is_compiling():
         arguments = checks.with_metadata_tensors(arguments)
-        if (_decomposed or arguments.validate) and compat.eager() and all(map(compat.is_readable, tensors.values())):
-            problem = checks.read(arguments)
+        known = compat.all_known(tensors.values())
+        if (known and (_decomposed or arguments.validate)) or compat.forward_mode():
+            problem = checks.read(arguments, known)
             if _decomposed and problem.empty:
                 return checks.zeros(arguments, problem)
     elif arguments.variant != PLAIN:
@@ -257,6 +258,11 @@ def _require_tensors(tensors: dict[str, Any]) -> None:
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
             kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
             raise TypeError(f"{name}: expected a dense tensor, got one that is {kind}: make it dense before the call")
+        if hasattr(tensor, "device_mesh"):
+            raise TypeError(
+                f"{name}: expected a local tensor, got {type(tensor).__name__}: pass what to_local() gives, or call "
+                "through torch.distributed.tensor.experimental.local_map"
+            )
 
 
 def _refuse_gradients(arguments: Arguments, tensors: dict[str, Any]) -> None:

@@ -72,8 +72,11 @@ class MSDeformAttn(nn.Module):
         super().__init_subclass__(**options)
         overridden = [name for name in _RESET_NAMES if name in vars(cls)]
         if len(overridden) == 1:
-            for name in _RESET_NAMES:
-                setattr(cls, name, vars(cls)[overridden[0]])
+            reset = vars(cls)[overridden[0]]
+            # What calls the other name adds to it.
+            if not set(_RESET_NAMES) & set(getattr(getattr(reset, "__code__", None), "co_names", ())):
+                for name in _RESET_NAMES:
+                    setattr(cls, name, reset)
 
     def reset_parameters(self) -> None:
         """Points of head m lie 1, 2, ... P pixels away in direction 2 pi m / M, with equal weights (appendix A.4).

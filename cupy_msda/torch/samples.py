@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -68,7 +67,7 @@ def fused_samples(
         K = offsets.shape[-1] // 3
         offsets, logits = offsets[..., : 2 * K], offsets[..., 2 * K :]
     N, Q, M = logits.shape[:3]
-    K = math.prod(map(int, logits.shape[3:]))
+    K = int(logits.shape[-1]) * (int(logits.shape[-2]) if logits.ndim == 5 else 1)
     counts = variant.num_points or (K // max(L, 1),) * L
     level_of = level_of_samples(counts, offsets.device)
     if references.shape[-1] == 2:

@@ -182,6 +182,26 @@ def test_export_inside_decomposed_holds_no_operator_of_this_package():
         torch.testing.assert_close(program.module()(*inputs), net(*inputs))
 
 
+def test_the_decomposed_layer_is_one_graph():
+    layer, inputs = attention_module(), module_inputs()[:3]
+    with decomposed():
+        have = torch.compile(layer, backend="eager", fullgraph=True)(*inputs, LEVELS, None)
+    torch.testing.assert_close(have, layer(*inputs, LEVELS, None))
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, lambda f: lambda *a: torch.compile(f, backend="eager")(*a)])
+@pytest.mark.parametrize("empty", ["N", "Q", "L"])
+def test_decomposed_calls_may_be_empty(empty, transform):
+    N, Q, L = (size * (name != empty) for name, size in (("N", 2), ("Q", 5), ("L", 2)))
+    inputs = torch.rand(1, N, 54 * (L > 0), 2, 4), torch.rand(1, N, Q, 2, L, 3, 2), torch.rand(1, N, Q, 2, L, 3)
+    if transform is not torch.vmap:
+        inputs = [one[0] for one in inputs]
+    with decomposed():
+        output = transform(lambda *given: ms_deform_attn(given[0], LEVELS[:L], None, *given[1:]))(*inputs)
+    assert output.shape[-3:] == (N, Q, 8)
+    assert not output.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_decomposed_calls_agree_with_the_operator(dtype):
     torch.manual_seed(3)

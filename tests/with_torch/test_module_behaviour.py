@@ -101,6 +101,22 @@ def scaling(*names, through=None):
     return Scaled
 
 
+@pytest.mark.parametrize(
+    "names", [("reset_parameters", "_reset_parameters"), ("_reset_parameters", "reset_parameters")]
+)
+def test_a_reset_may_call_the_one_of_the_other_name(names):
+    own, other = names
+    calls = []
+
+    def reset(self):
+        calls.append(own)
+        self._reset_parameters() if other == "_reset_parameters" else self.reset_parameters()
+
+    layer = type("Layer", (MSDeformAttn,), {own: reset})(16, 2, 2, 3)
+    assert len(calls) == (own == "reset_parameters")
+    assert layer.sampling_offsets.bias.any()
+
+
 @pytest.mark.parametrize("through", [None, "reset_parameters", "_reset_parameters"])
 @pytest.mark.parametrize(
     "names", [("reset_parameters",), ("_reset_parameters",), ("reset_parameters", "_reset_parameters")], ids=str

@@ -46,6 +46,33 @@ def metadata_of(make, ragged):
     return {"sizes": make(SIZES), "starts": make(STARTS), "lengths": make(LENGTHS) if ragged else None}
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_change_that_autograd_does_not_see_changes_nothing(ragged, fused):
+    given = inputs("cpu", fused)
+    made = metadata_of(np.array, ragged)
+    output = call(given, *(None if part is None else torch.from_numpy(part) for part in made.values()), fused)
+    want = grads(output, given)
+    for name, numbers in CHANGED.items():
+        if made[name] is not None:
+            made[name][:] = numbers
+    assert all(map(torch.equal, grads(output, given), want))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_metadata_made_in_inference_mode_trains(ragged, fused):
+    given = inputs("cpu", fused)
+    with torch.inference_mode():
+        made = metadata_of(torch.tensor, ragged)
+        if fused:
+            given[1] = given[1].clone()
+    leaves = [tensor for tensor in given if tensor.requires_grad]
+    output = call(given, *made.values(), fused)
+    want = call(given, *metadata_of(torch.tensor, ragged).values(), fused)
+    assert all(map(torch.equal, grads(output, leaves), grads(want, leaves)))
+
+
 @pytest.mark.parametrize("calls", [1, 3], ids=["first call", "repeated call"])
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

@@ -13,7 +13,7 @@ pytest.importorskip("torch.distributed.fsdp", minversion=None)
 if not hasattr(torch.distributed.fsdp, "fully_shard"):
     pytest.skip("this torch has no FSDP2", allow_module_level=True)
 
-from cupy_msda.torch import MSDeformAttn
+from cupy_msda.torch import MSDeformAttn, ms_deform_attn
 from tests.helpers import sharded_layer
 from tests.helpers.torch_calls import module_inputs, to_float32
 
@@ -71,3 +71,10 @@ def test_processes_hold_parts_of_the_values_of_an_unsharded_layer(world, tmp_pat
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
+
+
+def test_a_distributed_tensor_is_refused_with_the_remedy():
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    value = dist.tensor.distribute_tensor(torch.rand(1, 4, 1, 2), mesh, [dist.tensor.Shard(0)])
+    with pytest.raises(TypeError, match=r"value: expected a local tensor, got DTensor: .*to_local"):
+        ms_deform_attn(value, [[2, 2]], None, torch.rand(1, 3, 1, 1, 2, 2), torch.rand(1, 3, 1, 1, 2))

@@ -248,6 +248,36 @@ def test_a_transformation_does_what_it_does_to_the_composition(name, form, devic
     assert_equal_leaves(transformation(operator, tensors), transformation(composition, tensors))
 
 
+@pytest.mark.parametrize(
+    ("blamed", "changes"),
+    [
+        ("attention_weights", {"attention_weights": PLAIN[2].transpose(3, 4)}),
+        ("value", {"value": PLAIN[0][:, :7]}),
+        ("query_lengths", {"query_lengths": [9, -3]}),
+        ("spatial_shapes", {"spatial_shapes": [[2, 3], [-1, 2]]}),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_forward_mode_refuses_what_other_calls_refuse(blamed, changes):
+    arguments = {"value": PLAIN[0], "spatial_shapes": SIZES, "level_start_index": None} | changes
+    arguments = arguments | {"sampling_locations": PLAIN[1], "attention_weights": PLAIN[2]} | changes
+
+    def call(value):
+        return ms_deform_attn(**(arguments | {"value": value}))
+
+    value = arguments["value"]
+    with pytest.raises(ValueError, match=blamed) as eager:
+        call(value)
+    with pytest.raises(ValueError, match=blamed) as forward_mode:
+        jvp(call, (value,), (value,))
+    assert str(forward_mode.value) == str(eager.value)
+
+
+def test_an_empty_dimension_to_map_over():
+    stack = torch.empty(0, *PLAIN[0].shape, dtype=torch.float64)
+    assert vmap(lambda value: FORMS["plain"][0](value, *PLAIN[1:]))(stack).shape == (0, N, Q, M * D)
+
+
 @pytest.mark.parametrize("form", ["plain", "packed boxes"])
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_transformation_does_what_it_does_to_the_composition(name, form):
