@@ -37,7 +37,11 @@ class _Attention(torch.autograd.Function):
         arguments: Arguments | None,
     ) -> Tensor:
         # Of the metadata too, autograd then notices a change.
-        ctx.save_for_backward(value, locations, weights, saveable(references), saveable(shapes), saveable(starts))
+        saved: tuple[Tensor | None, ...] = (value, locations, weights, references, shapes, starts)
+        for part in (references, shapes, starts):
+            if part is not None and part.is_inference():
+                saved = tuple(map(saveable, saved))
+        ctx.save_for_backward(*saved)
         ctx.plan, ctx.arguments = plan, None
         if plan is not None:
             output = plan.forward(value, shapes, starts, locations, weights, references)

@@ -158,6 +158,9 @@ def differentiable_kernel(
     apply = direct_apply(Differentiable)
 
     def kernel(*inputs: Any) -> Any:
+        if not (torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in inputs)):
+            with _BelowAutograd():
+                return operator(*inputs)
         # The dispatcher has entered the level of torch.func that this call belongs to.
         allowed = get_allowed()
         set_allowed(True)
