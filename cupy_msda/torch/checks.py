@@ -48,7 +48,8 @@ def read(arguments: Arguments, known: bool) -> Problem:
 
     Of tensors whose elements are not `known`, such as a transformation's, it reads dtypes and shapes.
     """
-    if torch.is_autocast_enabled(arguments.value.device.type):
+    kind = arguments.value.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         value, references = arguments.value, arguments.reference_points
         if arguments.packed:
             (locations,), weights = agreed_dtypes(value, arguments.locations), None

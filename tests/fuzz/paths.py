@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -105,6 +106,11 @@ def run_compiled(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
         return function(call._replace(arrays={name: tensor * 1 for name, tensor in call.arrays.items()})) * 1
 
     chosen = between_others if case.seed % 2 else function
+    # Whatever it compiles, inductor takes the memory of a lazy view for its numbers, and may read an array of NumPy
+    # again in the backward.
+    layouts = {name: layout for name, layout in case.layouts.items() if layout != "negated"}
+    read_again = case.changes is not None and case.forms.get(case.changes, "").startswith("array")
+    case = replace(case, layouts=layouts, changes=None if read_again else case.changes)
     return _differentiate(case, passed(case, memory, "torch", device=device), torch.compile(chosen, fullgraph=True))
 
 

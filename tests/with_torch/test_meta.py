@@ -143,3 +143,8 @@ def test_parameters_made_on_meta_get_the_initial_values_afterwards():
         assert parameter.isfinite().all()
         if name not in ("value_proj.weight", "output_proj.weight"):
             assert torch.equal(parameter, want.get_parameter(name))
+
+
+def test_a_call_on_meta_may_be_validated():
+    value, shapes, _, locations, weights, _ = tensors("meta", requires_grad=False)
+    assert ms_deform_attn(value, shapes, None, locations, weights, validate=True).is_meta
