@@ -77,8 +77,8 @@ def _metadata_tensor(name: str, metadata: Any) -> Any:
     if isinstance(metadata, Tensor):
         return metadata.to(torch.int64) if metadata.dtype in _UNSIGNED else metadata
     if has_symbols(metadata):
-        # A trace knows tensors alone.
-        return tensor_of(metadata, "cpu") if torch.jit.is_tracing() else metadata  # pyright: ignore[reportPrivateImportUsage]
+        # In a trace, sizes are tensors already.
+        return tensor_of(metadata, "cpu") if compat.tracing() else metadata
     view = validate.read_metadata(name, metadata)
     if view.device[0] == "cuda":
         return torch.from_dlpack(metadata)

@@ -40,9 +40,14 @@ current_stream: Callable[[int], int] = _private("_C._cuda_getCurrentRawStream") 
 dispatch_modes: Callable[[], Any] = _private("_C._len_torch_dispatch_stack") or _assume_true
 
 
-def _public_tracing() -> bool | None:
+def tracing() -> bool:
+    """Whether ``torch.jit.trace`` records the calls of this thread."""
     # torch.jit documents it, and its __all__ leaves it out.
-    return torch.jit.is_tracing() or None  # pyright: ignore[reportPrivateImportUsage]
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _public_tracing() -> bool | None:
+    return tracing() or None
 
 
 _tracing: Callable[[], Any] = _private("_C._get_tracing_state") or _public_tracing

@@ -33,9 +33,13 @@ from .samples import in_float
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Of an operator, or of its backward."""
-    ctx.save_for_backward(*(saveable(part) if isinstance(part, Tensor) else None for part in inputs))
+    tensors = [part if isinstance(part, Tensor) else None for part in inputs]
+    ctx.save_for_backward(*map(saveable, tensors))
     # Of metadata on the host a copy: autograd does not see every change, such as one through an array of NumPy.
-    ctx.other_inputs = [part.clone() if _is_known_metadata(part) else _unless_tensor(part) for part in inputs]
+    ctx.other_inputs = [
+        part.clone() if _is_known_metadata(tensor) else None if tensor is not None else part
+        for part, tensor in zip(inputs, tensors, strict=True)
+    ]
     ctx.set_materialize_grads(False)
 
 
@@ -44,13 +48,10 @@ def _saved_inputs(ctx: Any) -> tuple[Any, ...]:
     return tuple(saved if other is None else other for saved, other in pairs)
 
 
-def _is_known_metadata(part: Any) -> bool:
-    on_the_host = isinstance(part, Tensor) and part.device.type == "cpu" and not part.is_floating_point()
-    return on_the_host and not torch.compiler.is_compiling() and compat.all_known([part])
-
-
-def _unless_tensor(part: Any) -> Any:
-    return None if isinstance(part, Tensor) else part
+def _is_known_metadata(tensor: Tensor | None) -> bool:
+    if tensor is None or tensor.device.type != "cpu" or tensor.is_floating_point():
+        return False
+    return not torch.compiler.is_compiling() and compat.all_known([tensor])
 
 
 def _differentiate_forward(operator: Operator, ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,7 @@ from .reference import Gradients, differentiable_gradients
 from .samples import in_float
 
 _METADATA = ("spatial_shapes", "level_start_index", "query_lengths")
-# And "cuda", unless torch is made for ROCm. :mod:`cupy_msda.api` knows these two alone.
+# And "cuda", unless torch is made for ROCm. :mod:`cupy_msda.api` knows only these two.
 _WITH_KERNELS: tuple[str, ...] = ("cpu",)
 # Device types whose first call has been noted.
 _noted: set[str] = set()

@@ -53,7 +53,7 @@ def exportable_attention(arguments: Arguments) -> Tensor:
 
 def _is_empty(arguments: Arguments) -> bool:
     """Whether there is no sample, or no channel, for ``grid_sample`` to take."""
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if compat.tracing():
         return False
     return 0 in arguments.value.shape or 0 in arguments.locations.shape
 
@@ -80,7 +80,7 @@ def _rows_of(metadata: Any) -> list[Any] | None:
         return None if metadata is None else list(metadata)
     if not isinstance(metadata, Tensor):
         return metadata.tolist()
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if compat.tracing():
         return [row.unbind() if row.ndim else row for row in metadata.unbind()]
     if torch.compiler.is_compiling() or not compat.has_elements(metadata):
         return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..options import is_sequence
+from . import compat
 from .functional import ms_deform_attn_fused
 
 _NAMES = {
@@ -99,7 +100,7 @@ def attend(value: Tensor, *others: Any) -> Tensor:
 
 def _known(*given: Any) -> bool:
     """Whether shapes are numbers: no tracing, no symbols, and nothing that stands for a tensor."""
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if compat.tracing():
         return False
     for part in given:
         if isinstance(part, Tensor):

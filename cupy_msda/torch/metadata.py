@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..options import is_sequence
+from . import compat
 
 
 def has_symbols(metadata: Any) -> bool:
     """Whether metadata is a Python sequence some of whose numbers are symbols, or tensors that a trace records."""
     if not is_sequence(metadata):
         return False
-    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    tracing = compat.tracing()
     numbers = [number for row in metadata for number in (row if is_sequence(row) else (row,))]
     return any(isinstance(number, torch.SymInt) or (tracing and isinstance(number, Tensor)) for number in numbers)
 

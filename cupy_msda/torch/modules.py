@@ -15,7 +15,7 @@ from .dtypes import agreed_dtypes
 from .functional import ms_deform_attn, ms_deform_attn_fused
 from .layer_checks import attend, check_inputs
 
-# No postponed annotations: torch.fx writes them into the code of traced layers, where names alone mean nothing.
+# No postponed annotations: torch.fx writes them into the code of traced layers, which lacks the imports that they need.
 
 _RESET_NAMES = ("reset_parameters", "_reset_parameters")
 

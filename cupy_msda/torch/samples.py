@@ -122,7 +122,7 @@ def plain_samples(arguments: Arguments) -> tuple[Arguments, Tensor, Tensor, Fuse
             locations = locations.reshape(N, Q, M, L, K // max(L, 1), 2)
     if valid is not None:
         # A sample at NaN counts for nothing, whatever value holds.
-        locations = locations.masked_fill(~valid.view(*valid.shape, *(1,) * (locations.ndim - 2)), torch.nan)
+        locations = masked(locations, valid, torch.nan)
         weights = masked(weights, valid)
     return arguments, locations, weights, fused
 
@@ -135,6 +135,6 @@ def valid_queries(arguments: Arguments) -> Tensor | None:
     return torch.arange(arguments.locations.shape[1], device=lengths.device) < lengths[:, None]
 
 
-def masked(tensor: Any, valid: Tensor) -> Any:
-    """Zeros in the queries that are not `valid`."""
-    return None if tensor is None else tensor.masked_fill(~valid.view(*valid.shape, *(1,) * (tensor.ndim - 2)), 0)
+def masked(tensor: Any, valid: Tensor, fill: float = 0) -> Any:
+    """`tensor` with `fill` in the queries that are not `valid`."""
+    return None if tensor is None else tensor.masked_fill(~valid.view(*valid.shape, *(1,) * (tensor.ndim - 2)), fill)

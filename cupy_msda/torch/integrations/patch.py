@@ -12,7 +12,7 @@ from ..devices import serves
 def standing_in(ours: Callable[..., Any], original: Callable[..., Any], value_at: int = 0) -> Callable[..., Any]:
     """`ours`, but `original` where the value is on a device without kernels: what works there goes on as it is.
 
-    Meta tensors, which have shapes alone, are ours.
+    Meta tensors, which have shapes and no elements, go to `ours`.
 
     `value_at` is the place of the value among the arguments.
     """
