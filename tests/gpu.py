@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_tests.json and the logs")
     parser.add_argument("--workers", type=int, help="processes that share the GPU; default: by cores and memory")
     parser.add_argument("--sanitizer", nargs="*", choices=TOOLS, default=[], help="tools of compute-sanitizer")
-    parser.add_argument("--timeout", type=float, help="seconds after which a command is given up")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds after which a command is given up")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and the number of their tests")
     options = parser.parse_args(arguments)
     out, workers = options.out.resolve(), options.workers or worker_count()

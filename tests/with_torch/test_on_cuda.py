@@ -201,6 +201,7 @@ def test_threads_compute_on_their_own_streams():
         assert_same([outputs[P]], [ms_deform_attn(*arguments)], rtol=0)
 
 
+@pytest.mark.no_sanitizer  # which waits for the child for ever
 def test_a_forked_child_may_be_the_first_to_use_cuda():
     code = """
 import os, torch, cupy, cupy_msda
