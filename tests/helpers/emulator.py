@@ -47,7 +47,7 @@ def build(spec, text=None, sanitize=False):
     headers = [(HERE / name).read_text() for name in HEADERS]
     body = kernels.prelude(spec) + (text if text is not None else kernels.source(spec.kernel))
     # Optimised, a sanitized build takes twice the time to make, and its run is no shorter for it.
-    flags = ["-O0" if sanitize else "-O1", "-std=c++17", "-w", f"-I{HERE}", f"-DEMULATED_KERNEL={spec.function}"]
+    flags = ["-O0" if sanitize else "-O1", "-std=c++17", "-w", "-g1", f"-I{HERE}", f"-DEMULATED_KERNEL={spec.function}"]
     flags += [*SANITIZERS, "-DEMULATOR_MAIN"] if sanitize else ["-shared", "-fPIC"]
     name = hashlib.sha256(repr((headers, body, flags)).encode()).hexdigest()[:32]
     CACHE.mkdir(exist_ok=True)
