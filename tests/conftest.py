@@ -21,6 +21,7 @@ if backends.GPU and os.environ.get("CUPY_MSDA_TEST_EXACT_ALLOCATIONS"):
 
 def pytest_addoption(parser):
     parser.addoption("--sanitizer", metavar="TOOL", help="run only what compute-sanitizer's TOOL can run")
+    parser.addoption("--slice", metavar="I/N", help="run the I-th of N shares of what is selected")
 
 
 def _backends_of(item):
@@ -35,7 +36,7 @@ def _runs_under(tool, item):
     return bool(item.get_closest_marker("sanitizer")) and not refused and not jax
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before -m looks at the markers, and after it
 def pytest_collection_modifyitems(config, items):
     skip = pytest.mark.skip(reason="needs CuPy and a CUDA device")
     for item in items:
@@ -47,8 +48,16 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
     tool = config.getoption("--sanitizer")
     if tool:
-        config.hook.pytest_deselected(items=[item for item in items if not _runs_under(tool, item)])
-        items[:] = [item for item in items if _runs_under(tool, item)]
+        _keep(config, items, [item for item in items if _runs_under(tool, item)])
+    yield
+    number, count = map(int, (config.getoption("--slice") or "1/1").split("/"))
+    _keep(config, items, items[number - 1 :: count])
+
+
+def _keep(config, items, chosen):
+    """Deselect all other items."""
+    config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
+    items[:] = chosen
 
 
 @pytest.fixture(params=backends.BACKENDS, ids=lambda b: b.name)

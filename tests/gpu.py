@@ -1,7 +1,8 @@
 """python -m tests.gpu --out FOLDER: all GPU tests of this machine in parallel, as a JSON record.
 
 Workers share the GPU and CuPy's disk cache, so that kernels compile in parallel. Tests marked `exclusive` follow in one
-process. `--sanitizer` repeats the tests marked `sanitizer` under tools of compute-sanitizer.
+process. `--sanitizer` repeats the tests marked `sanitizer` under tools of compute-sanitizer. `--tests` names files, to
+run no others.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ SUMMARY = re.compile(r"=====.* (\d+ (passed|failed|skipped|errors?)\b|(ERROR|RAC
 
 @dataclass(frozen=True)
 class Test:
-    """A collected GPU test: its node id, and whether it must run without others on the GPU."""
+    """A collected GPU test: its node id, whether it must run without others, and the processes of its file."""
 
     __test__ = False
 
     node: str
     exclusive: bool = False
+    processes: int = 1
 
     @property
     def file(self) -> str:
@@ -77,15 +79,21 @@ class _Collector:
         self.tests: list[Test] = []
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.tests = [Test(item.nodeid, item.get_closest_marker("exclusive") is not None) for item in session.items]
+        self.tests = [_described(item) for item in session.items]
 
 
-def collect(*arguments: str) -> list[Test]:
-    """The GPU tests, by their markers and parameters; `arguments` are pytest's."""
+def _described(item: pytest.Item) -> Test:
+    processes = item.get_closest_marker("processes")
+    exclusive = item.get_closest_marker("exclusive") is not None
+    return Test(item.nodeid, exclusive, processes.args[0] if processes else 1)
+
+
+def collect(paths: Iterable[str], *arguments: str) -> list[Test]:
+    """The GPU tests of these files, by their markers and parameters; `arguments` are pytest's."""
     collector = _Collector()
     command = ["--collect-only", "-qq", "--no-summary", "-p", "no:cacheprovider", "-m", "gpu"]
     with contextlib.redirect_stdout(sys.stderr):
-        status = pytest.main([*command, *arguments, str(ROOT / "tests")], plugins=[collector])
+        status = pytest.main([*command, *arguments, *paths], plugins=[collector])
     if status != pytest.ExitCode.OK:
         raise SystemExit(f"tests.gpu: the tests cannot be collected (pytest: {status})")
     return collector.tests
@@ -94,6 +102,15 @@ def collect(*arguments: str) -> list[Test]:
 def files(tests: Iterable[Test], exclusive: bool) -> list[str]:
     """Files of the tests that share the GPU, or of the exclusive ones."""
     return list(dict.fromkeys(test.file for test in tests if test.exclusive == exclusive))
+
+
+def slices(tests: Iterable[Test], exclusive: bool) -> dict[str, int]:
+    """Processes of each of these files under a sanitizer: no more than the file has tests."""
+    found: dict[str, list[int]] = {}
+    for test in tests:
+        if test.exclusive == exclusive:
+            found.setdefault(test.file, []).append(test.processes)
+    return {file: min(len(asked), max(asked)) for file, asked in found.items()}
 
 
 def worker_count() -> int:
@@ -124,20 +141,22 @@ def plain_checks(tests: list[Test], workers: int, out: Path) -> Iterator[Check]:
 
 
 def sanitizer_checks(tool: str, tests: list[Test], exclusive: bool) -> Iterator[Check]:
-    """One command per file, each in a process of its own under `tool`."""
+    """One command per file, or more where it is marked `processes`, each in a process of its own under `tool`."""
     sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9"]
     if tool != "initcheck":  # which must see what the kernels of others write
         sanitizer += ["--kernel-name", "kernel_substring=msda_"]
     markers = "gpu and exclusive" if exclusive else "gpu and not exclusive"
-    for file in files(tests, exclusive):
-        command = [*sanitizer, *_pytest(markers, f"--sanitizer={tool}", file)]
-        name = f"{tool}, {file}{', exclusive' if exclusive else ''}"
-        yield Check(name, command, EXACT_ALLOCATIONS | ONE_THREAD)
+    for file, count in slices(tests, exclusive).items():
+        for number in range(1, count + 1):
+            part = [] if count == 1 else [f"--slice={number}/{count}"]
+            command = [*sanitizer, *_pytest(markers, f"--sanitizer={tool}", *part, file)]
+            name = ", ".join([tool, file, *part, *(["exclusive"] if exclusive else [])])
+            yield Check(name, command, EXACT_ALLOCATIONS | ONE_THREAD)
 
 
 def run_check(check: Check, out: Path, timeout: float | None) -> dict[str, Any]:
     """Run the command, keep its output as a log, and describe its end. After a timeout the exit status is None."""
-    log = out / f"{re.sub('[^a-z_]+', '_', check.name)}.txt"
+    log = out / f"{re.sub('[^a-z0-9_]+', '_', check.name)}.txt"
     begin, status = time.monotonic(), None
     with log.open("w") as output, contextlib.suppress(subprocess.TimeoutExpired):
         status = subprocess.run(
@@ -211,14 +230,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_tests.json and the logs")
     parser.add_argument("--workers", type=int, help="processes that share the GPU; default: by cores and memory")
     parser.add_argument("--sanitizer", nargs="*", choices=TOOLS, default=[], help="tools of compute-sanitizer")
+    parser.add_argument("--tests", nargs="+", default=[str(ROOT / "tests")], help="files or folders; default: all")
     parser.add_argument("--timeout", type=float, default=300, help="seconds after which a command is given up")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and the number of their tests")
     options = parser.parse_args(arguments)
     out, workers = options.out.resolve(), options.workers or worker_count()
     begin = time.monotonic()
-    tests = collect()
+    tests = collect(options.tests)
     plain = list(plain_checks(tests, workers, out))
-    sanitized = {tool: collect(f"--sanitizer={tool}") for tool in options.sanitizer}
+    sanitized = {tool: collect(options.tests, f"--sanitizer={tool}") for tool in options.sanitizer}
     parallel = [check for tool, chosen in sanitized.items() for check in sanitizer_checks(tool, chosen, False)]
     exclusive = [check for tool, chosen in sanitized.items() for check in sanitizer_checks(tool, chosen, True)]
     counts = {"GPU tests": len(tests), "exclusive": sum(test.exclusive for test in tests)}

@@ -116,6 +116,38 @@ def test_every_gpu_test_runs_and_a_failure_is_reported(project):
     }
 
 
+SHARED = """
+import pytest
+pytestmark = [pytest.mark.gpu, pytest.mark.sanitizer, pytest.mark.processes(2)]
+@pytest.mark.parametrize("number", range(4))
+def test_number(number):
+    pass
+@pytest.mark.no_sanitizer
+def test_never_under_a_sanitizer():
+    pass
+@pytest.mark.exclusive
+def test_exclusive():
+    pass
+"""
+
+
+def test_processes_share_the_tests_of_a_module(project):
+    (project / "tests/cuda/test_shared.py").write_text(SHARED)
+    status, _, record = run_gpu_tests(project, "--sanitizer", "memcheck", "--tests", "tests/cuda/test_shared.py")
+    checks = {check["check"]: count(check["summary"]) for check in record["checks"]}
+    assert (status, checks) == (
+        0,
+        {
+            "shared": "5 passed",
+            "exclusive": "1 passed",
+            "memcheck, tests/cuda/test_shared.py, --slice=1/2": "2 passed",
+            "memcheck, tests/cuda/test_shared.py, --slice=2/2": "2 passed",
+            "memcheck, tests/cuda/test_shared.py, exclusive": "1 passed",
+        },
+    )
+    assert len(list((project / "out").glob("memcheck*.txt"))) == 3
+
+
 def test_modules_that_ask_for_a_gpu_have_marked_tests():
     """Such tests pass on every machine: without the mark they silently miss from the GPU tests."""
     texts = {path: path.read_text() for path in ROOT.glob("tests/*/test_*.py") if path != Path(__file__)}
