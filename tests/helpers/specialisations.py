@@ -71,6 +71,12 @@ def problem_of(row):
     )  # fmt: skip
 
 
+def gradients_of(row):
+    """The gradients that a row asks for; those of logits and reference points come with each other."""
+    wanted = WANTED[row["wanted"]]
+    return wanted._replace(references=row["front"] != "none" and wanted.weights)
+
+
 def launches_of(row, gpu=H100):
     """The planner's answer to a row of the budget: launches by their role in the problem, the budgeted one first."""
     if "value" in row:
@@ -90,7 +96,7 @@ def launches_of(row, gpu=H100):
             first = {"expand": plan.materialise(found)}
         counted = {"count": split[0]} if split else {"sort": sort}
         return {"sort": first, "count": counted, "sum": {"sum": reduce}}[wanted.split()[-1]]
-    wanted = WANTED[wanted]._replace(references=bool(found.fused) and WANTED[wanted].weights)
+    wanted = gradients_of(row)
     backward = {"backward": plan.backward(found, alignment, gpu, found.computed(wanted))}
     return backward | ({"references": plan.reduce_references(found)} if wanted.references else {})
 
