@@ -1,0 +1,164 @@
+"""What cupy_msda uses of CuPy, on an emulated GPU."""
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class _Strided:
+    """What ``np.asarray`` needs; keeps the owner of the memory alive."""
+
+    def __init__(self, pointer, shape, dtype, strides):
+        self.pointer = pointer
+        typestr, data = np.dtype(dtype).str, (pointer.ptr, False)
+        self.__array_interface__ = {
+            "version": 3, "shape": shape, "typestr": typestr, "data": data, "strides": strides,
+        }  # fmt: skip
+
+
+class MemoryPointer(NamedTuple):
+    memory: Any
+    offset: int
+
+    @property
+    def ptr(self):
+        return self.memory.ptr + self.offset
+
+
+class UnownedMemory(NamedTuple):
+    ptr: int
+    size: int
+    owner: Any
+    device_id: int
+
+
+class Array:
+    """``cupy.ndarray``: a NumPy array over device memory. Only :meth:`get` reads it as the host does."""
+
+    gpu: Any  # of the subclass that a module has
+
+    def __init__(self, shape, dtype, memptr, strides=None):
+        self.host, device = np.asarray(_Strided(memptr, shape, dtype, strides)), memptr.memory.device_id
+        self.device = SimpleNamespace(id=device)
+
+    @classmethod
+    def over(cls, host, device):
+        made = object.__new__(cls)
+        made.host, made.device = host, SimpleNamespace(id=device)
+        return made
+
+    shape = property(lambda self: self.host.shape)
+    strides = property(lambda self: self.host.strides)
+    dtype = property(lambda self: self.host.dtype)
+    itemsize = property(lambda self: self.host.itemsize)
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.host.ctypes.data if self.host.size else 0)
+
+    def view(self, dtype):
+        return self.over(self.host.view(dtype), self.device.id)
+
+    def transpose(self, *axes):
+        return self.over(self.host.transpose(*axes), self.device.id)
+
+    def __getitem__(self, index):
+        return self.over(self.host[index], self.device.id)
+
+    def get(self):
+        self.gpu.check()
+        return self.host.copy()
+
+    def set(self, array, stream):
+        self.gpu.streams.upload(stream.ptr, self.gpu.device, "set")
+        self.gpu.memory.accessible(self.data.ptr, self.gpu.device, "set")
+        self.host[...] = array
+
+
+class _Stream:
+    def __init__(self, gpu):
+        self.gpu, self.ptr = gpu, gpu.streams.create(gpu.device)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def synchronize(self):
+        self.gpu.streams.synchronise(self.ptr)
+
+
+class _Device:
+    def __init__(self, gpu, number):
+        self.gpu, self.number = gpu, number
+        self.compute_capability, self.attributes = gpu.described()
+
+    def __enter__(self):
+        self.before, self.gpu.device = self.gpu.device, self.number
+
+    def __exit__(self, *exception):
+        self.gpu.device = self.before
+
+
+def _runtime(gpu):
+    streams = gpu.streams
+
+    def fill(address, byte, nbytes, stream):
+        streams.queue(stream, gpu.device, "memset")
+        allocation = gpu.memory.accessible(address, gpu.device, "memset")
+        at = address - allocation.address
+        assert at + nbytes <= allocation.nbytes, "memset: beyond the allocation"
+        allocation.bytes[at : at + nbytes] = byte
+
+    return SimpleNamespace(
+        is_hip=False,
+        streamNonBlocking=1,
+        eventDisableTiming=2,
+        getDeviceCount=lambda: gpu.devices,
+        getDevice=lambda: gpu.device,
+        setDevice=lambda number: setattr(gpu, "device", number),
+        memsetAsync=fill,
+        streamCreateWithFlags=lambda flags: streams.create(gpu.device),
+        eventCreateWithFlags=lambda flags: streams.create(gpu.device),
+        eventRecord=streams.record,
+        streamWaitEvent=streams.wait,
+        streamSynchronize=streams.synchronise,
+        streamIsCapturing=lambda stream: stream in streams.capturing,
+    )
+
+
+def module(gpu):
+    """The module `cupy` of a GPU. Arrays are made on the current device."""
+    ndarray = type("ndarray", (Array,), {"gpu": gpu})
+
+    def empty(shape, dtype):
+        return ndarray.over(gpu.empty(shape, dtype, gpu.device), gpu.device)
+
+    def array(source, dtype=None, order="C"):
+        host = source.host if isinstance(source, ndarray) else np.asarray(source)
+        made = empty(host.shape, dtype or host.dtype)
+        made.host[...] = host
+        return made
+
+    def asarray(source):
+        return source if isinstance(source, ndarray) else array(source)
+
+    def contiguous(source, dtype):
+        unchanged = source.dtype == dtype and source.host.flags.c_contiguous
+        return source if unchanged else array(source, dtype)
+
+    cuda = SimpleNamespace(
+        runtime=_runtime(gpu),
+        driver=SimpleNamespace(launchKernel=gpu.launch),
+        Device=lambda number: _Device(gpu, number),
+        Stream=lambda non_blocking: _Stream(gpu),
+        get_current_stream=lambda device: SimpleNamespace(ptr=gpu.streams.current(device)),
+        MemoryPointer=MemoryPointer,
+        UnownedMemory=UnownedMemory,
+    )
+    return SimpleNamespace(
+        ndarray=ndarray, empty=empty, array=array, asarray=asarray, ascontiguousarray=contiguous, cuda=cuda,
+        RawModule=lambda code, options, backend: SimpleNamespace(get_function=lambda name: gpu.load(code, name)),
+    )  # fmt: skip

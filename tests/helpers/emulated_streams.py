@@ -1,0 +1,83 @@
+"""CUDA streams and events that run nothing: they know which work is ordered after which, by vector clocks."""
+
+import itertools
+import threading
+from collections import defaultdict
+
+# Streams of the caller have these addresses, and the number of their device is added.
+_CALLER, _SECOND_CALLER = 0x7000, 0x7100
+
+
+class OrderError(AssertionError):
+    """Work that nothing orders with what it needs, or on a stream of another device."""
+
+
+class Streams:
+    """Of all devices. Work is one count per stream; a clock holds how much of each stream came before."""
+
+    def __init__(self):
+        self._clocks, self._events, self._synchronised = defaultdict(dict), {}, {}
+        self._addresses = itertools.count(0x9000, 16)
+        self._arrived, self._thread = {}, threading.local()
+        self.devices = {}
+        self.capturing = set()
+
+    def current(self, device):
+        """The caller's current stream of a device, in this thread."""
+        stream = getattr(self._thread, "first", _CALLER) + device
+        self.devices[stream] = device
+        return stream
+
+    def use_second(self):
+        """The caller's current streams of this thread are others from now on."""
+        self._thread.first = _SECOND_CALLER
+
+    def create(self, device):
+        if self.capturing:
+            raise OrderError("a stream or an event is created during a capture")
+        address = next(self._addresses)
+        self.devices[address] = device
+        return address
+
+    def queue(self, stream, device, what):
+        """Work on `stream`, while `device` is current: that stream is the caller's, or waits for it."""
+        if self.devices.get(stream) != device:
+            raise OrderError(f"{what}: stream {stream:#x} is none of device {device}")
+        caller = self.current(device)
+        if stream != caller and self._clocks[stream].get(caller, 0) < self._arrived.get(caller, 0):
+            raise OrderError(f"{what}: stream {stream:#x} does not wait for the caller's")
+        self._advance(stream)
+
+    def arrive(self, device):
+        """The caller writes arrays on the current stream."""
+        caller = self.current(device)
+        self._advance(caller)
+        self._arrived[caller] = self._clocks[caller][caller]
+
+    def _advance(self, stream):
+        self._clocks[stream][stream] = self._clocks[stream].get(stream, 0) + 1
+
+    def record(self, event, stream):
+        self._events[event] = dict(self._clocks[stream])
+
+    def wait(self, stream, event):
+        clock = self._clocks[stream]
+        for other, count in self._events.get(event, {}).items():
+            clock[other] = max(clock.get(other, 0), count)
+
+    def upload(self, stream, device, what):
+        """A copy from the host, which needs nothing of the caller's streams."""
+        if self.devices.get(stream) != device:
+            raise OrderError(f"{what}: stream {stream:#x} is none of device {device}")
+        self._advance(stream)
+
+    def synchronise(self, stream):
+        self._synchronised[stream] = self._clocks[stream].get(stream, 0)
+
+    def check(self):
+        """All work on streams that are no caller's has been waited for, by the host or by a caller's stream."""
+        callers = [stream for stream in self.devices if stream < 0x9000]
+        for stream, clock in list(self._clocks.items()):
+            known = [self._clocks[caller].get(stream, 0) for caller in callers]
+            if stream not in callers and clock.get(stream, 0) > max(*known, self._synchronised.get(stream, 0), 0):
+                raise OrderError(f"nothing waits for the work on stream {stream:#x}")

@@ -1,0 +1,369 @@
+"""Calls of torch on an emulated GPU: the general path first, launch plans from then on, each held to the reference."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from cupy_msda import validate
+from cupy_msda.call import Wanted
+from cupy_msda.cuda import plan_backward
+from cupy_msda.torch import fast_path
+from tests.helpers import emulated_torch, emulator
+from tests.helpers.cases import PARTIAL_GRADIENTS, Case, gradient_names
+from tests.helpers.emulated_torch import deterministic_algorithms
+from tests.helpers.emulated_torch_calls import (
+    NOTHING,
+    Checked,
+    Tensors,
+    assert_results,
+    bits,
+    reference,
+    unaligned,
+    with_strides,
+)
+
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
+torch_gpu = pytest.fixture(emulated_torch.fixture)
+
+# Those of tests/emulator/test_host_code.py, so that few kernels are compiled.
+PLAIN = Case("plain")
+GAPS = Case("gaps", starts=(4, 50), S=64)
+DENSE = Case("dense", queries=60)
+HALF = ("float16", "float32")
+FUSED = {"coordinates": 2}
+PACKED_BOXES = {"coordinates": 4, "levels": 1, "packed": True}
+FORMS = [None, FUSED, PACKED_BOXES]
+# The first call of a layout leaves its plan, the second one takes it from the plan cache, the third is a recent one.
+REPEATED = range(3)
+
+
+def kernels_of(torch_gpu):
+    return [launch.spec.kernel for launch in torch_gpu.gpu.launches]
+
+
+@pytest.mark.parametrize("device", [0, 1])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_repeated_calls_of_each_form(torch_gpu, form, device):
+    calls = Checked(torch_gpu, PLAIN, form=form)
+    for _ in REPEATED:
+        calls.check(device=device)
+    assert len(fast_path.plans) == 1
+    assert {launch.device for launch in torch_gpu.gpu.launches} == {device}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_recent_call_is_not_validated(torch_gpu, monkeypatch, form):
+    calls = Checked(torch_gpu, PLAIN, form=form)
+    for _ in REPEATED:
+        calls.check()
+    monkeypatch.setattr(validate, "read", None)
+    monkeypatch.setattr(fast_path, "layout_key", None)
+    calls.check()
+
+
+def test_the_frozen_inputs_change_between_calls_of_one_layout(torch_gpu):
+    calls = Checked(torch_gpu, PLAIN)
+    subsets = [*PARTIAL_GRADIENTS, NOTHING, Wanted()]
+    for wanted in (*subsets, *reversed(subsets), *subsets):
+        calls.check(wanted)
+
+
+@pytest.mark.parametrize("wanted", [*PARTIAL_GRADIENTS, Wanted()], ids=gradient_names)
+def test_a_gradient_that_is_wanted_after_calls_without_any(torch_gpu, wanted):
+    calls = Checked(torch_gpu, PLAIN)
+    for asked in (NOTHING, NOTHING, NOTHING, wanted, wanted, NOTHING, wanted):
+        calls.check(asked)
+
+
+@pytest.mark.parametrize("form", [FUSED, PACKED_BOXES], ids=str)
+def test_the_frozen_inputs_of_a_fused_call_change(torch_gpu, form):
+    calls = Checked(torch_gpu, PLAIN, form=form)
+    only_value, only_references = Wanted(True, False, False), Wanted(False, False, False, True)
+    all_but_value = Wanted(False, True, True, True)
+    for wanted in (only_value, only_references, all_but_value, NOTHING) * 3:
+        calls.check(wanted)
+
+
+def test_a_call_without_gradients_of_tensors_that_require_some(torch_gpu):
+    calls = Checked(torch_gpu, PLAIN)
+    for _ in REPEATED:
+        inputs = calls.inputs()
+        with torch.no_grad():
+            output = Tensors(torch_gpu, inputs).forward()
+        assert not output.requires_grad
+        assert_results((output, {}), calls.reference(inputs), inputs)
+        calls.check()
+
+
+def test_deterministic_changes_between_calls_of_one_layout(torch_gpu):
+    calls = Checked(torch_gpu, PLAIN)
+    for deterministic, switch in (*itertools.product((None, False, True), (False, True)),) * 2:
+        del torch_gpu.gpu.launches[:]
+        with deterministic_algorithms(switch):
+            calls.check(deterministic=deterministic)
+        is_sorted = "bucket_sort" in kernels_of(torch_gpu)
+        assert is_sorted == (switch if deterministic is None else deterministic)
+
+
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+def test_the_switch_counts_when_the_backward_runs(torch_gpu, form):
+    calls = Checked(torch_gpu, PLAIN, form=form)
+    calls.check()
+    for switch in (True, False, True):
+        inputs = calls.inputs()
+        tensors = Tensors(torch_gpu, inputs)
+        with deterministic_algorithms(not switch):
+            output = tensors.forward()
+        del torch_gpu.gpu.launches[:]
+        with deterministic_algorithms(switch):
+            results = output, tensors.backward(output)
+        assert ("bucket_sort" in kernels_of(torch_gpu)) == switch
+        assert_results(results, calls.reference(inputs), inputs)
+
+
+@pytest.mark.parametrize("pair", [("float32", "float32"), HALF], ids="-".join)
+def test_deterministic_gradients_have_the_same_bits(torch_gpu, pair):
+    inputs = DENSE.inputs(*pair)
+    found = {bits(Tensors(torch_gpu, inputs).results(deterministic=True)[1]["value"]) for _ in REPEATED}
+    assert len(found) == 1
+
+
+def test_deterministic_gradients_by_chunks_of_buckets(torch_gpu, monkeypatch):
+    monkeypatch.setattr(plan_backward, "BUCKET_CHUNK", 512)
+    calls = Checked(torch_gpu, DENSE)
+    for _ in REPEATED:
+        calls.check(deterministic=True)
+    assert kernels_of(torch_gpu).count("split_buckets") == 3
+
+
+def test_deterministic_gradients_of_samples_that_are_materialised(torch_gpu):
+    calls = Checked(torch_gpu, Case("three", P=3), form=FUSED)
+    for _ in REPEATED:
+        calls.check(deterministic=True)
+    assert kernels_of(torch_gpu).count("materialise") == 3
+
+
+@pytest.mark.parametrize("form", [None, PACKED_BOXES], ids=str)
+def test_sixteen_bits(torch_gpu, form):
+    calls = Checked(torch_gpu, PLAIN, HALF, form)
+    for _ in REPEATED:
+        calls.check()
+    assert kernels_of(torch_gpu).count("cast") == 3
+
+
+METADATA = {
+    "int64 on the device": lambda tensors: tensors.metadata_on_device(torch.int64),
+    "int32 on the device": lambda tensors: tensors.metadata_on_device(torch.int32),
+    "tensors on the host": lambda tensors: tuple(map(torch.from_numpy, (tensors.inputs.shapes, tensors.inputs.starts))),
+    "lists": lambda tensors: (tensors.inputs.shapes.tolist(), tensors.inputs.starts.tolist()),
+    "arrays": lambda tensors: (tensors.inputs.shapes, tensors.inputs.starts),
+    "host and device": lambda tensors: (torch.from_numpy(tensors.inputs.shapes), tensors.metadata[1]),
+}
+
+
+def test_every_kind_of_metadata_of_one_layout(torch_gpu):
+    calls = Checked(torch_gpu, GAPS)
+    for kind in (*METADATA, *reversed(METADATA), *METADATA):
+        calls.check(change=lambda tensors, kind=kind: setattr(tensors, "metadata", METADATA[kind](tensors)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_metadata_on_the_device_without_starts(torch_gpu, dtype):
+    calls = Checked(torch_gpu, PLAIN)
+    for _ in REPEATED:
+        calls.check(change=lambda tensors: setattr(tensors, "metadata", tensors.metadata_on_device(dtype, False)))
+
+
+@pytest.mark.parametrize("kind", ["int64 on the device", "tensors on the host", "lists"])
+def test_level_sizes_that_change_between_calls_of_the_same_shapes(torch_gpu, kind):
+    levels = [((6, 7), (3, 4)), ((7, 6), (4, 3)), ((2, 21), (6, 2))]
+    for sizes in levels * 2:
+        calls = Checked(torch_gpu, Case("sizes", levels=sizes, starts=(0, 42)))
+        calls.check(change=lambda tensors: setattr(tensors, "metadata", METADATA[kind](tensors)))
+
+
+def test_metadata_that_changes_before_the_backward_is_refused_on_the_device(torch_gpu):
+    tensors = Tensors(torch_gpu, GAPS.inputs())
+    for _ in REPEATED:
+        output = tensors.forward()
+        tensors.metadata[0].add_(0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            tensors.backward(output)
+
+
+def test_lists_that_change_before_the_backward(torch_gpu):
+    for _ in REPEATED:
+        inputs = GAPS.inputs()
+        tensors = Tensors(torch_gpu, inputs)
+        tensors.metadata = METADATA["lists"](tensors)
+        output = tensors.forward()
+        tensors.metadata[0][0][:] = [1, 1]
+        tensors.metadata[1][:] = [0, 0]
+        assert_results((output, tensors.backward(output)), reference(inputs), inputs)
+
+
+def change_value(function):
+    def change(tensors):
+        tensors.value = function(tensors.value).requires_grad_()
+
+    return change
+
+
+def test_strides_of_value_change_between_calls(torch_gpu):
+    calls = Checked(torch_gpu, PLAIN)
+    channels_last = change_value(lambda value: value.detach().transpose(2, 3).contiguous().transpose(2, 3))
+    for change in (None, change_value(with_strides), channels_last) * 3:
+        calls.check(change=change)
+
+
+@pytest.mark.parametrize("name", ["locations", "weights"])
+def test_samples_with_strides(torch_gpu, name):
+    def change(tensors):
+        setattr(tensors, name, with_strides(getattr(tensors, name)).requires_grad_())
+
+    calls = Checked(torch_gpu, PLAIN)
+    for one in (None, change) * 3:
+        calls.check(change=one)
+
+
+def test_a_gradient_of_the_output_with_strides(torch_gpu):
+    calls = Checked(torch_gpu, PLAIN)
+    for _ in REPEATED:
+        calls.check(change=lambda tensors: setattr(tensors, "grad_output", with_strides(tensors.grad_output)))
+
+
+@pytest.mark.parametrize("name", ["value", "locations", "grad_output"])
+def test_an_address_without_alignment_between_others(torch_gpu, name):
+    def change(tensors):
+        setattr(tensors, name, unaligned(torch_gpu, getattr(tensors, name)))
+
+    calls = Checked(torch_gpu, PLAIN)
+    for one in (None, change) * 3:
+        calls.check(change=one)
+
+
+@pytest.mark.parametrize("name", ["references", "locations"])
+def test_an_address_without_alignment_of_a_fused_call(torch_gpu, name):
+    def change(tensors):
+        setattr(tensors, name, unaligned(torch_gpu, getattr(tensors, name)))
+
+    calls = Checked(torch_gpu, PLAIN, form=PACKED_BOXES)
+    for one in (None, change) * 3:
+        calls.check(change=one)
+
+
+@pytest.mark.parametrize("place", ["list", "int32 on the device", "int64 on the device"])
+def test_query_lengths_go_to_the_registered_operator(torch_gpu, place):
+    lengths = [3, 0]
+    for _ in REPEATED:
+        inputs = PLAIN.inputs()
+        given = lengths if place == "list" else torch_gpu.put(torch.tensor(lengths, dtype=getattr(torch, place[:5])))
+        results = Tensors(torch_gpu, inputs).results(query_lengths=given)
+        assert_results(results, reference(inputs, lengths), inputs)
+
+
+@pytest.mark.parametrize("case", [Case("N", N=0), Case("Q", queries=0), Case("D", D=0), Case("P", P=0)], ids=str)
+def test_an_empty_problem_gives_zeros_without_a_launch(torch_gpu, case):
+    for _ in REPEATED:
+        output, grads = Tensors(torch_gpu, case.inputs()).results()
+        assert not output.detach().cpu().any()
+        assert not any(grad.cpu().any() for grad in grads.values())
+    assert not torch_gpu.gpu.launches
+
+
+@pytest.mark.parametrize("form", [None, PACKED_BOXES], ids=str)
+def test_naive_kernels_leave_no_plan(torch_gpu, monkeypatch, form):
+    monkeypatch.setenv("CUPY_MSDA_KERNELS", "naive")
+    calls = Checked(torch_gpu, PLAIN, HALF, form)
+    for wanted in (Wanted(references=True), Wanted(False, False, True), Wanted(True, False, False)):
+        calls.check(wanted)
+    assert not fast_path.plans
+
+
+def test_validate_reads_arrays_of_the_device(torch_gpu):
+    calls = Checked(torch_gpu, PLAIN)
+    for device in (0, 1):
+        calls.check(device=device, validate=True)
+
+
+def test_two_devices_with_the_same_layout(torch_gpu):
+    calls = Checked(torch_gpu, PLAIN)
+    for device in (0, 1) * 3:
+        del torch_gpu.gpu.launches[:]
+        calls.check(device=device)
+        assert {launch.device for launch in torch_gpu.gpu.launches} == {device}
+
+
+def test_another_device_is_current(torch_gpu):
+    torch_gpu.gpu.home = torch_gpu.gpu.device = 1
+    calls = Checked(torch_gpu, PLAIN)
+    for _ in REPEATED:
+        calls.check(deterministic=True)
+        assert torch_gpu.gpu.device == 1
+
+
+def test_the_backward_in_a_thread_that_has_never_used_cuda(torch_gpu):
+    calls, found = Checked(torch_gpu, PLAIN), []
+    for deterministic in (False, True) * 3:
+        inputs = calls.inputs()
+        tensors = Tensors(torch_gpu, inputs, device=1)
+        output = tensors.forward(deterministic=deterministic)
+        thread = threading.Thread(target=lambda t=tensors, o=output: found.append((o, t.backward(o))))
+        thread.start()
+        thread.join()
+        assert_results(found.pop(), calls.reference(inputs), inputs)
+
+
+def test_threads_with_the_same_layout(torch_gpu):
+    inputs = [PLAIN.inputs(seed=seed) for seed in range(3)]
+    results = {}
+
+    def work(seed):
+        torch_gpu.gpu.streams.use_second()
+        tensors = [Tensors(torch_gpu, inputs[seed]) for _ in range(4)]
+        results[seed] = [one.results(deterministic=bool(seed % 2)) for one in tensors]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    for seed, found in results.items():
+        want = reference(inputs[seed])
+        for result in found:
+            assert_results(result, want, inputs[seed])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_repeated_step_can_be_captured(torch_gpu, deterministic):
+    calls, streams = Checked(torch_gpu, PLAIN), torch_gpu.gpu.streams
+    for _ in REPEATED:
+        calls.check(deterministic=deterministic)
+    streams.capturing.add(streams.current(0))
+    calls.check(deterministic=deterministic)
+    streams.capturing.clear()
+
+
+def test_a_first_backward_in_a_capture_is_refused(torch_gpu):
+    streams = torch_gpu.gpu.streams
+    tensors = Tensors(torch_gpu, PLAIN.inputs())
+    for _ in REPEATED:
+        output = tensors.forward()
+    streams.capturing.add(streams.current(0))
+    with pytest.raises(RuntimeError, match="compile and load a CUDA kernel"):
+        tensors.backward(output)
+    streams.capturing.clear()
+    assert np.isfinite(tensors.backward(output)["value"].cpu().numpy()).all()
+
+
+def test_a_result_outlives_its_plan_and_its_inputs(torch_gpu):
+    calls = Checked(torch_gpu, PLAIN)
+    for _ in REPEATED:
+        inputs = calls.inputs()
+        results = Tensors(torch_gpu, inputs).results()
+        fast_path.plans.clear()
+        assert_results(results, calls.reference(inputs), inputs)
