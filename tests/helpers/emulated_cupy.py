@@ -104,14 +104,6 @@ class _Device:
 
 def _runtime(gpu):
     streams = gpu.streams
-
-    def fill(address, byte, nbytes, stream):
-        streams.queue(stream, gpu.device, "memset")
-        allocation = gpu.memory.accessible(address, gpu.device, "memset")
-        at = address - allocation.address
-        assert at + nbytes <= allocation.nbytes, "memset: beyond the allocation"
-        allocation.bytes[at : at + nbytes] = byte
-
     return SimpleNamespace(
         is_hip=False,
         streamNonBlocking=1,
@@ -119,7 +111,7 @@ def _runtime(gpu):
         getDeviceCount=lambda: gpu.devices,
         getDevice=lambda: gpu.device,
         setDevice=lambda number: setattr(gpu, "device", number),
-        memsetAsync=fill,
+        memsetAsync=gpu.fill,
         streamCreateWithFlags=lambda flags: streams.create(gpu.device),
         eventCreateWithFlags=lambda flags: streams.create(gpu.device),
         eventRecord=streams.record,

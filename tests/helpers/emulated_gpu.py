@@ -27,7 +27,10 @@ _one_launch = threading.Lock()
 
 
 class Launch(NamedTuple):
-    """A launch as the driver got it. `words` are all of them, in the order of the parameters."""
+    """A launch as the driver got it. `words` are all of them, in the order of the parameters.
+
+    `integers` are the numbers that its metadata and query lengths had, up to the end of their memory.
+    """
 
     spec: KernelSpec
     grid: tuple[int, int, int]
@@ -36,6 +39,16 @@ class Launch(NamedTuple):
     stream: int
     device: int
     words: tuple[int, ...]
+    integers: tuple[tuple[int, ...], ...]
+
+
+class Fill(NamedTuple):
+    """A memset."""
+
+    address: int
+    nbytes: int
+    stream: int
+    device: int
 
 
 @dataclass
@@ -50,13 +63,13 @@ class _Kernel:
 
 
 class EmulatedGpu:
-    """`run` computes a launch: the emulator's unless given. `launches` are all that were."""
+    """`run` computes a launch: the emulator's unless given. `launches` and `fills` are all that were."""
 
     devices = 2
 
     def __init__(self, run=emulator.run, limits=H100):
         self.memory, self.streams = Memory(), Streams()
-        self.launches, self._kernels, self._thread = [], {}, threading.local()
+        self.launches, self.fills, self._kernels, self._thread = [], [], {}, threading.local()
         self._run, self._limits = run, limits
         self.home = 0
 
@@ -99,6 +112,15 @@ class EmulatedGpu:
         self._kernels[handle] = _Kernel(spec, self.device, SimpleNamespace(ptr=handle))
         return self._kernels[handle]
 
+    def fill(self, address, byte, nbytes, stream):
+        """``cupy.cuda.runtime.memsetAsync``."""
+        self.streams.queue(stream, self.device, "memset")
+        allocation = self.memory.accessible(address, self.device, "memset")
+        at = address - allocation.address
+        assert at + nbytes <= allocation.nbytes, "memset: beyond the allocation"
+        allocation.bytes[at : at + nbytes] = byte
+        self.fills.append(Fill(address, nbytes, stream, self.device))
+
     def launch(self, function, x, y, z, threads, threads_y, threads_z, shared_bytes, stream, pointers, extra):
         """``cupy.cuda.driver.launchKernel``."""
         kernel = self._kernels[function]
@@ -109,24 +131,27 @@ class EmulatedGpu:
         assert shared_bytes <= max(SHARED_WITHOUT_OPT_IN, kernel.max_dynamic_shared_size_bytes)
         assert shared_bytes <= self._limits.shared_memory_per_block
         self.streams.queue(stream, self.device, spec.kernel)
-        words = self._words(spec, pointers)
-        self.launches.append(Launch(spec, (x, y, z), threads, shared_bytes, stream, self.device, words))
+        words, integers = self._words(spec, pointers)
+        self.launches.append(Launch(spec, (x, y, z), threads, shared_bytes, stream, self.device, words, integers))
         planned = SimpleNamespace(spec=spec, grid=(x, y, z), threads=threads, shared_bytes=shared_bytes)
         with _one_launch:
             self._run(planned, words)
 
     def _words(self, spec, pointers):
-        """The words of all parameters; those of arrays are addresses of this device, or 0."""
-        sizes, words = spec.words(), []
+        """The words of all parameters, those of arrays addresses of this device or 0; and what is read of integers."""
+        sizes, words, integers = spec.words(), [], []
         addresses = (ctypes.c_void_p * len(sizes)).from_address(pointers)
         for parameter, address, size in zip(spec.parameters, addresses, sizes, strict=True):
             found = (ctypes.c_int64 * size).from_address(address)[:]
             # Of several words, the addresses come first, and sizes are small.
             for word in found if parameter.is_array else [word for word in found if word >= 2**32]:
-                if word:
-                    self.memory.accessible(word, self.device, f"{spec.kernel}: {parameter.name}")
+                if not word:
+                    continue
+                allocation = self.memory.accessible(word, self.device, f"{spec.kernel}: {parameter.name}")
+                if parameter.name in ("metadata", "lengths"):
+                    integers.append(tuple(allocation.bytes[word - allocation.address :].view(np.int64).tolist()))
             words += found
-        return tuple(words)
+        return tuple(words), tuple(integers)
 
     def check(self):
         """The host reads: all work is ordered, the caller's device is current, and nothing wrote beyond its memory."""

@@ -43,11 +43,11 @@ class Allocation:
         at = self.address - self.whole.ctypes.data
         return self.whole[at : at + self.nbytes]
 
-    def check_guards(self):
+    @property
+    def guarded(self):
+        """Whether the guards are as they were."""
         at = self.address - self.whole.ctypes.data
-        for guard in (self.whole[:at], self.whole[at + self.nbytes :]):
-            if (guard != _POISON).any():
-                raise AccessError(f"something wrote next to an allocation of {self.nbytes} bytes")
+        return all((guard == _POISON).all() for guard in (self.whole[:at], self.whole[at + self.nbytes :]))
 
 
 class Memory:
@@ -55,6 +55,7 @@ class Memory:
 
     def __init__(self):
         self._addresses, self._allocations, self._lock = [], [], threading.RLock()
+        self._living, self._damaged = {}, []
 
     def allocate(self, nbytes, device):
         """New memory as an array of bytes; it is freed with the last array that is made of it."""
@@ -65,11 +66,14 @@ class Memory:
             place = bisect.bisect(self._addresses, address)
             self._addresses.insert(place, address)
             self._allocations.insert(place, allocation)
+            self._living[address] = allocation
         weakref.finalize(owner, self._free, allocation).atexit = False
         return np.asarray(owner)
 
-    @staticmethod
-    def _free(allocation):
+    def _free(self, allocation):
+        del self._living[allocation.address]
+        if not allocation.guarded:
+            self._damaged.append(allocation)
         allocation.alive = False
         allocation.bytes[...] = _POISON
 
@@ -94,6 +98,7 @@ class Memory:
         return allocation
 
     def check(self):
-        """Every guard is as it was."""
-        for allocation in self._allocations:
-            allocation.check_guards()
+        """Nothing wrote next to an allocation."""
+        damaged = self._damaged + [one for one in list(self._living.values()) if not one.guarded]
+        if damaged:
+            raise AccessError(f"something wrote next to an allocation of {damaged[0].nbytes} bytes")
