@@ -48,9 +48,24 @@ def test_a_launch_on_memory_of_the_host_is_refused(gpu):
 
 def test_a_launch_on_memory_of_another_device_is_refused(gpu):
     array = gpu.put(np.zeros(4, np.float32), device=1)
-    launch(gpu, array.data.ptr, 0, device=1)
+    launch(gpu, array.data.ptr, array.data.ptr, device=1)
     with pytest.raises(AccessError, match="memory of device 1 on device 0"):
+        launch(gpu, array.data.ptr, array.data.ptr)
+
+
+def test_a_null_pointer_is_refused(gpu):
+    array = gpu.put(np.zeros(4, np.float32))
+    with pytest.raises(AssertionError, match="cast: target of 0x0: expected an address"):
         launch(gpu, array.data.ptr, 0)
+
+
+def test_an_address_that_is_not_aligned_for_vectors_is_refused(gpu, monkeypatch):
+    monkeypatch.setattr(session, "alignment_of", lambda *addresses: 16)
+    inputs = Case("plain").inputs()
+    whole = gpu.put(np.zeros(inputs.value.size + 2, np.float32))
+    value = gpu.cupy.ndarray.over(whole.host[2:].reshape(inputs.value.shape), 0)
+    with pytest.raises(AssertionError, match=r"forward: value of .* expected a multiple of 16"):
+        run(gpu, inputs._replace(value=value))
 
 
 def test_a_write_next_to_memory_is_found(gpu):

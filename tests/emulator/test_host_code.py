@@ -97,18 +97,19 @@ def test_other_inputs_with_strides_are_copied(gpu, name):
     assert_results(run(gpu, inputs._replace(**{name: strided})), wanted(inputs), inputs)
 
 
-def unaligned(gpu, array):
-    """The array one element after an aligned address."""
-    whole = gpu.put(np.concatenate((array.ravel()[:1], array.ravel())))
-    return gpu.cupy.ndarray.over(whole.host[1:].reshape(array.shape), 0)
+def unaligned(gpu, array, elements):
+    """The array so many elements after an aligned address."""
+    whole = gpu.put(np.concatenate((array.ravel()[:elements], array.ravel())))
+    return gpu.cupy.ndarray.over(whole.host[elements:].reshape(array.shape), 0)
 
 
-@pytest.mark.parametrize("name", ["value", "locations"])
-def test_an_address_without_alignment(gpu, name):
+@pytest.mark.parametrize("elements", [1, 2])
+@pytest.mark.parametrize("name", ["value", "locations", "grad_output"])
+def test_an_address_without_alignment(gpu, name, elements):
     inputs = PLAIN.inputs()
     for _ in range(2):  # the aligned call before it has the same sizes
         check(gpu, inputs)
-        results = run(gpu, inputs._replace(**{name: unaligned(gpu, getattr(inputs, name))}))
+        results = run(gpu, inputs._replace(**{name: unaligned(gpu, getattr(inputs, name), elements)}))
         assert_results(results, wanted(inputs), inputs)
 
 

@@ -18,7 +18,7 @@ from cupy_msda.cuda import kernels, level_tables, run, streams
 from cupy_msda.cuda.gpu import H100
 from cupy_msda.cuda.heuristics import SHARED_WITHOUT_OPT_IN
 from cupy_msda.cuda.kernel_spec import KernelSpec
-from tests.helpers import emulated_cupy, emulator
+from tests.helpers import emulated_cupy, emulated_parameters, emulator
 from tests.helpers.emulated_memory import Memory
 from tests.helpers.emulated_streams import Streams
 
@@ -143,6 +143,8 @@ class EmulatedGpu:
         addresses = (ctypes.c_void_p * len(sizes)).from_address(pointers)
         for parameter, address, size in zip(spec.parameters, addresses, sizes, strict=True):
             found = (ctypes.c_int64 * size).from_address(address)[:]
+            if parameter.is_array:
+                emulated_parameters.check(spec, parameter, *found)
             # Of several words, the addresses come first, and sizes are small.
             for word in found if parameter.is_array else [word for word in found if word >= 2**32]:
                 if not word:

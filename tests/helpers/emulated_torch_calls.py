@@ -122,10 +122,10 @@ def with_strides(tensor):
     return tensor.detach().transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def unaligned(torch_gpu, tensor):
-    """The same numbers one element after an aligned address."""
-    whole = torch_gpu.put(torch.cat((tensor.detach().flatten()[:1], tensor.detach().flatten())))
-    return whole[1:].view(tensor.shape).requires_grad_(tensor.requires_grad)
+def unaligned(torch_gpu, tensor, elements=1):
+    """The same numbers so many elements after an aligned address."""
+    whole = torch_gpu.put(torch.cat((tensor.detach().flatten()[:elements], tensor.detach().flatten())))
+    return whole[elements:].view(tensor.shape).requires_grad_(tensor.requires_grad)
 
 
 def bits(tensor):

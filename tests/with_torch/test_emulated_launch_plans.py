@@ -235,10 +235,11 @@ def test_a_gradient_of_the_output_with_strides(torch_gpu):
         calls.check(change=lambda tensors: setattr(tensors, "grad_output", with_strides(tensors.grad_output)))
 
 
-@pytest.mark.parametrize("name", ["value", "locations", "grad_output"])
-def test_an_address_without_alignment_between_others(torch_gpu, name):
+@pytest.mark.parametrize("elements", [1, 2])
+@pytest.mark.parametrize("name", ["value", "locations", "weights", "grad_output"])
+def test_an_address_without_alignment_between_others(torch_gpu, name, elements):
     def change(tensors):
-        setattr(tensors, name, unaligned(torch_gpu, getattr(tensors, name)))
+        setattr(tensors, name, unaligned(torch_gpu, getattr(tensors, name), elements))
 
     calls = Checked(torch_gpu, PLAIN)
     for one in (None, change) * 3:
@@ -248,7 +249,7 @@ def test_an_address_without_alignment_between_others(torch_gpu, name):
 @pytest.mark.parametrize("name", ["references", "locations"])
 def test_an_address_without_alignment_of_a_fused_call(torch_gpu, name):
     def change(tensors):
-        setattr(tensors, name, unaligned(torch_gpu, getattr(tensors, name)))
+        setattr(tensors, name, unaligned(torch_gpu, getattr(tensors, name), 2))
 
     calls = Checked(torch_gpu, PLAIN, form=PACKED_BOXES)
     for one in (None, change) * 3:
