@@ -1,9 +1,17 @@
 // The CUDA thread model on one CPU thread, for the kernels of cuda_src: one fiber per thread, one block after the other.
 //
 // A fiber runs until it waits at a barrier, at a shuffle or vote of its warp, or ends. The caller chooses the order in
-// which fibers run, because a missing barrier shows in some orders only. Shared memory is an
-// allocation of exactly the launch's bytes, filled with NaN before each block. What the hardware leaves undefined is
-// an error here: a barrier that not all threads of the block or warp reach, or reach at different lines.
+// which fibers run, the schedule, because a missing barrier shows in some orders only. Shared memory is an allocation of
+// exactly the launch's bytes, filled with NaN before each block. What the hardware leaves undefined is an error here: a
+// barrier that not all threads of the block or warp reach, or reach at different lines; and in a build with the access log
+// a data race, in whatever order the fibers run (access_log.cpp).
+//
+// Schedules, the number `order` of a launch (tests/helpers/schedules.py):
+//   0, 1, other     All threads in step: each runs to its next barrier or shuffle, upwards, downwards, or scattered.
+//   WARP_BY_WARP +  One warp runs to its next barrier of the block, or to its end, before another warp moves. In it, each
+//   256 w + l       lane runs to its next barrier or shuffle before another lane moves. `w` says in which order the warps
+//                   run, `l` the lanes: 0 upwards, 1 downwards, 2 + 2 i number i first, 3 + 2 i number i last, the others
+//                   upwards.
 #pragma once
 
 #include <math.h>
@@ -12,6 +20,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
+
+#include <type_traits>
+
+#include "access_log.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -27,7 +39,11 @@
 
 #define __device__
 #define __global__
+#if defined(ACCESS_LOG)
+#define __forceinline__ __attribute__((always_inline)) inline   // a result that a call leaves in memory is not logged
+#else
 #define __forceinline__ inline
+#endif
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __CUDA_ARCH__ 0
@@ -43,6 +59,7 @@ static emulator_index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
+enum { WARP_BY_WARP = 1 << 16 };
 enum State { READY, WAITS_FOR_WARP, WAITS_FOR_BLOCK, ENDED };
 
 struct Fiber {
@@ -63,8 +80,8 @@ static Fiber* fibers;
 static Warp* warps;
 static Fiber scheduler;
 static unsigned char* shared_memory;
-static int threads, current, waiting, votes[2], vote_generation;
-static char message[256];
+static int threads, current, waiting, votes[2], block_generation, schedule;
+static char message[600];
 static bool failed;
 static void (*kernel)(void*);
 static void* kernel_arguments;
@@ -82,7 +99,14 @@ inline void yield() {
     threadIdx.x = (unsigned)current;
 }
 
-inline void wait_for_warp(int line) {
+// A data race ends the launch before the access.
+inline void report_race(const char* race) {
+    if (!failed) snprintf(message, sizeof message, "%s", race);
+    failed = true;
+    yield();
+}
+
+inline void wait_for_warp(int line, bool orders_memory = false) {
     Warp& warp = warps[current / 32];
     const int first = current / 32 * 32;
     fibers[current].line = line;
@@ -93,10 +117,12 @@ inline void wait_for_warp(int line) {
     }
     warp.waiting = 0;
     ++warp.generation;
+    if (orders_memory) access_log::warp_barrier(current / 32, line);
     for (int t = first; t < first + 32; ++t) {
         if (fibers[t].line != line) fail("lanes of a warp meet at different barriers", line);
         fibers[t].state = READY;
     }
+    if (schedule >= WARP_BY_WARP) yield();      // else the last lane before the barrier is the first after it
 }
 
 inline void wait_for_block(int line) {
@@ -107,16 +133,18 @@ inline void wait_for_block(int line) {
         return;
     }
     waiting = 0;
-    ++vote_generation;
-    votes[vote_generation & 1] = 0;
+    ++block_generation;
+    votes[block_generation & 1] = 0;
+    access_log::block_barrier(line);
     for (int t = 0; t < threads; ++t) {
         if (fibers[t].line != line) fail("threads of a block meet at different barriers", line);
         fibers[t].state = READY;
     }
+    if (schedule >= WARP_BY_WARP) yield();
 }
 
 inline bool vote_of_block(bool vote, int line) {
-    const int generation = vote_generation;
+    const int generation = block_generation;
     votes[generation & 1] |= vote;
     wait_for_block(line);
     return votes[generation & 1];
@@ -157,6 +185,14 @@ inline unsigned ballot(bool vote, int line) {
     return votes;
 }
 
+// Not logged as a read and a write.
+template <typename T>
+__attribute__((no_sanitize("thread"))) inline T add(T* p, T x) {
+    const T old = *p;
+    *p = old + x;
+    return old;
+}
+
 inline void body() {
     EMULATOR_BEGIN(scheduler);
     threadIdx.x = (unsigned)current;
@@ -166,14 +202,53 @@ inline void body() {
     swapcontext(&fibers[current].context, &scheduler.context);
 }
 
-// The thread that runs next after `turn` others: 0 upwards, 1 downwards, otherwise scattered.
-inline int turn_of(int turn, int order) {
-    if (order == 0) return turn;
-    if (order == 1) return threads - 1 - turn;
-    return (int)(((unsigned)turn * 2654435761u + (unsigned)order * 40503u) % (unsigned)threads);
+// The thread that runs next after `turn` others, with all threads in step.
+inline int turn_of(int turn) {
+    if (schedule == 0) return turn;
+    if (schedule == 1) return threads - 1 - turn;
+    return (int)(((unsigned)turn * 2654435761u + (unsigned)schedule * 40503u) % (unsigned)threads);
 }
 
-inline void run_block(int order) {
+// Which of `count` warps or lanes runs after `turn` others, by `rule`: 0, 1, 2 + 2 i or 3 + 2 i.
+inline int turn_by(int rule, int turn, int count) {
+    if (rule < 2) return rule == 0 ? turn : count - 1 - turn;
+    const int one = (rule - 2) / 2 % count;
+    if (rule % 2 == 0) return turn == 0 ? one : turn - (turn <= one);
+    return turn == count - 1 ? one : turn + (turn >= one);
+}
+
+// Runs a thread to its next barrier or shuffle. Returns whether it was ready to run.
+inline bool run_thread(int thread) {
+    current = thread;
+    if (failed || fibers[thread].state != READY) return false;
+    EMULATOR_LEAVE(&scheduler.sanitizer_stack, &fibers[thread]);
+    swapcontext(&scheduler.context, &fibers[thread].context);
+    EMULATOR_ARRIVE(scheduler.sanitizer_stack);
+    return true;
+}
+
+inline bool run_all_in_step() {
+    bool ran = false;
+    for (int turn = 0; turn < threads; ++turn) ran |= run_thread(turn_of(turn));
+    return ran;
+}
+
+// Until all warps wait or have ended, or a barrier of the block is over and the first warp is the next.
+inline bool run_warp_by_warp() {
+    const int rule = schedule - WARP_BY_WARP, generation = block_generation;
+    bool ran = false;
+    for (int turn = 0; turn < threads / 32; ++turn)
+        for (bool moves = true; moves;) {
+            const int first = turn_by(rule / 256, turn, threads / 32) * 32;
+            moves = false;
+            for (int lane = 0; lane < 32 && generation == block_generation; ++lane)
+                moves |= run_thread(first + turn_by(rule % 256, lane, 32));
+            ran |= moves;
+        }
+    return ran;
+}
+
+inline void run_block() {
     for (int t = 0; t < threads; ++t) {
         getcontext(&fibers[t].context);
         fibers[t].context.uc_stack.ss_sp = fibers[t].stack;
@@ -185,16 +260,8 @@ inline void run_block(int order) {
     memset(warps, 0, sizeof(Warp) * (size_t)(threads / 32));
     waiting = votes[0] = votes[1] = 0;
     for (;;) {
-        bool ran = false, all_ended = true;
-        for (int turn = 0; turn < threads && !failed; ++turn) {
-            current = turn_of(turn, order);
-            if (fibers[current].state == READY) {
-                ran = true;
-                EMULATOR_LEAVE(&scheduler.sanitizer_stack, &fibers[current]);
-                swapcontext(&scheduler.context, &fibers[current].context);
-                EMULATOR_ARRIVE(scheduler.sanitizer_stack);
-            }
-        }
+        const bool ran = schedule < WARP_BY_WARP ? run_all_in_step() : run_warp_by_warp();
+        bool all_ended = true;
         for (int t = 0; t < threads; ++t) all_ended = all_ended && fibers[t].state == ENDED;
         if (failed || all_ended) return;
         if (ran) continue;
@@ -208,6 +275,8 @@ inline void run_block(int order) {
 inline const char* launch(void (*entry)(void*), void* arguments, const long long* grid, int block, size_t shared, int order) {
     failed = false;
     threads = block;
+    schedule = order;
+    access_log::begin_launch(&current, report_race);
     kernel = entry;
     kernel_arguments = arguments;
     gridDim.x = (unsigned)grid[0], gridDim.y = (unsigned)grid[1], gridDim.z = (unsigned)grid[2];
@@ -226,9 +295,11 @@ inline const char* launch(void (*entry)(void*), void* arguments, const long long
         // Exactly the launch's bytes, so that an access beyond them is seen.
         if (posix_memalign((void**)&shared_memory, 16, shared ? shared : 1)) abort();
         memset(shared_memory, 0xff, shared);
-        run_block(order);
+        access_log::begin_block(shared_memory, shared, block);
+        run_block();
         free(shared_memory);
     }
+    access_log::end_launch();
     for (int t = 0; t < block; ++t) free(fibers[t].stack);
     free(fibers);
     free(warps);
@@ -239,7 +310,7 @@ inline const char* launch(void (*entry)(void*), void* arguments, const long long
 
 #define __syncthreads() emulator::wait_for_block(__LINE__)
 #define __syncthreads_or(vote) emulator::vote_of_block(vote, __LINE__)
-#define __syncwarp() emulator::wait_for_warp(__LINE__)
+#define __syncwarp() emulator::wait_for_warp(__LINE__, true)
 #define __all_sync(mask, vote) (emulator::ballot(vote, __LINE__) == 0xffffffffu)
 #define __match_any_sync(mask, x) emulator::match(x, __LINE__)
 #define __ballot_sync(mask, vote) emulator::ballot(vote, __LINE__)
@@ -250,12 +321,17 @@ inline const char* launch(void (*entry)(void*), void* arguments, const long long
 #define __shfl_up_sync(mask, x, by) \
     emulator::exchange(x, emulator::current % 32 < (by) ? emulator::current % 32 : emulator::current % 32 - (by), __LINE__)
 
-template <typename T> inline T __ldg(const T* p) { return *p; }
-template <typename T> inline T __ldcg(const T* p) { return *p; }
-inline void __threadfence() {}
-template <typename T> inline T __ldcs(const T* p) { return *p; }
-template <typename T> inline void __stcs(T* p, T x) { *p = x; }
-template <typename T> inline T atomicAdd(T* p, T x) { const T old = *p; *p = old + x; return old; }
+// These are part of their caller, so that the access log names its line.
+#define CUDA_FUNCTION template <typename T> __attribute__((always_inline)) inline
+CUDA_FUNCTION T __ldg(const T* p) { return *p; }
+CUDA_FUNCTION T __ldcg(const T* p) { return *p; }
+CUDA_FUNCTION T __ldcs(const T* p) { return *p; }
+CUDA_FUNCTION void __stcs(T* p, T x) { *p = x; }
+CUDA_FUNCTION T atomicAdd(T* p, T x) {
+    access_log::atomic_access(p, sizeof x, std::is_integral<T>::value);
+    return emulator::add(p, x);
+}
+#define __threadfence() access_log::fence(__LINE__)
 inline float __int2float_rz(int x) { return (double)(float)x > x ? nextafterf((float)x, 0) : (float)x; }     // x >= 0
 inline float __fmul_rn(float x, float y) { volatile float product = x * y; return product; }
 inline double __dmul_rn(double x, double y) { volatile double product = x * y; return product; }

@@ -19,11 +19,11 @@ from cupy_msda.cuda import kernels, plan, plan_backward, sorted_heuristics
 from cupy_msda.cuda.gpu import H100
 from cupy_msda.cuda.index_width import Index
 from cupy_msda.cuda.specs import KERNELS
-from tests.helpers import cases
+from tests.helpers import access_log, cases
 from tests.helpers.calls import call_of
 
 HERE = Path(__file__).parent
-HEADERS = ("cuda_on_cpu.h", "emulator_harness.h")
+HEADERS = ("cuda_on_cpu.h", "emulator_harness.h", "access_log.h")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 CACHE = Path(tempfile.gettempdir()) / f"cupy_msda_emulator_{os.getuid()}"
 COMPILER = shutil.which("g++")
@@ -42,13 +42,17 @@ class Inside(NamedTuple):
     offset: int
 
 
-def build(spec, text=None, sanitize=False):
-    """The shared library of a specialisation, or with `sanitize` the executable. `text` replaces the CUDA source."""
+def build(spec, text=None, sanitize=False, log=None):
+    """The shared library of a specialisation, or with `sanitize` or `log` the executable.
+
+    `text` replaces the CUDA source. `log` is an access_log.Log, which finds data races.
+    """
     headers = [(HERE / name).read_text() for name in HEADERS]
-    body = kernels.prelude(spec) + (text if text is not None else kernels.source(spec.kernel))
+    body = _body(spec, text)
     # Optimised, a sanitized build takes twice the time to make, and its run is no shorter for it.
     flags = ["-O0" if sanitize else "-O1", "-std=c++17", "-w", "-g1", f"-I{HERE}", f"-DEMULATED_KERNEL={spec.function}"]
-    flags += [*SANITIZERS, "-DEMULATOR_MAIN"] if sanitize else ["-shared", "-fPIC"]
+    flags += ["-DEMULATOR_MAIN"] if sanitize or log else ["-shared", "-fPIC"]
+    flags += SANITIZERS if sanitize else access_log.FLAGS if log else ()
     name = hashlib.sha256(repr((headers, body, flags)).encode()).hexdigest()[:32]
     CACHE.mkdir(exist_ok=True)
     target = CACHE / name
@@ -59,11 +63,18 @@ def build(spec, text=None, sanitize=False):
         result = subprocess.run(command, input=program, capture_output=True, text=True)
         if result.returncode:  # not an EmulatorError: a planted fault that does not compile has not been caught
             raise RuntimeError(result.stderr[:4000])
+        if log:
+            access_log.link(COMPILER, temporary, CACHE)
         temporary.rename(target)
     return target
 
 
-def launch(planned, arguments, *, text=None, sanitize=False, order=0):
+def _body(spec, text):
+    """The program between the headers of the emulator."""
+    return kernels.prelude(spec) + (text if text is not None else kernels.source(spec.kernel))
+
+
+def launch(planned, arguments, *, text=None, sanitize=False, log=None, order=0):
     """Run `planned` (a plan.Launch) on arrays in place.
 
     `arguments` holds the parameters by name: a number, an array, :class:`Inside` an array, None for a null pointer, or
@@ -75,12 +86,20 @@ def launch(planned, arguments, *, text=None, sanitize=False, order=0):
     words, arrays, addresses = _words(arguments.values())
     if len(words) != sum(planned.spec.words()):
         raise TypeError(f"{planned.spec.kernel}: expected {sum(planned.spec.words())} words, got {len(words)}")
-    target = build(planned.spec, text, sanitize)
+    target = build(planned.spec, text, sanitize, log=log)
     sizes = [array.nbytes for array in arrays]
     head = [len(words), len(arrays), len(addresses), *planned.grid, planned.threads, planned.shared_bytes, order]
     numbers = np.array([*head, *words, *sizes, *itertools.chain(*addresses)], np.int64)
-    if sanitize:
-        _run_executable(target, numbers, arrays)
+    if sanitize or log:
+        try:
+            printed = _run_executable(target, numbers, arrays)
+        except EmulatorError as error:
+            if not log:
+                raise
+            names = [next(name for name, value in arguments.items() if _has(value, array)) for array in arrays]
+            raise EmulatorError(access_log.explained(str(error), target, names, _body(planned.spec, text))) from None
+        if log:
+            log.add_reached(planned.spec, printed)
         return
     library = ctypes.CDLL(str(target))
     library.emulate.restype = ctypes.c_char_p
@@ -119,7 +138,14 @@ def _words(arguments):
     return words, arrays, addresses
 
 
+def _has(argument, array):
+    """Whether an argument is this array, or one of its words is an address in it."""
+    words = argument if isinstance(argument, list) else [argument]
+    return any((word.array if isinstance(word, Inside) else word) is array for word in words)
+
+
 def _run_executable(target, numbers, arrays):
+    """Runs on the arrays in place. Returns what it prints."""
     with tempfile.NamedTemporaryFile() as file:
         count = np.array([numbers.size], np.int64)
         file.write(count.tobytes() + numbers.tobytes() + b"".join(array.tobytes() for array in arrays))
@@ -127,12 +153,13 @@ def _run_executable(target, numbers, arrays):
         environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
         result = subprocess.run([target, file.name], capture_output=True, text=True, env=environment)
         if result.returncode:
-            raise EmulatorError(result.stderr[:3000])
+            raise EmulatorError(result.stderr[:3000] or f"ended with {result.returncode}")
         data = Path(file.name).read_bytes()
     offset = count.nbytes + numbers.nbytes
     for array in arrays:
         array[...] = np.frombuffer(data, array.dtype, array.size, offset).reshape(array.shape)
         offset += array.nbytes
+    return result.stdout
 
 
 def prepare(inputs, metadata_on_device, variant, lengths=None):

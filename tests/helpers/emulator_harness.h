@@ -5,7 +5,6 @@
 #pragma once
 
 #include <tuple>
-#include <vector>
 
 namespace msda {}
 using namespace msda;
@@ -53,22 +52,27 @@ struct Address {
 extern "C" const char* emulate(const long long* numbers, void** arrays) {
     const emulator::Launch& launch = *(const emulator::Launch*)numbers;
     if (launch.words != emulator::words_of(EMULATED_KERNEL)) return "the kernel has other parameters than these words";
-    std::vector<long long> words(numbers + emulator::LAUNCH_NUMBERS, numbers + emulator::LAUNCH_NUMBERS + launch.words);
     const long long* sizes = numbers + emulator::LAUNCH_NUMBERS + launch.words;
+    // A word more, because a launch may have none.
+    long long* words = (long long*)malloc((size_t)(launch.words + 1) * sizeof(long long));
+    memcpy(words, numbers + emulator::LAUNCH_NUMBERS, (size_t)launch.words * sizeof(long long));
     const emulator::Address* addresses = (const emulator::Address*)(sizes + launch.arrays);
-    std::vector<char*> copies;
+    char** copies = (char**)malloc((size_t)(launch.arrays + 1) * sizeof(char*));
     for (long long i = 0; i < launch.arrays; ++i) {
-        copies.push_back((char*)malloc(sizes[i] ? (size_t)sizes[i] : 1));
+        copies[i] = (char*)malloc(sizes[i] ? (size_t)sizes[i] : 1);
         memcpy(copies[i], arrays[i], (size_t)sizes[i]);
+        access_log::watch(copies[i], (size_t)sizes[i]);
     }
     for (long long i = 0; i < launch.addresses; ++i)
         words[addresses[i].word] = (long long)(copies[addresses[i].array] + addresses[i].offset);
-    const char* wrong = emulator::launch(emulator::enter, words.data(), launch.grid, (int)launch.block,
+    const char* wrong = emulator::launch(emulator::enter, words, launch.grid, (int)launch.block,
                                          (size_t)launch.shared_bytes, (int)launch.order);
     for (long long i = 0; i < launch.arrays; ++i) {
         memcpy(arrays[i], copies[i], (size_t)sizes[i]);
         free(copies[i]);
     }
+    free(copies);
+    free(words);
     return wrong;
 }
 
@@ -76,25 +80,24 @@ extern "C" const char* emulate(const long long* numbers, void** arrays) {
 // argv[1]: how many numbers, the numbers, and the arrays one after the other, which are written back in place.
 int main(int, char** argv) {
     FILE* file = fopen(argv[1], "r+b");
-    long long count;
-    if (!file || fread(&count, sizeof count, 1, file) != 1) return 4;
-    std::vector<long long> numbers((size_t)count);
-    if (fread(numbers.data(), sizeof count, numbers.size(), file) != numbers.size()) return 4;
-    const emulator::Launch& launch = *(const emulator::Launch*)numbers.data();
-    std::vector<std::vector<char>> data;
-    std::vector<void*> arrays;
+    if (!file || fseek(file, 0, SEEK_END)) return 4;
+    const size_t bytes = (size_t)ftell(file);
+    char* data = (char*)malloc(bytes);
+    rewind(file);
+    if (fread(data, 1, bytes, file) != bytes) return 4;
+    const long long count = *(const long long*)data, *numbers = (const long long*)data + 1;
+    const emulator::Launch& launch = *(const emulator::Launch*)numbers;
+    void** arrays = (void**)malloc((size_t)(launch.arrays + 1) * sizeof(void*));
+    char* array = (char*)(numbers + count);
     for (long long i = 0; i < launch.arrays; ++i) {
-        data.emplace_back((size_t)numbers[emulator::LAUNCH_NUMBERS + launch.words + i]);
-        if (!data.back().empty() && fread(data.back().data(), 1, data.back().size(), file) != data.back().size()) return 4;
+        arrays[i] = array;
+        array += numbers[emulator::LAUNCH_NUMBERS + launch.words + i];
     }
-    for (auto& array : data) arrays.push_back(array.data());
-    if (const char* wrong = emulate(numbers.data(), arrays.data())) {
+    if (const char* wrong = emulate(numbers, arrays)) {
         fprintf(stderr, "EMULATOR: %s\n", wrong);
         return 3;
     }
-    fseek(file, (long)(sizeof count * (1 + numbers.size())), SEEK_SET);
-    for (auto& array : data)
-        if (!array.empty()) fwrite(array.data(), 1, array.size(), file);
-    return fclose(file);
+    rewind(file);
+    return fwrite(data, 1, bytes, file) == bytes && fclose(file) == 0 ? 0 : 4;
 }
 #endif
