@@ -11,18 +11,23 @@ from cupy_msda.cuda import naive
 from cupy_msda.cuda.steps import Addresses
 from tests.helpers import emulator
 
+# What the words of a launch may point into.
+_arrays = []
+
 
 def address(array):
-    return 0 if array is None else array.ctypes.data
+    if array is None:
+        return 0
+    _arrays.append(array)
+    return array.ctypes.data
 
 
 def device(monkeypatch):
     """A fixture: launches by the emulator, on addresses of this process."""
-    kept = []
+    _arrays.clear()
 
     def table(numbers, device, stream):
-        kept.append(np.array(numbers, np.int64))
-        return address(kept[-1])
+        return address(np.array(numbers, np.int64))
 
     class Result:
         def __init__(self, shape, dtype, like):
@@ -34,6 +39,23 @@ def device(monkeypatch):
     monkeypatch.setattr(naive, "device_table", table)
     monkeypatch.setattr(naive, "Result", Result)
     monkeypatch.setattr(naive, "_run", lambda planned, device: lambda stream, *words: emulator.run(planned, words))
+
+
+def launch_on_arrays(planned, words, **options):
+    """As emulator.run, with options of emulator.launch, on the arrays that the words point into."""
+    left = iter(words)
+    arguments = {
+        parameter.name: [_argument(next(left)) for _ in range(count)]
+        for parameter, count in zip(planned.spec.parameters, planned.spec.words(), strict=True)
+    }
+    emulator.launch(planned, arguments, **options)
+
+
+def _argument(word):
+    for array in _arrays:
+        if 0 <= word - array.ctypes.data < array.nbytes:
+            return emulator.Inside(array, word - array.ctypes.data)
+    return word
 
 
 def metadata_of(problem, inputs):
