@@ -1,0 +1,129 @@
+"""Which tests reach a line: from what `recorder` wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import coverage
+
+from cupy_msda.cuda import kernels
+
+from .mutant import ROOT, Mutant
+
+# Tests that quote lines of a source: they fail wherever such a line changes.
+QUOTING = ("tests/emulator/test_planted_faults.py", "tests/emulator/test_races.py")
+# The compilation of one emulated kernel. With a mutant in it, none is in the cache.
+SECONDS_PER_KERNEL = 1.5
+LINE_OF_CODE = re.compile(r"^<stdin>\s+(\d+)\s", re.MULTILINE)
+ORIGIN = re.compile(r"//@([\w/.]+):(\d+)$")
+
+
+class Reached:
+    """The tests of each line, with the seconds that each takes with a mutant in that line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.seconds: dict[str, float] = {}
+        self.tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        self.kernels: dict[str, dict[str, tuple[str, int]]] = {}
+        for file in folder.glob("*.json"):
+            found = json.loads(file.read_text())
+            self.seconds |= found["seconds"]
+            self.kernels |= found["kernels"]
+        for file in folder.glob("*.lines"):
+            self._read_python(file)
+        self._read_kernels()
+
+    def keep(self, tests: set[str]) -> None:
+        """Forget tests that are no longer there."""
+        for lines in self.tests.values():
+            for line in lines:
+                lines[line] &= tests
+
+    def _read_python(self, file: Path) -> None:
+        data = coverage.CoverageData(str(file))
+        data.read()
+        for path in data.measured_files():
+            lines = self.tests[path[path.index("cupy_msda/") :]]
+            for line, contexts in data.contexts_by_lineno(path).items():
+                lines[line] |= {context for context in contexts if context}
+
+    def _read_kernels(self) -> None:
+        origins = {}
+        lines = {}
+        for test, built in self.kernels.items():
+            if test.startswith(QUOTING):
+                continue
+            for target, (kernel, prelude) in built.items():
+                if kernel not in origins:
+                    origins[kernel] = _origins(kernel)
+                if target not in lines:
+                    lines[target] = _lines_of_code(target)
+                for line in lines[target]:
+                    at = line - prelude - 2  # the header, and the first line is number 1
+                    if 0 <= at < len(origins[kernel]) and origins[kernel][at]:
+                        file, number = origins[kernel][at]
+                        self.tests[f"cuda_src/{file}"][number].add(test)
+
+    def of(self, mutant: Mutant) -> list[str]:
+        """Tests that reach the line, the shortest first; then those that reach most of the rest of the file."""
+        lines = self.tests.get(mutant.file, {})
+        first = lines.get(mutant.line, set())
+        others = defaultdict(int)
+        for line, tests in lines.items():
+            for test in tests - first:
+                others[test] += abs(line - mutant.line) < 30
+        last = sorted(others, key=lambda test: (-others[test], self.cost(mutant, test)))
+        return [*sorted(first, key=lambda test: self.cost(mutant, test)), *last]
+
+    def cost(self, mutant: Mutant, test: str) -> float:
+        """Expected seconds of a test."""
+        compiled = len(self.kernels.get(test, ())) if mutant.is_cuda else 0
+        return self.seconds.get(test, 1.0) + SECONDS_PER_KERNEL * compiled
+
+
+def _origins(kernel: str) -> list[tuple[str, int] | None]:
+    """File and line of each line of a kernel's text."""
+    marked = {}
+
+    class Folder:
+        """cuda_src, with the origin behind each line."""
+
+        def __truediv__(self, name: str) -> Folder:
+            marked["name"] = name
+            return self
+
+        def read_text(self) -> str:
+            name = marked["name"]
+            lines = (ROOT / "cuda_src" / name).read_text().split("\n")
+            return "\n".join(
+                line if line.endswith("\\") else f"{line} //@{name}:{i}" for i, line in enumerate(lines, 1)
+            )
+
+    found = []
+    for line in kernels.source_in(Folder(), kernel).split("\n"):
+        origin = ORIGIN.search(line)
+        found.append((origin[1], int(origin[2])) if origin else None)
+    return found
+
+
+def _lines_of_code(target: str) -> set[int]:
+    if not Path(target).exists():
+        return set()
+    command = ["objdump", "--dwarf=decodedline", target]
+    return set(map(int, LINE_OF_CODE.findall(subprocess.run(command, capture_output=True, text=True).stdout)))
+
+
+def within(tests: Iterable[str], seconds: float, cost) -> list[str]:
+    """The first tests that take no longer than this together, one at least."""
+    chosen, spent = [], 0.0
+    for test in tests:
+        if chosen and spent + cost(test) > seconds:
+            continue
+        chosen.append(test)
+        spent += cost(test)
+    return chosen

@@ -1,0 +1,118 @@
+"""Runs the tests on mutants: each worker has a copy of the project and one mutant in it at a time."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .mutant import ROOT, Mutant
+from .reached import Reached, within
+
+# Of one mutant: expected seconds of all its tests, and after how many times that it hangs.
+SECONDS = 120.0
+HANGS_AFTER = 3.0
+START_SECONDS = 30.0
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+EMULATOR_CACHE = f"cupy_msda_emulator_{os.getuid()}"
+# The compiler's word for what is no program.
+NO_PROGRAM = re.compile(r"RuntimeError: <stdin>.*?error: ", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the tests of a mutant ended: "killed", "survived", or "invalid" where it does not compile."""
+
+    status: str
+    by: str
+    tests: int
+    seconds: float
+
+
+class Worker:
+    """A copy of the project in which mutants are planted."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.root, self.temporary, self.cache = folder / "project", folder / "tmp", cache
+        shutil.rmtree(folder, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        listed = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+        for name in subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0"):
+            if name and (ROOT / name).is_file():
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.root / name)
+        self.kept: set[str] = set()
+        if (known := cache / EMULATOR_CACHE).is_dir():
+            (self.temporary / EMULATOR_CACHE).mkdir()
+            for file in known.iterdir():
+                os.link(file, self.temporary / EMULATOR_CACHE / file.name)
+                self.kept.add(file.name)
+
+    def run(self, mutant: Mutant, reached: Reached, seconds: float = SECONDS) -> Outcome:
+        """Plant the mutant, run its tests until one fails, and take it out."""
+        tests = within(reached.of(mutant), seconds, lambda test: reached.cost(mutant, test))
+        path = self.root / mutant.file
+        text = path.read_text()
+        begin = time.monotonic()
+        try:
+            self._write(path, mutant.applied(text))
+            outcome = self._outcome(tests, sum(reached.cost(mutant, test) for test in tests), begin)
+            return outcome if mutant.is_cuda or outcome.status != "invalid" else replace(outcome, status="killed")
+        finally:
+            self._write(path, text)
+            self._forget_kernels()
+
+    def collected(self) -> set[str]:
+        """All tests, without any mutant."""
+        command = [*PYTEST, "--collect-only", "tests"]
+        listed = subprocess.run(command, cwd=self.root, env=self._environment(), capture_output=True, text=True)
+        return {line for line in listed.stdout.splitlines() if "::" in line}
+
+    def _environment(self) -> dict[str, str]:
+        mine = {"PYTHONPATH": str(self.root), "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
+        return {name: value for name, value in os.environ.items() if name != "CUPY_MSDA_REACHED"} | mine
+
+    def _write(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+            compiled.unlink()
+
+    def _outcome(self, tests: list[str], expected: float, begin: float) -> Outcome:
+        if not tests:
+            return Outcome("survived", "no test reaches it", 0, 0.0)
+        listed = self.temporary / "tests.txt"
+        listed.write_text("\n".join(tests))
+        process = subprocess.Popen(
+            [*PYTEST, "-x", "--tb=short", f"@{listed}"],
+            cwd=self.root,
+            env=self._environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=START_SECONDS + HANGS_AFTER * expected)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return Outcome("killed", "does not end", len(tests), time.monotonic() - begin)
+        seconds = round(time.monotonic() - begin, 1)
+        if process.returncode == 0:
+            return Outcome("survived", "", len(tests), seconds)
+        if NO_PROGRAM.search(output):
+            return Outcome("invalid", "does not compile", len(tests), seconds)
+        failed = re.search(r"^(FAILED|ERROR) (.+?)( - .*)?$", output, re.MULTILINE)
+        return Outcome("killed", failed[2] if failed else f"exit status {process.returncode}", len(tests), seconds)
+
+    def _forget_kernels(self) -> None:
+        folder = self.temporary / EMULATOR_CACHE
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if file.name not in self.kept:
+                file.unlink()
