@@ -52,8 +52,8 @@ class Framework:
     def int64_on_cuda(self, metadata: View | np.ndarray, device: Device) -> tuple[int, Any]:
         """Integer metadata of any framework as contiguous int64 on `device`: its address, and who owns the memory."""
         cupy = require_cupy("this array")
-        if isinstance(metadata, View):
-            metadata = to_cupy(metadata) if metadata.device[0] == "cuda" else to_numpy(metadata)
+        if isinstance(metadata, View):  # by the host from another GPU, whose memory a kernel may not read
+            metadata = to_cupy(metadata) if metadata.device == device else to_numpy(metadata)
         with cupy.cuda.Device(device[1]):
             array = cupy.ascontiguousarray(cupy.asarray(metadata), dtype=np.int64)
         return array.data.ptr, array

@@ -342,7 +342,7 @@ def _host_metadata(shapes: Any, starts: Any) -> tuple[Any, ...] | None:
 
 
 def _repeatable(call: Call) -> bool:
-    """Whether launches need no more than addresses: no empty problem, no metadata to convert, and no value to copy."""
+    """Whether launches need no more than addresses: no empty problem, and nothing to convert or copy."""
     problem, operands = call.problem, call.operands
     if problem.device[0] != "cuda" or problem.empty or naive.selected():
         return False
@@ -350,5 +350,7 @@ def _repeatable(call: Call) -> bool:
         return False
     if problem.levels is not None:
         return True
-    shapes, starts = operands.shapes, operands.starts
-    return shapes is not None and starts is not None and shapes.dtype == starts.dtype == "int64"
+    return all(
+        part is not None and part.dtype == "int64" and part.device == problem.device
+        for part in (operands.shapes, operands.starts)
+    )

@@ -92,13 +92,8 @@ def test_a_side_stream_without_order_is_found(gpu, monkeypatch, missing, message
             setattr(self, missing, lambda of: None)
 
     monkeypatch.setattr(streams, "SideStream", Unordered)
-
-    def call():
-        run(gpu, Case("plain").inputs(), deterministic=True)
-        gpu.check()
-
     with pytest.raises(OrderError, match=message):
-        call()
+        run(gpu, Case("plain").inputs(), deterministic=True)
 
 
 def test_a_device_that_stays_current_is_found(gpu, monkeypatch):
@@ -107,9 +102,8 @@ def test_a_device_that_stays_current_is_found(gpu, monkeypatch):
         return contextlib.nullcontext()
 
     monkeypatch.setattr(session, "on_device", on_device)
-    run(gpu, Case("plain").inputs(), device=1)
     with pytest.raises(AssertionError, match="device 1 is current"):
-        gpu.check()
+        run(gpu, Case("plain").inputs(), device=1)
 
 
 def test_a_table_that_nothing_waits_for_is_found(gpu, monkeypatch):

@@ -33,9 +33,10 @@ def test_the_device_of_the_arrays_computes(gpu, device):
     assert {launch.device for launch in gpu.launches} == {device}
 
 
-def test_two_devices_have_each_their_kernels_and_tables(gpu):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_two_devices_have_each_their_kernels_tables_and_side_streams(gpu, deterministic):
     for device in (0, 1, 0, 1):
-        check(gpu, PLAIN.inputs(seed=device), device)
+        check(gpu, PLAIN.inputs(seed=device), device, deterministic=deterministic)
 
 
 def test_a_device_is_current_again_after_a_call_on_another(gpu):
@@ -50,12 +51,19 @@ def test_launches_are_on_the_current_stream_of_the_caller(gpu):
     assert {launch.stream for launch in gpu.launches} == {gpu.streams.current(0)}
 
 
+@pytest.mark.parametrize("device", [0, 1])
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 @pytest.mark.parametrize("case", [PLAIN, GAPS], ids=str)
-def test_metadata_on_the_device(gpu, case, dtype):
+def test_metadata_on_the_device(gpu, case, dtype, device):
     inputs = case.inputs()
-    starts = None if inputs.starts is None else gpu.put(inputs.starts.astype(dtype))
-    check(gpu, inputs, metadata=Metadata(gpu.put(inputs.shapes.astype(dtype)), starts))
+    starts = None if inputs.starts is None else gpu.put(inputs.starts.astype(dtype), device)
+    check(gpu, inputs, device, metadata=Metadata(gpu.put(inputs.shapes.astype(dtype), device), starts))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_metadata_with_strides_on_the_device(gpu, dtype):
+    inputs = PLAIN.inputs()
+    check(gpu, inputs, metadata=Metadata(gpu.put(np.asfortranarray(inputs.shapes.astype(dtype)))))
 
 
 @pytest.mark.parametrize("kind", ["list", "int32", "int64"])
@@ -70,6 +78,21 @@ def test_metadata_on_the_host_and_the_device(gpu):
     check(gpu, inputs, metadata=Metadata(gpu.put(inputs.shapes), inputs.starts))
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_metadata_and_lengths_on_another_device(gpu, dtype):
+    inputs, lengths = GAPS.inputs(), [3, 0]
+    given = (gpu.put(part.astype(dtype), 1) for part in (inputs.shapes, inputs.starts, np.array(lengths)))
+    assert_results(run(gpu, inputs, metadata=Metadata(*given)), wanted(inputs, lengths), inputs)
+
+
+def test_metadata_that_is_read_back_is_waited_for(gpu):
+    """Value on the host: the sizes of the levels are numbers there."""
+    inputs = PLAIN.inputs()
+    output = cupy_msda.ms_deform_attn(inputs.value, gpu.put(inputs.shapes), None, inputs.locations, inputs.weights)
+    np.testing.assert_allclose(output, wanted(inputs)[0], rtol=1e-4, atol=1e-5)
+    assert gpu.streams.waited_for(gpu.streams.current(0))
+
+
 def test_level_sizes_that_change_between_calls(gpu):
     for levels in (((6, 7), (3, 4)), ((7, 6), (4, 3)), ((6, 7), (3, 4))):
         check(gpu, Case("plain", levels=levels).inputs())
@@ -77,9 +100,10 @@ def test_level_sizes_that_change_between_calls(gpu):
 
 def test_a_value_with_strides_is_not_copied(gpu):
     inputs = PLAIN.inputs()
-    strided = np.ascontiguousarray(inputs.value.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
-    results = run(gpu, inputs._replace(value=gpu.put(strided)))
+    strided = gpu.put(np.ascontiguousarray(inputs.value.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3))
+    results = run(gpu, inputs._replace(value=strided))
     assert_results(results, wanted(inputs), inputs)
+    assert {launch.words[0] for launch in gpu.launches} == {strided.data.ptr}
 
 
 def test_a_value_whose_channels_have_strides_is_copied(gpu):
@@ -89,12 +113,13 @@ def test_a_value_whose_channels_have_strides_is_copied(gpu):
     assert_results(results, wanted(inputs), inputs)
 
 
+@pytest.mark.parametrize("device", [0, 1])
 @pytest.mark.parametrize("name", ["locations", "weights", "grad_output"])
-def test_other_inputs_with_strides_are_copied(gpu, name):
+def test_other_inputs_with_strides_are_copied(gpu, name, device):
     inputs = PLAIN.inputs()
-    strided = gpu.put(np.repeat(getattr(inputs, name), 2, -1))[..., ::2]
+    strided = gpu.put(np.repeat(getattr(inputs, name), 2, -1), device)[..., ::2]
     assert not strided.host.flags.c_contiguous
-    assert_results(run(gpu, inputs._replace(**{name: strided})), wanted(inputs), inputs)
+    assert_results(run(gpu, inputs._replace(**{name: strided}), device), wanted(inputs), inputs)
 
 
 def unaligned(gpu, array, elements):
@@ -114,8 +139,11 @@ def test_an_address_without_alignment(gpu, name, elements):
 
 
 def test_sixteen_bits_are_summed_in_the_workspace_and_cast(gpu):
-    check(gpu, PLAIN.inputs(*HALF))
+    inputs = PLAIN.inputs(*HALF)
+    value = gpu.put(inputs.value)
+    assert_results(run(gpu, inputs._replace(value=value)), wanted(inputs), inputs)
     assert kernels_of(gpu) == ["forward", "backward", "cast"]
+    assert [launch.words[0] for launch in gpu.launches[:2]] == [value.data.ptr] * 2
 
 
 @pytest.mark.parametrize("pair", [("float32", "float32"), HALF], ids="-".join)
@@ -208,6 +236,16 @@ def test_naive_kernels_with_strides_lengths_and_metadata_on_the_device(gpu, monk
     assert_results(results, wanted(inputs, lengths), inputs)
 
 
+VARIANTS = [{"interpolation": "nearest"}, {"padding_mode": "border"}, {"align_corners": True}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_variants_of_naive_kernels(gpu, monkeypatch, variant):
+    monkeypatch.setenv("CUPY_MSDA_KERNELS", "naive")
+    inputs = Case("variant", variant=variant).inputs(*HALF)
+    assert_results(run(gpu, inputs, **variant), wanted(inputs, **variant), inputs)
+
+
 @pytest.mark.parametrize("first", ["levels", "kernel"])
 def test_a_first_call_in_a_capture_is_refused(gpu, first):
     inputs = PLAIN.inputs()
@@ -226,6 +264,15 @@ def test_a_repeated_call_can_be_captured(gpu, deterministic):
     check(gpu, PLAIN.inputs(), deterministic=deterministic)
     gpu.streams.capturing.add(gpu.streams.current(0))
     check(gpu, PLAIN.inputs(seed=1), deterministic=deterministic)
+    gpu.streams.capturing.clear()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_first_call_after_warmup_can_be_captured(gpu, deterministic):
+    sizes = cupy_msda.Sizes(levels=PLAIN.levels, N=2, Q=5, M=2, D=8, P=2)
+    assert cupy_msda.warmup(sizes) > 0
+    gpu.streams.capturing.add(gpu.streams.current(0))
+    check(gpu, PLAIN.inputs(), deterministic=deterministic)
     gpu.streams.capturing.clear()
 
 

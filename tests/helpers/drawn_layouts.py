@@ -17,7 +17,8 @@ LEVELS = ((6, 7), (3, 4))
 class Layout:
     """A call without its numbers.
 
-    `double`: all dtypes are float64. `broken` is the tensor that has a query, or a pixel, too many.
+    `double`: all dtypes are float64. `elsewhere` is the tensor that is on the other device, and `broken` the one that
+    has a query, or a pixel, too many.
     """
 
     form: str = "plain"
@@ -38,6 +39,7 @@ class Layout:
     strides: str = "contiguous"
     unaligned: str = ""
     device: int = 0
+    elsewhere: str = ""
     im2col_step: object = 64
     deterministic: object = None
     switch: bool = False
@@ -64,7 +66,7 @@ OTHERS = {
     "D": (4, 0),
     "P": (3,),
     "levels": (((7, 6), (3, 4)), ((6, 7), (4, 3)), ((6, 7), (3, 3)), ((0, 7), (3, 4))),
-    "starts": (None, (0, 41), (12, 0), (0, 50)),
+    "starts": (None, (), (0, 41), (12, 0), (0, 50)),
     "metadata": ("int32", "list", "host int64", "host int32", "shapes on the host", "starts on the host"),
     "coordinates": (4,),
     "reference_levels": (1,),
@@ -75,7 +77,8 @@ OTHERS = {
     "strides": ("heads first", "channels", "wide"),
     "unaligned": ("value", "locations", "grad_output"),
     "device": (1,),
-    "im2col_step": (32, 64.0, True),
+    "elsewhere": ("value", "locations", "weights", "references", "metadata"),
+    "im2col_step": (32, 0, 64.0, True),
     "deterministic": (False, True, 1),
     "switch": (True,),
     "num_points": ((2, 2), (1, 3)),
@@ -97,6 +100,7 @@ _IN_FUSED = ("coordinates", "reference_levels", "reference_dtype", "of_reference
 # Fields of a base without which every other value is refused.
 _NEEDED = {
     "interpolation": {"of_locations": False, "of_references": False},
+    "starts": {"metadata": "list", "starts": None},
     "sample_dtype": {"value_dtype": torch.float16},
     "reference_dtype": {"value_dtype": torch.float16},
 }
@@ -150,7 +154,7 @@ class Call:
         self.shapes, self.starts = self._metadata()
 
     def _tensor(self, name, shape):
-        layout, put = self.layout, self.torch_gpu.put
+        layout, put, device = self.layout, self.torch_gpu.put, self._device_of(name)
         dtypes = {"locations": layout.sample_dtype, "weights": layout.sample_dtype}
         dtype = (dtypes | {"references": layout.reference_dtype}).get(name, layout.value_dtype)
         tensor = torch.rand(shape).to(torch.float64 if layout.double else dtype)
@@ -160,25 +164,31 @@ class Call:
             if layout.strides == "wide":
                 tensor = torch.cat((tensor, tensor), -1)[..., : tensor.shape[-1]]
         if layout.unaligned == name:
-            whole = put(torch.cat((tensor.flatten(), tensor.flatten()[:1])), layout.device)
+            whole = put(torch.cat((tensor.flatten(), tensor.flatten()[:1])), device)
             tensor = whole[1:].view(tensor.shape)
         else:
-            tensor = put(tensor, layout.device)
+            tensor = put(tensor, device)
         if layout.parameter:
             tensor = torch.nn.Parameter(tensor, requires_grad=False)
         return tensor.requires_grad_(getattr(layout, f"of_{name}", False))
 
+    def _device_of(self, name):
+        layout = self.layout
+        return 1 - layout.device if layout.elsewhere == name else layout.device
+
     def _metadata(self):
         layout = self.layout
-        shapes, starts = [list(level) for level in layout.levels], layout.starts and list(layout.starts)
+        shapes = [list(level) for level in layout.levels]
+        starts = None if layout.starts is None else list(layout.starts)
         if layout.metadata == "list":
             return shapes, starts
         dtype = torch.int32 if layout.metadata.endswith("int32") else torch.int64
-        of_shapes, of_starts = torch.tensor(shapes, dtype=dtype), starts and torch.tensor(starts, dtype=dtype)
+        of_shapes = torch.tensor(shapes, dtype=dtype)
+        of_starts = None if starts is None else torch.tensor(starts, dtype=dtype)
         if layout.metadata not in ("host int64", "host int32", "shapes on the host"):
-            of_shapes = self.torch_gpu.put(of_shapes, layout.device)
+            of_shapes = self.torch_gpu.put(of_shapes, self._device_of("metadata"))
         if layout.metadata not in ("host int64", "host int32", "starts on the host"):
-            of_starts = self.torch_gpu.put(of_starts, layout.device)
+            of_starts = self.torch_gpu.put(of_starts, self._device_of("metadata"))
         return of_shapes, of_starts
 
     def run(self):

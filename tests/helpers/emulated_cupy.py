@@ -67,7 +67,7 @@ class Array:
         return self.over(self.host[index], self.device.id)
 
     def get(self):
-        self.gpu.check()
+        self.gpu.check_order()
         return self.host.copy()
 
     def set(self, array, stream):

@@ -156,8 +156,12 @@ class EmulatedGpu:
         return tuple(words), tuple(integers)
 
     def check(self):
-        """The host reads: all work is ordered, the caller's device is current, and nothing wrote beyond its memory."""
+        """After a call: the caller's device is current; and :meth:`check_order`."""
         assert self.device == self.home, f"device {self.device} is current, and the caller's was {self.home}"
+        self.check_order()
+
+    def check_order(self):
+        """The host reads: all work is ordered, and nothing wrote beyond its memory."""
         self.streams.check()
         self.memory.check()
 

@@ -74,6 +74,10 @@ class Streams:
     def synchronise(self, stream):
         self._synchronised[stream] = self._clocks[stream].get(stream, 0)
 
+    def waited_for(self, stream):
+        """Whether the host has waited for all work on a stream."""
+        return self._synchronised.get(stream, 0) >= self._clocks[stream].get(stream, 0)
+
     def check(self):
         """All work on streams that are no caller's has been waited for, by the host or by a caller's stream."""
         callers = [stream for stream in self.devices if stream < 0x9000]

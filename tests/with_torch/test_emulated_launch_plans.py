@@ -124,6 +124,16 @@ def test_the_switch_counts_when_the_backward_runs(torch_gpu, form):
         assert_results(results, calls.reference(inputs), inputs)
 
 
+def test_the_switch_counts_in_calls_that_leave_no_plan(torch_gpu):
+    calls = Checked(torch_gpu, PLAIN)
+    for switch in (True, False, True):
+        del torch_gpu.gpu.launches[:]
+        with deterministic_algorithms(switch):
+            calls.check(change=lambda tensors: setattr(tensors, "metadata", tensors.metadata_on_device(torch.int32)))
+        assert ("bucket_sort" in kernels_of(torch_gpu)) == switch
+    assert not fast_path.plans
+
+
 @pytest.mark.parametrize("pair", [("float32", "float32"), HALF], ids="-".join)
 def test_deterministic_gradients_have_the_same_bits(torch_gpu, pair):
     inputs = DENSE.inputs(*pair)
@@ -175,6 +185,17 @@ def test_metadata_on_the_device_without_starts(torch_gpu, dtype):
     calls = Checked(torch_gpu, PLAIN)
     for _ in REPEATED:
         calls.check(change=lambda tensors: setattr(tensors, "metadata", tensors.metadata_on_device(dtype, False)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_metadata_with_strides_on_the_device(torch_gpu, dtype):
+    def change(tensors):
+        shapes, starts = tensors.metadata_on_device(dtype)
+        tensors.metadata = torch_gpu.put(shapes.cpu().T.contiguous().T), starts
+
+    calls = Checked(torch_gpu, PLAIN)
+    for one in (None, change) * 3:
+        calls.check(change=one)
 
 
 @pytest.mark.parametrize("kind", ["int64 on the device", "tensors on the host", "lists"])
