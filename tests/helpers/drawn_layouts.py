@@ -18,7 +18,7 @@ class Layout:
     """A call without its numbers.
 
     `double`: all dtypes are float64. `elsewhere` is the tensor that is on the other device, and `broken` the one that
-    has a query, or a pixel, too many.
+    has a query, a pixel or a level too many.
     """
 
     form: str = "plain"
@@ -92,17 +92,18 @@ OTHERS = {
     "no_grad": (True,),
     "parameter": (True,),
     "lengths": ((5, 5), (3, 0)),
-    "broken": ("value", "locations", "weights", "references"),
+    "broken": ("value", "locations", "weights", "references", "shapes"),
 }
 assert list(OTHERS) == [field.name for field in fields(Layout)]
 # Only these say something different in these forms.
 _IN_FUSED = ("coordinates", "reference_levels", "reference_dtype", "of_references")
-# Fields of a base without which every other value is refused.
-_NEEDED = {
-    "interpolation": {"of_locations": False, "of_references": False},
-    "starts": {"metadata": "list", "starts": None},
-    "sample_dtype": {"value_dtype": torch.float16},
-    "reference_dtype": {"value_dtype": torch.float16},
+# More bases: of calls that are not refused, and of metadata that a launch plan holds.
+_BASES = {
+    "interpolation": ({"of_locations": False, "of_references": False},),
+    "sample_dtype": ({"value_dtype": torch.float16},),
+    "reference_dtype": ({"value_dtype": torch.float16},),
+    "levels": ({"metadata": "list"},),
+    "starts": ({"metadata": "list"}, {"metadata": "list", "starts": None}),
 }
 # What a base is drawn from: calls that are not refused.
 _DRAWN = {
@@ -114,22 +115,21 @@ _DRAWN = {
 
 
 def drawn(form, seed):
-    """A layout of this form; seed 0 is Layout's own."""
-    if not seed:
-        return Layout(form)
+    """A layout of this form whose other fields are drawn."""
     rng = np.random.default_rng(seed)
     return Layout(form, **{name: values[rng.integers(len(values))] for name, values in _DRAWN.items()})
 
 
-def pairs(form, name, seed):
-    """Two layouts that differ in this field alone, for each of its other values."""
+def pairs(form, name):
+    """Two layouts that differ in this field alone, for several bases and each other value."""
     if form == "plain" and name in _IN_FUSED:
         return
-    base = replace(drawn(form, seed), **_NEEDED.get(name, {}) if seed else {})
-    for value in (getattr(Layout(), name), *OTHERS[name]):
-        other = replace(base, **{name: value})
-        if repr(other) != repr(base):  # True == 1, and one of them is refused
-            yield base, other
+    bases = [Layout(form), *(replace(Layout(form), **given) for given in _BASES.get(name, ()))]
+    for base in (*bases, drawn(form, list(OTHERS).index(name))):
+        for value in (getattr(Layout(), name), *OTHERS[name]):
+            other = replace(base, **{name: value})
+            if repr(other) != repr(base):  # True == 1, and one of them is refused
+                yield base, other
 
 
 class Call:
@@ -178,7 +178,7 @@ class Call:
 
     def _metadata(self):
         layout = self.layout
-        shapes = [list(level) for level in layout.levels]
+        shapes = [list(level) for level in (*layout.levels, *[(1, 1)] * (layout.broken == "shapes"))]
         starts = None if layout.starts is None else list(layout.starts)
         if layout.metadata == "list":
             return shapes, starts

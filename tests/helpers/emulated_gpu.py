@@ -58,6 +58,7 @@ class _Kernel:
     spec: KernelSpec
     device: int
     kernel: SimpleNamespace
+    requirements: dict
     max_dynamic_shared_size_bytes: int = 0
     preferred_shared_memory_carveout: int = field(default=-1)
 
@@ -109,7 +110,8 @@ class EmulatedGpu:
         assert name == spec.function
         assert not self.streams.capturing, "a kernel is loaded during a capture"
         handle = 0xC0DE0000 + len(self._kernels)
-        self._kernels[handle] = _Kernel(spec, self.device, SimpleNamespace(ptr=handle))
+        required = emulated_parameters.requirements(spec)
+        self._kernels[handle] = _Kernel(spec, self.device, SimpleNamespace(ptr=handle), required)
         return self._kernels[handle]
 
     def fill(self, address, byte, nbytes, stream):
@@ -131,25 +133,27 @@ class EmulatedGpu:
         assert shared_bytes <= max(SHARED_WITHOUT_OPT_IN, kernel.max_dynamic_shared_size_bytes)
         assert shared_bytes <= self._limits.shared_memory_per_block
         self.streams.queue(stream, self.device, spec.kernel)
-        words, integers = self._words(spec, pointers)
+        words, integers = self._words(kernel, pointers)
         self.launches.append(Launch(spec, (x, y, z), threads, shared_bytes, stream, self.device, words, integers))
         planned = SimpleNamespace(spec=spec, grid=(x, y, z), threads=threads, shared_bytes=shared_bytes)
         with _one_launch:
             self._run(planned, words)
 
-    def _words(self, spec, pointers):
+    def _words(self, kernel, pointers):
         """The words of all parameters, those of arrays addresses of this device or 0; and what is read of integers."""
-        sizes, words, integers = spec.words(), [], []
+        spec, words, integers = kernel.spec, [], []
+        sizes = spec.words()
         addresses = (ctypes.c_void_p * len(sizes)).from_address(pointers)
         for parameter, address, size in zip(spec.parameters, addresses, sizes, strict=True):
             found = (ctypes.c_int64 * size).from_address(address)[:]
+            what = f"{spec.kernel}: {parameter.name}"
             if parameter.is_array:
-                emulated_parameters.check(spec, parameter, *found)
+                kernel.requirements[parameter.name].check(what, *found)
             # Of several words, the addresses come first, and sizes are small.
             for word in found if parameter.is_array else [word for word in found if word >= 2**32]:
                 if not word:
                     continue
-                allocation = self.memory.accessible(word, self.device, f"{spec.kernel}: {parameter.name}")
+                allocation = self.memory.accessible(word, self.device, what)
                 if parameter.name in ("metadata", "lengths"):
                     integers.append(tuple(allocation.bytes[word - allocation.address :].view(np.int64).tolist()))
             words += found

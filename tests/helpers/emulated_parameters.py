@@ -1,5 +1,7 @@
 """What the kernels expect of the addresses of their parameters: there where they are read, and aligned for vectors."""
 
+from typing import NamedTuple
+
 from cupy_msda.arrays import item_size
 from cupy_msda.call import accumulator_of
 
@@ -10,9 +12,8 @@ _BY_CHANNELS = {"value", "output", "grad_output", "grad_value"}
 _PAIRS = {"locations", "offsets"}
 
 
-def _item_size(spec, parameter):
+def _item_size(parameter, axes):
     """Bytes of an element, or 1 of what is no number."""
-    axes = spec.config()
     value = axes.get("value_dtype", "float32")
     dtypes = {
         "value_t": value,
@@ -25,9 +26,7 @@ def _item_size(spec, parameter):
     return item_size(dtype) if dtype else 1
 
 
-def needed(spec, parameter):
-    """Whether the parameter of an array must be an address."""
-    axes = spec.config()
+def _needed(parameter, axes):
     if parameter.name == "lengths":
         return bool(axes.get("ragged"))
     if parameter.name == "references":
@@ -35,16 +34,27 @@ def needed(spec, parameter):
     return axes.get(parameter.name, not parameter.name.startswith("grad_")) and parameter.name not in _OPTIONAL
 
 
-def alignment(spec, parameter):
-    """Bytes that the address must be a multiple of."""
-    size = _item_size(spec, parameter)
+def _alignment(parameter, axes):
+    size = _item_size(parameter, axes)
     if parameter.name in _BY_CHANNELS:
-        return min(16, size * spec.config().get("vec", 1))
+        return min(16, size * axes.get("vec", 1))
     return size * (2 if parameter.name in _PAIRS else 1)
 
 
-def check(spec, parameter, address):
-    """AssertionError for an address that the kernel cannot take."""
-    what = f"{spec.kernel}: {parameter.name} of {address:#x}"
-    assert address or not needed(spec, parameter), f"{what}: expected an address"
-    assert address % alignment(spec, parameter) == 0, f"{what}: expected a multiple of {alignment(spec, parameter)}"
+class Requirement(NamedTuple):
+    """Whether an array must be there, and the bytes that its address must be a multiple of."""
+
+    needed: bool
+    alignment: int
+
+    def check(self, what, address):
+        what = f"{what} of {address:#x}"
+        assert address or not self.needed, f"{what}: expected an address"
+        assert address % self.alignment == 0, f"{what}: expected a multiple of {self.alignment}"
+
+
+def requirements(spec):
+    """Of each parameter that is an array, by its name."""
+    axes = spec.config()
+    arrays = [parameter for parameter in spec.parameters if parameter.is_array]
+    return {one.name: Requirement(_needed(one, axes), _alignment(one, axes)) for one in arrays}
