@@ -22,7 +22,3 @@ class Fault(NamedTuple):
             raise LookupError(f"{self.kernel}: expected once in the source, found {found} times: {self.text!r}")
         return source.replace(self.text, self.replacement)
 
-
-def without(kernel, text, removed="__syncwarp();"):
-    """The fault that a part of `text`, a barrier unless said otherwise, is left out."""
-    return Fault(kernel, text, text.replace(removed, ""))

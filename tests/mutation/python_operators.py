@@ -70,7 +70,7 @@ def mutants_of(file: str, text: str) -> Iterator[Mutant]:
 def _code(node: ast.AST, key: bool = False) -> Iterator[ast.AST]:
     """Nodes that compute something. `node.is_key` says of a tuple whether it is a part of a cache's key."""
     for name, child in ast.iter_fields(node):
-        if name in ("annotation", "returns", "exc", "msg", "type_params") or _is_type_checking(node):
+        if name in ("annotation", "returns", "exc", "msg", "type_params") or _is_for_type_checkers(node):
             continue
         below = key or _names_a_key(node, name)
         for one in child if isinstance(child, list) else [child]:
@@ -80,7 +80,10 @@ def _code(node: ast.AST, key: bool = False) -> Iterator[ast.AST]:
                 yield from _code(one, below and not isinstance(one, ast.Call))
 
 
-def _is_type_checking(node: ast.AST) -> bool:
+def _is_for_type_checkers(node: ast.AST) -> bool:
+    """`if TYPE_CHECKING`, and the alias of a type."""
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript):
+        return isinstance(node.value.value, ast.Name) and node.value.value.id in ("tuple", "dict", "Callable")
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 

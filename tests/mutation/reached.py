@@ -16,7 +16,11 @@ from cupy_msda.cuda import kernels
 from .mutant import ROOT, Mutant
 
 # Tests that quote lines of a source: they fail wherever such a line changes.
-QUOTING = ("tests/emulator/test_planted_faults.py", "tests/emulator/test_races.py")
+QUOTING = (
+    "tests/emulator/test_planted_faults.py",
+    "tests/emulator/test_races.py::test_a_",
+    "tests/emulator/test_races.py::test_the_report",
+)
 # The compilation of one emulated kernel. With a mutant in it, none is in the cache.
 SECONDS_PER_KERNEL = 1.5
 LINE_OF_CODE = re.compile(r"^<stdin>\s+(\d+)\s", re.MULTILINE)
