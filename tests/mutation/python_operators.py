@@ -129,7 +129,7 @@ def _changes(node: ast.AST, source: _Source) -> Iterator[tuple[str, int, int, st
             yield "dropped part of a key", begin, end, f"({kept},)"
     elif _is_dropped(node):
         yield "dropped statement", begin, end, "pass"
-        if isinstance(node, (ast.AugAssign, ast.Expr)):
+        if _is_repeatable(node):
             yield "doubled statement", begin, end, f"{source.of(node)}; {source.of(node)}"
 
 
@@ -143,6 +143,13 @@ def _is_dropped(node: ast.AST) -> bool:
     if isinstance(node, ast.Assign):
         return all(isinstance(target, (ast.Attribute, ast.Subscript)) for target in node.targets)
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+
+
+def _is_repeatable(node: ast.AST) -> bool:
+    """Whether a second time changes something."""
+    if isinstance(node, ast.Expr) and isinstance(node.value.func, ast.Attribute):
+        return node.value.func.attr in ("append", "extend", "insert", "pop", "push", "write")
+    return isinstance(node, ast.AugAssign)
 
 
 def _between(source: _Source, left: ast.AST, right: ast.AST, operator: str) -> Iterator[tuple[str, int, int, str]]:

@@ -21,6 +21,8 @@ QUOTING = (
     "tests/emulator/test_races.py::test_a_",
     "tests/emulator/test_races.py::test_the_report",
 )
+# Where the tests of a room are; those that run it in a process of its own are not recorded as reaching it.
+ROOMS = {"cupy_msda/cli/": "tests/cli/", "cupy_msda/torch/": "tests/with_torch/", "cupy_msda/__main__.py": "tests/cli/"}
 # The compilation of one emulated kernel. With a mutant in it, none is in the cache.
 SECONDS_PER_KERNEL = 1.5
 LINE_OF_CODE = re.compile(r"^<stdin>\s+(\d+)\s", re.MULTILINE)
@@ -44,6 +46,7 @@ class Reached:
 
     def keep(self, tests: set[str]) -> None:
         """Forget tests that are no longer there."""
+        self.seconds = {test: seconds for test, seconds in self.seconds.items() if test in tests}
         for lines in self.tests.values():
             for line in lines:
                 lines[line] &= tests
@@ -74,15 +77,20 @@ class Reached:
                         self.tests[f"cuda_src/{file}"][number].add(test)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Tests that reach the line, the shortest first; then those that reach most of the rest of the file."""
+        """Tests that reach the line, the shortest first; those that reach lines nearby; the others of its room."""
         lines = self.tests.get(mutant.file, {})
         first = lines.get(mutant.line, set())
-        others = defaultdict(int)
+        nearby = defaultdict(int)
         for line, tests in lines.items():
             for test in tests - first:
-                others[test] += abs(line - mutant.line) < 30
-        last = sorted(others, key=lambda test: (-others[test], self.cost(mutant, test)))
-        return [*sorted(first, key=lambda test: self.cost(mutant, test)), *last]
+                nearby[test] += abs(line - mutant.line) < 30
+        rooms = tuple(tests for room, tests in ROOMS.items() if mutant.file.startswith(room))
+        rest = {test for test in self.seconds if rooms and test.startswith(rooms)} - first - nearby.keys()
+        return [
+            *sorted(first, key=lambda test: self.cost(mutant, test)),
+            *sorted(nearby, key=lambda test: (-nearby[test], self.cost(mutant, test))),
+            *sorted(rest, key=lambda test: self.cost(mutant, test)),
+        ]
 
     def cost(self, mutant: Mutant, test: str) -> float:
         """Expected seconds of a test."""
