@@ -9,7 +9,7 @@ import cupy_msda
 from cupy_msda.cuda import plan_backward, sorted_heuristics
 from tests.helpers import cases, emulated_gpu, emulator
 from tests.helpers.cases import Case
-from tests.helpers.emulated_calls import Metadata, assert_results, check, run, wanted
+from tests.helpers.emulated_calls import Metadata, assert_results, call, check, run, wanted
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 gpu = pytest.fixture(emulated_gpu.fixture)
@@ -282,13 +282,14 @@ def test_two_threads_call_at_once(gpu):
 
     def work(number):
         for _ in range(4):
-            results[number].append(run(gpu, inputs[number], device=number, deterministic=bool(number)))
+            results[number].append(call(gpu, inputs[number], device=number, deterministic=bool(number)))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    gpu.check()
     for found, of in zip(results, inputs, strict=True):
         assert len(found) == 4
         for result in found:

@@ -19,12 +19,13 @@ class Metadata(NamedTuple):
 
 def run(gpu, inputs, device=0, metadata=Metadata(), **options):  # noqa: B008  (a tuple)
     """Output and gradients of value, locations, weights and references, as arrays of the device."""
-    results = _run(gpu, inputs, device, metadata, options)
+    results = call(gpu, inputs, device, metadata, **options)
     gpu.check()
     return results
 
 
-def _run(gpu, inputs, device, metadata, options):
+def call(gpu, inputs, device=0, metadata=Metadata(), **options):  # noqa: B008
+    """The same, while other threads may be between two launches: the caller checks the GPU when all have ended."""
     value, locations, weights, grad_output = (
         part if part is None or isinstance(part, gpu.cupy.ndarray) else gpu.put(part, device)
         for part in (inputs.value, inputs.locations, inputs.weights, inputs.grad_output)

@@ -21,4 +21,3 @@ class Fault(NamedTuple):
         if (found := source.count(self.text)) != 1:
             raise LookupError(f"{self.kernel}: expected once in the source, found {found} times: {self.text!r}")
         return source.replace(self.text, self.replacement)
-
