@@ -67,7 +67,18 @@ OTHERS = {
     "P": (3,),
     "levels": (((7, 6), (3, 4)), ((6, 7), (4, 3)), ((6, 7), (3, 3)), ((0, 7), (3, 4))),
     "starts": (None, (), (0, 41), (12, 0), (0, 50)),
-    "metadata": ("int32", "list", "host int64", "host int32", "shapes on the host", "starts on the host"),
+    "metadata": (
+        "int32",
+        "list",
+        "host int64",
+        "host int32",
+        "shapes on the host",
+        "starts on the host",
+        "shapes in int32",
+        "starts in int32",
+        "strided shapes",
+        "strided starts",
+    ),
     "coordinates": (4,),
     "reference_levels": (1,),
     "value_dtype": (torch.float16, torch.bfloat16, torch.float64),
@@ -77,7 +88,7 @@ OTHERS = {
     "strides": ("heads first", "channels", "wide"),
     "unaligned": ("value", "locations", "grad_output"),
     "device": (1,),
-    "elsewhere": ("value", "locations", "weights", "references", "metadata"),
+    "elsewhere": ("value", "locations", "weights", "references", "shapes", "starts", "metadata"),
     "im2col_step": (32, 0, 64.0, True),
     "deterministic": (False, True, 1),
     "switch": (True,),
@@ -174,7 +185,8 @@ class Call:
 
     def _device_of(self, name):
         layout = self.layout
-        return 1 - layout.device if layout.elsewhere == name else layout.device
+        moved = layout.elsewhere == name or (layout.elsewhere == "metadata" and name in ("shapes", "starts"))
+        return 1 - layout.device if moved else layout.device
 
     def _metadata(self):
         layout = self.layout
@@ -182,14 +194,16 @@ class Call:
         starts = None if layout.starts is None else list(layout.starts)
         if layout.metadata == "list":
             return shapes, starts
-        dtype = torch.int32 if layout.metadata.endswith("int32") else torch.int64
-        of_shapes = torch.tensor(shapes, dtype=dtype)
-        of_starts = None if starts is None else torch.tensor(starts, dtype=dtype)
-        if layout.metadata not in ("host int64", "host int32", "shapes on the host"):
-            of_shapes = self.torch_gpu.put(of_shapes, self._device_of("metadata"))
-        if layout.metadata not in ("host int64", "host int32", "starts on the host"):
-            of_starts = self.torch_gpu.put(of_starts, self._device_of("metadata"))
-        return of_shapes, of_starts
+        found = []
+        for name, numbers in (("shapes", shapes), ("starts", starts)):
+            narrow = layout.metadata in ("int32", "host int32", f"{name} in int32")
+            tensor = None if numbers is None else torch.tensor(numbers, dtype=torch.int32 if narrow else torch.int64)
+            if layout.metadata not in ("host int64", "host int32", f"{name} on the host"):
+                tensor = self.torch_gpu.put(tensor, self._device_of(name))
+            if layout.metadata == f"strided {name}" and tensor is not None:
+                tensor = self.torch_gpu.put(torch.stack((tensor, tensor), -1), layout.device)[..., 0]
+            found.append(tensor)
+        return found
 
     def run(self):
         """Output and gradients by their names."""
