@@ -92,8 +92,13 @@ def test_a_side_stream_without_order_is_found(gpu, monkeypatch, missing, message
             setattr(self, missing, lambda of: None)
 
     monkeypatch.setattr(streams, "SideStream", Unordered)
-    with pytest.raises(OrderError, match=message):
+
+    def call():
         run(gpu, Case("plain").inputs(), deterministic=True)
+        gpu.check()
+
+    with pytest.raises(OrderError, match=message):
+        call()
 
 
 def test_a_device_that_stays_current_is_found(gpu, monkeypatch):

@@ -76,6 +76,34 @@ def test_only_the_gradients_that_are_wanted_are_computed(wanted):
             np.testing.assert_allclose(got.astype(float), all_.astype(float), rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("wanted", PARTIAL_GRADIENTS, ids=cases.gradient_names)
+def test_only_the_gradients_of_a_fused_call_that_are_wanted_are_computed(wanted, packed):
+    inputs = cases.to_fused(SMALL[0].inputs(), packed=packed)
+    for references in (False, True):
+        want = cases.expected_fused(inputs)[1]
+        asked = wanted._replace(references=references)
+        for name, got, expected in zip(NAMES, backward(inputs, wanted=asked), want, strict=True):
+            if got is not None:
+                assert_close(got, expected, "float32", name)
+
+
+@pytest.mark.parametrize(
+    "levels", [((6, 7, 0), (3, 4, 54)), ((-6, 7, 0), (3, 4, 42)), ((6, 7, -1), (3, 4, 42))], ids=str
+)
+def test_a_level_that_does_not_fit_gives_nan(monkeypatch, levels):
+    inputs = SMALL[0].inputs()
+    table = np.array(levels, np.int64)
+    metadata = [np.ascontiguousarray(table[:, :2]), np.ascontiguousarray(table[:, 2])]
+    monkeypatch.setattr(emulated_naive, "metadata_of", lambda problem: metadata)
+    fits = np.array([h > 0 and 0 <= start <= 54 - h * w for h, w, start in levels])
+    assert np.isnan(forward(inputs)).all()
+    of_locations, of_weights = backward(inputs)[1:3]
+    for grad in (of_locations, of_weights[..., None]):
+        assert np.isnan(grad[:, :, :, ~fits]).all()
+        assert np.isfinite(grad[:, :, :, fits]).all()
+
+
 def test_queries_beyond_the_valid_ones_give_zeros():
     case, lengths = SMALL[0], (2, 0)
     for inputs in (case.inputs(), cases.to_fused(case.inputs())):

@@ -97,6 +97,25 @@ def test_more_queries_than_tiles_are_exact_for_are_taken_in_their_order(monkeypa
     assert tiled == [False, True, True]
 
 
+CROSS_LEVEL_SHAPES = {
+    "halved": lambda H: ((H, 6), (-(-H // 2), 3), (-(-H // 4), 2)),
+    "halved and rounded down": lambda H: ((H, 5), (max(H // 2, 1), 4), (max(H // 4, 1), 1)),
+    "of one height": lambda H: ((H, 1), (H, 2), (H, 5)),
+    "tallest last": lambda H: ((1, 9), (max(H - 1, 1), 2), (H, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CROSS_LEVEL_SHAPES)
+def test_tiles_across_levels_fit_every_height(name):
+    """Bands of rows: a level has a row more or less than whole bands, no row in a band, or is the only tall one."""
+    for H in range(1, 36):
+        case = replace(ONE_HEAD, levels=CROSS_LEVEL_SHAPES[name](H), D=32, P=2, queries=None)
+        assert plan.backward(problem_of(case), 16, H100).spec.aggregation_bits
+        inputs = case.inputs(seed=H)
+        for got, want in zip(emulator.backward(inputs), expected(inputs)[1], strict=True):
+            assert_close(got, want, "float32", f"height {H}")
+
+
 # ---- levels, samples and channels ------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ class Metadata(NamedTuple):
 def run(gpu, inputs, device=0, metadata=Metadata(), **options):  # noqa: B008  (a tuple)
     """Output and gradients of value, locations, weights and references, as arrays of the device."""
     results = call(gpu, inputs, device, metadata, **options)
-    gpu.check()
+    gpu.check_device()
     return results
 
 

@@ -4,6 +4,7 @@ Device memory is that of this process. Kernels run at once, and streams only say
 """
 
 import ctypes
+import itertools
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class EmulatedGpu:
     def __init__(self, run=emulator.run, limits=H100):
         self.memory, self.streams = Memory(), Streams()
         self.launches, self.fills, self._kernels, self._thread = [], [], {}, threading.local()
-        self._run, self._limits = run, limits
+        self._run, self._limits, self._handles = run, limits, itertools.count(0xC0DE0000)
         self.home = 0
 
     @property
@@ -109,7 +110,7 @@ class EmulatedGpu:
         """The kernel, on the current device."""
         assert name == spec.function
         assert not self.streams.capturing, "a kernel is loaded during a capture"
-        handle = 0xC0DE0000 + len(self._kernels)
+        handle = next(self._handles)
         required = emulated_parameters.requirements(spec)
         self._kernels[handle] = _Kernel(spec, self.device, SimpleNamespace(ptr=handle), required)
         return self._kernels[handle]
@@ -160,9 +161,13 @@ class EmulatedGpu:
         return tuple(words), tuple(integers)
 
     def check(self):
-        """After a call: the caller's device is current; and :meth:`check_order`."""
-        assert self.device == self.home, f"device {self.device} is current, and the caller's was {self.home}"
+        """After all calls: :meth:`check_device` and :meth:`check_order`."""
+        self.check_device()
         self.check_order()
+
+    def check_device(self):
+        """After a call: the caller's device is current in this thread."""
+        assert self.device == self.home, f"device {self.device} is current, and the caller's was {self.home}"
 
     def check_order(self):
         """The host reads: all work is ordered, and nothing wrote beyond its memory."""

@@ -58,7 +58,7 @@ def _argument(word):
     return word
 
 
-def metadata_of(problem, inputs):
+def metadata_of(problem):
     table = np.array(problem.levels, np.int64).reshape(-1, 3)
     return [np.ascontiguousarray(table[:, :2]), np.ascontiguousarray(table[:, 2])]
 
@@ -71,7 +71,7 @@ def weights_of(problem, locations, weights):
 def forward(inputs, lengths=None, **variant):
     problem = emulator.prepare(inputs, False, variant, lengths)
     output = np.full(problem.output_shape, np.nan, inputs.value.dtype)
-    shapes, starts = metadata_of(problem, inputs)
+    shapes, starts = metadata_of(problem)
     valid = emulator.lengths_of(lengths)
     references = getattr(inputs, "references", None)
     session = SimpleNamespace(
@@ -90,18 +90,17 @@ def forward(inputs, lengths=None, **variant):
     return output
 
 
-def backward(inputs, lengths=None, wanted=ALL, **variant):
+def backward(inputs, lengths=None, wanted=None, **variant):
+    """Gradients of value, locations, weights and references. Without `wanted`: of all that there are."""
     problem = emulator.prepare(inputs, False, variant, lengths)
     references = getattr(inputs, "references", None)
-    if references is not None:
-        wanted = wanted._replace(references=True)
-    computed = problem.computed(wanted)
+    computed = problem.computed(wanted or ALL._replace(references=references is not None))
     like = (inputs.value, inputs.locations, inputs.weights, references)
     grads = [
         np.full(array.shape, np.nan, array.dtype) if asked and array is not None else None
         for array, asked in zip(like, computed, strict=True)
     ]
-    shapes, starts = metadata_of(problem, inputs)
+    shapes, starts = metadata_of(problem)
     valid = emulator.lengths_of(lengths)
     steps = naive.NaiveBackward(problem, computed, 0)
     workspace = np.full(steps.workspace // 4, np.nan, np.float32)
