@@ -24,7 +24,7 @@ QUOTING = (
 # Where the tests of a room are; those that run it in a process of its own are not recorded as reaching it.
 ROOMS = {"cupy_msda/cli/": "tests/cli/", "cupy_msda/torch/": "tests/with_torch/", "cupy_msda/__main__.py": "tests/cli/"}
 # The compilation of one emulated kernel. With a mutant in it, none is in the cache.
-SECONDS_PER_KERNEL = 1.5
+SECONDS_PER_KERNEL = 0.8
 LINE_OF_CODE = re.compile(r"^<stdin>\s+(\d+)\s", re.MULTILINE)
 ORIGIN = re.compile(r"//@([\w/.]+):(\d+)$")
 
