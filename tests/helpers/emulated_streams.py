@@ -18,9 +18,14 @@ class Streams:
     def __init__(self):
         self._clocks, self._events, self._synchronised = defaultdict(dict), {}, {}
         self._addresses = itertools.count(0x9000, 16)
-        self._arrived, self._thread = {}, threading.local()
+        self._thread = threading.local()
         self.devices = {}
         self.capturing = set()
+
+    @property
+    def _arrived(self):
+        """The last work of this thread on each of the caller's streams: others may use the same stream."""
+        return self._thread.__dict__.setdefault("arrived", {})
 
     def current(self, device):
         """The caller's current stream of a device, in this thread."""
