@@ -69,6 +69,9 @@ def test_the_frozen_inputs_change_between_calls_of_one_layout(torch_gpu):
     subsets = [*PARTIAL_GRADIENTS, NOTHING, Wanted()]
     for wanted in (*subsets, *reversed(subsets), *subsets):
         calls.check(wanted)
+        last = torch_gpu.gpu.launches[-1].spec
+        computed = tuple(last.gradients.axes().values()) if any(wanted) else last.kernel
+        assert computed == (wanted if any(wanted) else "forward")
 
 
 @pytest.mark.parametrize("wanted", [*PARTIAL_GRADIENTS, Wanted()], ids=gradient_names)
