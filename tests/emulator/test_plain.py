@@ -49,13 +49,8 @@ def check_gradients(case, pair, inputs, want_grads, **options):
     assert_close(grads[2], want_grads[2], pair[1], "grad_attn_weight")
 
 
-@pytest.mark.parametrize("case", PATHS, ids=str)
-def test_each_code_path_computes_the_reference(case):
-    check(case, ("float32", "float32"))
-
-
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
-@pytest.mark.parametrize("case", [PATHS[1], PATHS[3], PATHS[10]], ids=str)
+@pytest.mark.parametrize("case", [PATHS[3], PATHS[10]], ids=str)
 def test_each_dtype_computes_the_reference(case, pair):
     check(case, pair, seed=1)
 
@@ -73,11 +68,6 @@ def test_blocks_beyond_the_last_head_do_nothing(monkeypatch, pair, queries):
 @pytest.mark.parametrize("pair", [("float16", "float16"), ("bfloat16", "float32")], ids="-".join)
 def test_odd_channels_of_sixteen_bits_under_the_sanitizers(pair):
     check(PATHS[3], pair, sanitize=True)
-
-
-@pytest.mark.parametrize("case", VARIANTS, ids=str)
-def test_each_variant_computes_the_reference(case):
-    check(case, ("float32", "float32"), seed=2)
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
@@ -120,7 +110,7 @@ def test_infinity_and_nan_in_value_reach_the_outputs_that_use_them_only(gpu, pai
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
 def test_pixels_as_queries_that_fill_the_gpu(pair):
-    check(PATHS[0], pair, seed=7, gpu=SMALL_GPU, sanitize=True)
+    check(PATHS[0], pair, seed=7, gpu=SMALL_GPU, sanitize=pair[0] == "float32")
 
 
 # Two query tiles per warp, but for the last heads: two samples per load, lanes beyond the last query, an odd number of
@@ -135,8 +125,13 @@ TWO_TILES = [
 ]
 
 
-@pytest.mark.parametrize("pair", DTYPE_PAIRS[1:], ids="-".join)
-@pytest.mark.parametrize("case", TWO_TILES, ids=str)
+def in_float32_and(pairs, cases):
+    """Each case in float32, and the first ones in the other pairs of dtypes, one each."""
+    others = [pytest.param(pair, case, id=f"{'-'.join(pair)}-{case}") for pair, case in zip(pairs, cases, strict=False)]
+    return [*(pytest.param(DTYPE_PAIRS[1], case, id=f"float32-{case}") for case in cases), *others]
+
+
+@pytest.mark.parametrize(("pair", "case"), in_float32_and(DTYPE_PAIRS[2:], TWO_TILES))
 def test_pixels_in_two_query_tiles(case, pair):
     inputs = case.inputs(*pair, seed=8)
     launch = plan.forward(emulator.prepare(inputs, True, None), 16, SMALL_GPU)
@@ -149,8 +144,7 @@ def test_pixels_in_two_query_tiles(case, pair):
         np.testing.assert_array_equal(emulator.forward(inputs, gpu=SMALL_GPU, sanitize=True), got)
 
 
-@pytest.mark.parametrize("pair", DTYPE_PAIRS[:3], ids="-".join)
-@pytest.mark.parametrize("case", CROSS_LEVEL, ids=str)
+@pytest.mark.parametrize(("pair", "case"), in_float32_and((DTYPE_PAIRS[0], *DTYPE_PAIRS[2:4]), CROSS_LEVEL))
 def test_pixels_in_cross_level_tiles(case, pair):
     inputs = case.inputs(*pair, seed=9)
     assert plan.backward(emulator.prepare(inputs, True, None), 16, H100).spec.aggregation_bits

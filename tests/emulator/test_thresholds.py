@@ -119,7 +119,7 @@ def test_tiles_across_levels_fit_every_height(name):
 # ---- levels, samples and channels ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("L", [*around(MAX_LEVELS_IN_REGISTERS), *around(MAX_LEVELS_OF_WARP)])
+@pytest.mark.parametrize("L", [*around(MAX_LEVELS_IN_REGISTERS)[1:], *around(MAX_LEVELS_OF_WARP)[1:]])
 def test_levels_in_registers_and_levels_of_a_warp(L):
     case = replace(ONE_HEAD, levels=((2, 3),) * L, N=4, M=4, D=32, queries=None)
     spec = plan.forward(problem_of(case), 16, SMALL_GPU).spec

@@ -239,13 +239,13 @@ def _resources(task):
 def compile_all(rows, thinned=False):
     """Specialisation and resources of rows by (label, architecture), on all cores.
 
-    `thinned`: all of them for sm_90, and every fourth one, another one each time, for the other architectures.
+    `thinned`: all of them for sm_90, and every eighth one, another one each time, for the other architectures.
     """
     asked = {
         (label, architecture): (spec, architecture)
         for column, architecture in enumerate(ARCHITECTURES)
         for number, (label, spec) in enumerate(specs_of(rows, architecture).items())
-        if not thinned or architecture == H100.architecture or (number + column) % 4 == 0
+        if not thinned or architecture == H100.architecture or (number + column) % 8 == 0
     }
     tasks = list(dict.fromkeys(asked.values()))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
