@@ -38,7 +38,8 @@ class Reached:
         self.kernels: dict[str, dict[str, tuple[str, int]]] = {}
         for file in folder.glob("*.json"):
             found = json.loads(file.read_text())
-            self.seconds |= found["seconds"]
+            for test, seconds in found["seconds"].items():  # a machine that is busy takes longer
+                self.seconds[test] = min(seconds, self.seconds.get(test, seconds))
             self.kernels |= found["kernels"]
         for file in folder.glob("*.lines"):
             self._read_python(file)

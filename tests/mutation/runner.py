@@ -15,8 +15,9 @@ from pathlib import Path
 from .mutant import ROOT, Mutant
 from .reached import Reached, within
 
-# Of one mutant: expected seconds of all its tests, and after how many times that it hangs.
-SECONDS = 150.0
+# Of one mutant: expected seconds of its first tests, and of the others that may reach it; and after how many times that
+# it hangs.
+SECONDS, MORE_SECONDS = 40.0, 200.0
 HANGS_AFTER = 3.0
 START_SECONDS = 30.0
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
@@ -31,8 +32,8 @@ class Outcome:
 
     status: str
     by: str
-    tests: int
-    seconds: float
+    tests: int = 0
+    seconds: float = 0.0
 
 
 class Worker:
@@ -54,19 +55,32 @@ class Worker:
                 os.link(file, self.temporary / EMULATOR_CACHE / file.name)
                 self.kept.add(file.name)
 
-    def run(self, mutant: Mutant, reached: Reached, seconds: float = SECONDS) -> Outcome:
+    def run(self, mutant: Mutant, reached: Reached) -> Outcome:
         """Plant the mutant, run its tests until one fails, and take it out."""
-        tests = within(reached.of(mutant), seconds, lambda test: reached.cost(mutant, test))
+
+        def cost(test: str) -> float:
+            return reached.cost(mutant, test)
+
+        tests = reached.of(mutant)
+        first = within(tests, SECONDS, cost)
+        others = within([test for test in tests if test not in set(first)], MORE_SECONDS, cost)
         path = self.root / mutant.file
         text = path.read_text()
-        begin = time.monotonic()
+        begin, ran = time.monotonic(), 0
+        outcome = Outcome("survived", "no test reaches it")
         try:
             self._write(path, mutant.applied(text))
-            outcome = self._outcome(tests, sum(reached.cost(mutant, test) for test in tests), begin)
-            return outcome if mutant.is_cuda or outcome.status != "invalid" else replace(outcome, status="killed")
+            for part in filter(None, (first, others)):
+                ran += len(part)
+                outcome = self._outcome(part, sum(map(cost, part)))
+                if outcome.status != "survived":
+                    break
         finally:
             self._write(path, text)
             self._forget_kernels()
+        if outcome.status == "invalid" and not mutant.is_cuda:
+            outcome = replace(outcome, status="killed")
+        return replace(outcome, tests=ran, seconds=round(time.monotonic() - begin, 1))
 
     def collected(self) -> set[str]:
         """All tests, without any mutant."""
@@ -83,9 +97,7 @@ class Worker:
         for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
             compiled.unlink()
 
-    def _outcome(self, tests: list[str], expected: float, begin: float) -> Outcome:
-        if not tests:
-            return Outcome("survived", "no test reaches it", 0, 0.0)
+    def _outcome(self, tests: list[str], expected: float) -> Outcome:
         listed = self.temporary / "tests.txt"
         listed.write_text("\n".join(tests))
         process = subprocess.Popen(
@@ -102,14 +114,13 @@ class Worker:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            return Outcome("killed", "does not end", len(tests), time.monotonic() - begin)
-        seconds = round(time.monotonic() - begin, 1)
+            return Outcome("killed", "does not end")
         if process.returncode == 0:
-            return Outcome("survived", "", len(tests), seconds)
+            return Outcome("survived", "")
         if NO_PROGRAM.search(output):
-            return Outcome("invalid", "does not compile", len(tests), seconds)
+            return Outcome("invalid", "does not compile")
         failed = re.search(r"^(FAILED|ERROR) (.+?)( - .*)?$", output, re.MULTILINE)
-        return Outcome("killed", failed[2] if failed else f"exit status {process.returncode}", len(tests), seconds)
+        return Outcome("killed", failed[2] if failed else f"exit status {process.returncode}")
 
     def _forget_kernels(self) -> None:
         folder = self.temporary / EMULATOR_CACHE
