@@ -60,6 +60,9 @@ class Array:
     def view(self, dtype):
         return self.over(self.host.view(dtype), self.device.id)
 
+    def reshape(self, shape):
+        return self.over(self.host.reshape(shape), self.device.id)
+
     def transpose(self, *axes):
         return self.over(self.host.transpose(*axes), self.device.id)
 
@@ -70,8 +73,11 @@ class Array:
         self.gpu.check_order()
         return self.host.copy()
 
-    def set(self, array, stream):
-        self.gpu.streams.upload(stream.ptr, self.gpu.device, "set")
+    def set(self, array, stream=None):
+        if stream is None:
+            self.gpu.streams.arrive(self.device.id)
+        else:
+            self.gpu.streams.upload(stream.ptr, self.gpu.device, "set")
         self.gpu.memory.accessible(self.data.ptr, self.gpu.device, "set")
         self.host[...] = array
 
