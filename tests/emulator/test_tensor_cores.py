@@ -13,9 +13,7 @@ pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 
 
 @pytest.mark.parametrize("aggregated", [False, True])
-@pytest.mark.parametrize(
-    ("D", "location"), [(32, "float16"), (64, "float32"), (128, "float16"), (256, "float32")]
-)
+@pytest.mark.parametrize(("D", "location"), [(32, "float16"), (64, "float32"), (128, "float16"), (256, "float32")])
 def test_gradients_of_samples(D, aggregated, location, monkeypatch):
     case = Case("tensor_cores", levels=((5, 6), (2, 2)), N=1, M=2, D=D, P=4, queries=70 if aggregated else 9)
     inputs = case.inputs("float16", location, seed=33)

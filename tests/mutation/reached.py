@@ -21,6 +21,8 @@ QUOTING = (
     "tests/emulator/test_races.py::test_a_",
     "tests/emulator/test_races.py::test_the_report",
 )
+# The fewest launches that reach every path of the kernels.
+COVERING = "tests/emulator/test_races.py::test_kernels_have_no_data_race"
 # Where the tests of a room are; those that run it in a process of its own are not recorded as reaching it.
 ROOMS = {"cupy_msda/cli/": "tests/cli/", "cupy_msda/torch/": "tests/with_torch/", "cupy_msda/__main__.py": "tests/cli/"}
 # The compilation of one emulated kernel. With a mutant in it, none is in the cache.
@@ -36,6 +38,8 @@ class Reached:
         self.seconds: dict[str, float] = {}
         self.tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         self.kernels: dict[str, dict[str, tuple[str, int]]] = {}
+        # The emulator's builds that have code for a line.
+        self.builds: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         for file in folder.glob("*.json"):
             found = json.loads(file.read_text())
             for test, seconds in found["seconds"].items():  # a machine that is busy takes longer
@@ -76,22 +80,50 @@ class Reached:
                     if 0 <= at < len(origins[kernel]) and origins[kernel][at]:
                         file, number = origins[kernel][at]
                         self.tests[f"cuda_src/{file}"][number].add(test)
+                        self.builds[f"cuda_src/{file}"][number].add(target)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Tests that reach the line, the shortest first; those that reach lines nearby; the others of its room."""
-        lines = self.tests.get(mutant.file, {})
-        first = lines.get(mutant.line, set())
-        nearby = defaultdict(int)
-        for line, tests in lines.items():
-            for test in tests - first:
-                nearby[test] += abs(line - mutant.line) < 30
+        """Tests that reach the line, or the nearest lines that have code; then the others of its room."""
+        lines = self._lines(mutant)
+        first = set().union(*(self.tests[mutant.file][line] for line in lines))
         rooms = tuple(tests for room, tests in ROOMS.items() if mutant.file.startswith(room))
-        rest = {test for test in self.seconds if rooms and test.startswith(rooms)} - first - nearby.keys()
+        rest = {test for test in self.seconds if rooms and test.startswith(rooms)} - first
         return [
-            *sorted(first, key=lambda test: self.cost(mutant, test)),
-            *sorted(nearby, key=lambda test: (-nearby[test], self.cost(mutant, test))),
+            *(self._by_builds(mutant, first, lines) if mutant.is_cuda else self._by_functions(mutant, first)),
             *sorted(rest, key=lambda test: self.cost(mutant, test)),
         ]
+
+    def _lines(self, mutant: Mutant) -> list[int]:
+        known = {line for line, tests in self.tests.get(mutant.file, {}).items() if tests}
+        for distance in (0, 6, 10**9):
+            if found := [line for line in known if abs(line - mutant.line) <= distance]:
+                return found
+        return []
+
+    def _by_builds(self, mutant: Mutant, tests: set[str], lines: list[int]) -> list[str]:
+        """The covering set; then each test has most builds with the lines that no earlier one has, for its seconds."""
+        all_builds = set().union(*(self.builds[mutant.file][line] for line in lines))
+        builds = {test: all_builds & self.kernels[test].keys() for test in tests}
+        of_file = set().union(*self.tests[mutant.file].values())
+        found = sorted((t for t in of_file if t.startswith(COVERING)), key=lambda test: self.cost(mutant, test))
+        left = tests - set(found)
+        seen = set().union(*(builds.get(test, set()) for test in found))
+        while left:
+            gains = {test: (len(builds[test] - seen) + 0.01) / (1 + self.cost(mutant, test)) for test in left}
+            best = max(sorted(left), key=gains.__getitem__)
+            found.append(best)
+            left.remove(best)
+            seen |= builds[best]
+        return found
+
+    def _by_functions(self, mutant: Mutant, tests: set[str]) -> list[str]:
+        """The shortest test of each function, then the second of each, and so on."""
+        of_function, found = defaultdict(list), []
+        for test in sorted(tests, key=lambda test: self.cost(mutant, test)):
+            of_function[test.partition("[")[0]].append(test)
+        for turn in range(max(map(len, of_function.values()), default=0)):
+            found += [tests[turn] for tests in of_function.values() if turn < len(tests)]
+        return found
 
     def cost(self, mutant: Mutant, test: str) -> float:
         """Expected seconds of a test."""
