@@ -24,7 +24,7 @@ class Layout:
     form: str = "plain"
     N: int = 2
     Q: int = 5
-    M: int = 2
+    M: int = 3
     D: int = 8
     P: int = 2
     levels: tuple = LEVELS

@@ -29,9 +29,9 @@ pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 torch_gpu = pytest.fixture(emulated_torch.fixture)
 
 # Those of tests/emulator/test_host_code.py, so that few kernels are compiled.
-PLAIN = Case("plain")
-GAPS = Case("gaps", starts=(4, 50), S=64)
-DENSE = Case("dense", queries=60)
+PLAIN = Case("plain", M=3)  # N * M is not N + M
+GAPS = Case("gaps", starts=(4, 50), S=64, M=3)
+DENSE = Case("dense", M=3, queries=60)
 HALF = ("float16", "float32")
 FUSED = {"coordinates": 2}
 PACKED_BOXES = {"coordinates": 4, "levels": 1, "packed": True}
@@ -153,7 +153,7 @@ def test_deterministic_gradients_by_chunks_of_buckets(torch_gpu, monkeypatch):
 
 
 def test_deterministic_gradients_of_samples_that_are_materialised(torch_gpu):
-    calls = Checked(torch_gpu, Case("three", P=3), form=FUSED)
+    calls = Checked(torch_gpu, Case("three", M=3, P=3), form=FUSED)
     for _ in REPEATED:
         calls.check(deterministic=True)
     assert kernels_of(torch_gpu).count("materialise") == 3
