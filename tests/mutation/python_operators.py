@@ -72,6 +72,8 @@ def _code(node: ast.AST, key: bool = False) -> Iterator[ast.AST]:
     for name, child in ast.iter_fields(node):
         if name in ("annotation", "returns", "exc", "msg", "type_params") or _is_for_type_checkers(node):
             continue
+        if name == "value" and isinstance(node, ast.keyword) and node.arg == "strict":  # of a zip: a check of our own
+            continue
         below = key or _names_a_key(node, name)
         for one in child if isinstance(child, list) else [child]:
             if isinstance(one, ast.AST) and not isinstance(one, ast.JoinedStr):
