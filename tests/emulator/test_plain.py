@@ -329,6 +329,23 @@ def test_hostile_metadata_under_the_sanitizers(name):
     np.testing.assert_allclose(emulator.summation(inputs, **options), grads[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["negative height", "start beyond S"])
+@pytest.mark.parametrize(
+    "variant", [{"interpolation": "nearest"}, {"padding_mode": "border"}, {"align_corners": True}], ids=str
+)
+def test_hostile_metadata_in_variants(variant, name):
+    """Where locations are clamped, too: a level that does not fit has no pixel to clamp them to."""
+    shapes, starts = BAD_LEVELS[name]
+    inputs = CASES[0].inputs()
+    inputs.locations[:, 0] = 0.5
+    options = {"metadata_on_device": True, "shapes": shapes, "starts": starts, "variant": variant}
+    assert np.isnan(emulator.forward(inputs, **options)).all()
+    bad = [h < 0 or start > 42 for (h, _), start in zip(shapes, starts, strict=True)]
+    of_weights = emulator.backward(inputs, **options)[2]
+    assert np.isnan(of_weights[..., bad, :]).all()
+    assert np.isfinite(of_weights[..., [not one for one in bad], :]).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30, 3e38], ids=str)
 def test_hostile_locations_under_the_sanitizers(bad):
     inputs = CASES[0].inputs(seed=4)
