@@ -133,6 +133,20 @@ def test_hostile_inputs_under_the_sanitizers(bad):
     emulator.summation(inputs, sanitize=True)
 
 
+@pytest.mark.parametrize("shift", [0, 40, -40, 88, 120, -120, 1e4, -1e4])
+@pytest.mark.parametrize("case", [PATHS[0], PATHS[1]], ids=["materialised", "softmax in the sort"])
+def test_logits_far_from_zero(case, shift):
+    """Where their exponentials have no largest logit taken out, overflow, or are all 0."""
+    inputs = front_inputs(case)
+    inputs.weights[:, ::2] += shift
+    inputs.weights[:, 1::3, :, 0] -= shift
+    want_output, want_grads = cases.expected_fused(inputs)
+    assert_close(emulator.forward(inputs), want_output, "float32")
+    for name, got, want in zip(NAMES, emulator.backward(inputs, wanted=ALL), want_grads, strict=True):
+        assert_close(got, want, "float32", name)
+    assert_close(emulator.summation(inputs), want_grads[0], "float32")
+
+
 @pytest.mark.parametrize("order", [1, 7], ids=["downwards", "scattered"])
 def test_order_of_threads_does_not_matter(order):
     for case in (PATHS[0], PATHS[2]):
