@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cupy_msda.cuda import plan
-from cupy_msda.cuda.gpu import H100
+from cupy_msda.cuda.gpu import H100, Gpu
 from tests.helpers import cases, emulator
 from tests.helpers.cases import Case
 from tests.helpers.emulator import SMALL_GPU
@@ -40,19 +40,25 @@ def with_nan_elsewhere(inputs, variant):
     return inputs._replace(value=value)
 
 
-@pytest.mark.parametrize("gpu", [SMALL_GPU, H100], ids=["throughput", "latency"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_only_neighbours_of_samples_are_read(case, gpu):
-    inputs = case.inputs(seed=51)
+IN_SIXTEEN_BITS = [(case, gpu, "float16") for case in CASES[1:4] for gpu in (SMALL_GPU, H100)]
+
+
+@pytest.mark.parametrize(
+    ("case", "gpu", "dtype"),
+    [*((case, gpu, "float32") for case in CASES for gpu in (SMALL_GPU, H100)), *IN_SIXTEEN_BITS],
+    ids=lambda part: {SMALL_GPU: "throughput", H100: "latency"}[part] if isinstance(part, Gpu) else str(part),
+)
+def test_only_neighbours_of_samples_are_read(case, gpu, dtype):
+    inputs = case.inputs(dtype, seed=51)
     inputs.locations[:] *= 0.3  # so that some pixels have no sample
     want_output, want_grads = cases.expected(inputs, **case.variant)
     isolated = with_nan_elsewhere(inputs, case.variant)
     assert np.isnan(isolated.value[1, :, 0]).any()
     options = {"gpu": gpu, "variant": case.variant}
     output = emulator.forward(isolated, **options).reshape(case.N, -1, case.M, case.D)
-    assert_close(output[1, :, 0], want_output.reshape(output.shape)[1, :, 0], "float32")
+    assert_close(output[1, :, 0], want_output.reshape(output.shape)[1, :, 0], dtype)
     for got, want in list(zip(emulator.backward(isolated, **options), want_grads, strict=True))[1:]:
-        assert_close(got[1, :, 0], want[1, :, 0], "float32")
+        assert_close(got[1, :, 0], want[1, :, 0], dtype)
 
 
 def test_the_cases_take_the_ways_that_they_name():
