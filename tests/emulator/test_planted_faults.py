@@ -37,6 +37,10 @@ FAULTS = {
             END_OF_CHUNK.replace("__syncwarp();", "if (config::query_tiles == 1) __syncwarp();"),
         ),
     ),
+    "shuffle whose mask lacks lanes": (
+        Case("many_levels", levels=((9, 11), *((2, 3),) * 7), N=2, M=4, D=32, P=1, queries=None),
+        Fault("forward", "__shfl_up_sync(0xffffffffu, end, 1)", "__shfl_up_sync(0xffffu, end, 1)"),
+    ),
     "vector at an address that is not aligned": (
         CHUNKS,
         Fault(

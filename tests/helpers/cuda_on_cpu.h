@@ -193,6 +193,11 @@ __attribute__((no_sanitize("thread"))) inline T add(T* p, T x) {
     return old;
 }
 
+// The kernels use no other mask than that of all lanes.
+inline void all_lanes(unsigned long long mask, int line) {
+    if (mask != 0xffffffffull) fail("a mask without some lanes of the warp", line);
+}
+
 inline void body() {
     EMULATOR_BEGIN(scheduler);
     threadIdx.x = (unsigned)current;
@@ -311,15 +316,17 @@ inline const char* launch(void (*entry)(void*), void* arguments, const long long
 #define __syncthreads() emulator::wait_for_block(__LINE__)
 #define __syncthreads_or(vote) emulator::vote_of_block(vote, __LINE__)
 #define __syncwarp() emulator::wait_for_warp(__LINE__, true)
-#define __all_sync(mask, vote) (emulator::ballot(vote, __LINE__) == 0xffffffffu)
-#define __match_any_sync(mask, x) emulator::match(x, __LINE__)
-#define __ballot_sync(mask, vote) emulator::ballot(vote, __LINE__)
+#define __all_sync(mask, vote) (emulator::all_lanes(mask, __LINE__), emulator::ballot(vote, __LINE__) == 0xffffffffu)
+#define __match_any_sync(mask, x) (emulator::all_lanes(mask, __LINE__), emulator::match(x, __LINE__))
+#define __ballot_sync(mask, vote) (emulator::all_lanes(mask, __LINE__), emulator::ballot(vote, __LINE__))
 #define __ffs(x) __builtin_ffs(x)
 #define __popc(x) __builtin_popcount(x)
-#define __shfl_xor_sync(mask, x, lanes) emulator::exchange(x, (emulator::current % 32) ^ (lanes), __LINE__)
-#define __shfl_sync(mask, x, lane) emulator::exchange(x, (lane), __LINE__)
+#define __shfl_xor_sync(mask, x, lanes) \
+    (emulator::all_lanes(mask, __LINE__), emulator::exchange(x, (emulator::current % 32) ^ (lanes), __LINE__))
+#define __shfl_sync(mask, x, lane) (emulator::all_lanes(mask, __LINE__), emulator::exchange(x, (lane), __LINE__))
 #define __shfl_up_sync(mask, x, by) \
-    emulator::exchange(x, emulator::current % 32 < (by) ? emulator::current % 32 : emulator::current % 32 - (by), __LINE__)
+    (emulator::all_lanes(mask, __LINE__), emulator::exchange(x, \
+        emulator::current % 32 < (by) ? emulator::current % 32 : emulator::current % 32 - (by), __LINE__))
 
 // These are part of their caller, so that the access log names its line.
 #define CUDA_FUNCTION template <typename T> __attribute__((always_inline)) inline
