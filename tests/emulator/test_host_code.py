@@ -10,18 +10,23 @@ import cupy_msda
 from cupy_msda.cuda import plan_backward, sorted_heuristics
 from tests.helpers import cases, emulated_gpu, emulator
 from tests.helpers.cases import Case
-from tests.helpers.emulated_calls import Metadata, assert_results, call, check, run, wanted
+from tests.helpers.emulated_calls import (
+    DENSE,
+    FUSED,
+    GAPS,
+    HALF,
+    PACKED_BOXES,
+    PLAIN,
+    Metadata,
+    assert_results,
+    call,
+    check,
+    run,
+    wanted,
+)
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 gpu = pytest.fixture(emulated_gpu.fixture)
-
-# Few kernels, each compiled once and then used by many tests, those of tests/with_torch too.
-PLAIN = Case("plain", M=3)  # N * M is not N + M
-GAPS = Case("gaps", starts=(4, 50), S=64, M=3)
-DENSE = Case("dense", M=3, queries=60)
-HALF = ("float16", "float32")
-FUSED = {"coordinates": 2}
-PACKED_BOXES = {"coordinates": 4, "levels": 1, "packed": True}
 
 
 def kernels_of(gpu):

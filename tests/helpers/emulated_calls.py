@@ -4,8 +4,16 @@ from typing import NamedTuple
 
 import cupy_msda
 from tests.helpers import cases
+from tests.helpers.cases import Case
 from tests.helpers.tolerance import assert_close
 
+# Few kernels, each compiled once and then used by the tests of arrays and of torch.
+PLAIN = Case("plain", M=3)  # N * M is not N + M
+GAPS = Case("gaps", starts=(4, 50), S=64, M=3)
+DENSE = Case("dense", M=3, queries=60)
+HALF = ("float16", "float32")
+FUSED = {"coordinates": 2}
+PACKED_BOXES = {"coordinates": 4, "levels": 1, "packed": True}
 NAMES = ("grad_value", "grad_locations", "grad_weights", "grad_references")
 
 

@@ -175,7 +175,7 @@ def measure_all(tasks, jobs):
 # Two sides.
 
 
-def _differs(old, new):
+def differs(old, new):
     """Whether two kernels differ.
 
     A constant more is no difference: NVRTC keeps every constexpr variable, whether it is used or not.
@@ -187,7 +187,7 @@ def _differs(old, new):
 def compare(old, new):
     """Labels that are equal, that differ and that only one side has: from label to what `measure` says."""
     both = [label for label in old if label in new]
-    different = [label for label in both if _differs(old[label], new[label])]
+    different = [label for label in both if differs(old[label], new[label])]
     resources = ("registers", "spilled", "shared", "instructions")
     return {
         "equal": [label for label in both if label not in set(different)],

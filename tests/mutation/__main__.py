@@ -1,7 +1,8 @@
 """python -m tests.mutation --seed N --count K: how many drawn changes of the sources the tests find.
 
 Half of the mutants are of the CUDA sources, run in the emulator, and half of the Python sources. A change that compiles
-to the same code is not counted, nor is one that --neutral lists: after it every result and every launch is still right.
+to the same code is not counted, nor is a survivor whose verdict in the report, which is written by hand, begins with
+"neutral": after it every result and every launch is still right.
 The report says which test killed each mutant and which survive. The same command goes on where it was stopped.
 
 Which tests reach a line is recorded by one run of all tests, `--record`, which takes twice as long as the tests.
@@ -53,31 +54,25 @@ def record(reached: Path) -> None:
 
 def run(language: str, seed: int, count: int, report: Report, reached: Reached, workers: list[Worker]) -> None:
     """Run drawn mutants until `count` of them have been killed or have survived."""
-    waiting = iter(drawn(language, seed))
-    lock, free = threading.Lock(), list(workers)
+    waiting = (mutant for mutant in drawn(language, seed) if not report.has(mutant))
+    lock, running = threading.Lock(), set()
 
-    def work() -> None:
+    def work(worker: Worker) -> None:
         while True:
             with lock:
-                if report.counted(language) + report.running >= count:
-                    return
-                mutant = next(waiting, None)
+                enough = report.counted(language) + len(running) >= count
+                mutant = None if enough else next(waiting, None)
                 if mutant is None:
                     return
-                if report.has(mutant):
-                    continue
-                report.running += 1
-                worker = free.pop()
+                running.add(mutant)
             outcome = worker.run(mutant, reached)
             equivalent = outcome.status == "survived" and is_equivalent(mutant)
             with lock:
-                free.append(worker)
-                report.running -= 1
+                running.remove(mutant)
                 report.add(language, mutant, outcome, equivalent)
 
     with ThreadPoolExecutor(len(workers)) as pool:
-        for ended in [pool.submit(work) for _ in workers]:
-            ended.result()
+        list(pool.map(work, workers))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,8 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.reached.is_dir():
         parser.error(f"{options.reached} has no record of what the tests reach: run with --record first")
     report = Report(options.out or HOME / f"mutation_{options.seed}.json", options.seed, provenance("cpu"))
-    cache = Path(os.environ.get("CUPY_MSDA_MUTATION_CACHE", tempfile.gettempdir()))
-    workers = [Worker(HOME / f"worker{number}", cache) for number in range(options.workers)]
+    workers = [Worker(HOME / f"worker{number}") for number in range(options.workers)]
     reached = Reached(options.reached)
     reached.keep(workers[0].collected())
     for language in options.languages:

@@ -58,7 +58,7 @@ CAST = re.compile(rf"\(({'|'.join(NARROWER)})\)(?=[\w(])")
 NAMES = {"min": "max", "max": "min", "fminf": "fmaxf", "fmaxf": "fminf", "true": "false", "false": "true"}
 NAME = re.compile(rf"\b({'|'.join(NAMES)})\b")
 # Two neighbouring arguments that are names or members.
-ARGUMENTS = re.compile(r"(?<=[(,] )?(?<=[(\s])([a-z_][\w.]*), ([a-z_][\w.]*)(?=[,)])")
+ARGUMENTS = re.compile(r"(?<=[(\s])([a-z_][\w.]*), ([a-z_][\w.]*)(?=[,)])")
 CONDITION = re.compile(r"\bif( constexpr)? \(")
 STATEMENT = re.compile(
     r"(?<=[;{}:)\n])(\s*)((?!return\b|using\b|else\b|static|struct|template|typedef|namespace)[^;{}#]+;)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
 import types
 from pathlib import Path
@@ -23,11 +24,7 @@ def is_equivalent(mutant: Mutant) -> bool:
         return _bytecode(text) == _bytecode(mutant.applied(text))
     name = mutant.file.removeprefix("cuda_src/")
     with tempfile.TemporaryDirectory() as folder:
-        changed = Path(folder)
-        for file in (ROOT / "cuda_src").rglob("*.cu*"):
-            target = changed / file.relative_to(ROOT / "cuda_src")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(file.read_text())
+        changed = Path(shutil.copytree(ROOT / "cuda_src", Path(folder) / "cuda_src"))
         (changed / name).write_text(mutant.applied(text))
         return all(_same_code(spec, changed) for spec in _budgeted())
 
@@ -45,7 +42,7 @@ def _same_code(spec, folder: Path) -> bool:
         machine_code.measure(kernels.prelude(spec) + source, tuple(specialisations.flags(ARCHITECTURE)), spec.function)
         for source in sources
     )
-    return old["code"] == new["code"] and old["data"] == new["data"]
+    return not machine_code.differs(old, new)
 
 
 def _bytecode(text: str):

@@ -8,6 +8,7 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import coverage
 
@@ -133,21 +134,14 @@ class Reached:
 
 def _origins(kernel: str) -> list[tuple[str, int] | None]:
     """File and line of each line of a kernel's text."""
-    marked = {}
 
     class Folder:
         """cuda_src, with the origin behind each line."""
 
-        def __truediv__(self, name: str) -> Folder:
-            marked["name"] = name
-            return self
-
-        def read_text(self) -> str:
-            name = marked["name"]
+        def __truediv__(self, name: str) -> SimpleNamespace:
             lines = (ROOT / "cuda_src" / name).read_text().split("\n")
-            return "\n".join(
-                line if line.endswith("\\") else f"{line} //@{name}:{i}" for i, line in enumerate(lines, 1)
-            )
+            marked = (line if line.endswith("\\") else f"{line} //@{name}:{i}" for i, line in enumerate(lines, 1))
+            return SimpleNamespace(read_text=lambda: "\n".join(marked))
 
     found = []
     for line in kernels.source_in(Folder(), kernel).split("\n"):

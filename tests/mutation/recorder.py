@@ -14,6 +14,7 @@ from pathlib import Path
 import coverage
 import pytest
 
+from cupy_msda.cuda import kernels
 from tests.helpers import emulator
 
 from .mutant import ROOT
@@ -37,7 +38,7 @@ class Recorder:
         def recorded(spec, text=None, sanitize=False, **options):
             target = build(spec, text, sanitize, **options)
             if text is None:
-                self.kernels[self.test][str(target)] = spec.kernel, emulator.kernels.prelude(spec).count("\n")
+                self.kernels[self.test][str(target)] = spec.kernel, kernels.prelude(spec).count("\n")
             return target
 
         emulator.build = recorded

@@ -17,7 +17,7 @@ class Report:
     """Mutants and what became of them. Survivors get their `verdict` by hand; "neutral: ..." is not counted."""
 
     def __init__(self, path: Path, seed: int, provenance: dict[str, Any]) -> None:
-        self.path, self.running = path, 0
+        self.path = path
         self.content: dict[str, Any] = {"seed": seed, "provenance": provenance, "rates": {}, "mutants": []}
         if path.exists():
             self.content = json.loads(path.read_text())

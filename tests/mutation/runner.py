@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.helpers import emulator
+
 from .mutant import ROOT, Mutant
 from .reached import Reached, within
 
@@ -21,7 +23,6 @@ SECONDS, MORE_SECONDS = 40.0, 120.0
 HANGS_AFTER = 3.0
 START_SECONDS = 30.0
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
-EMULATOR_CACHE = f"cupy_msda_emulator_{os.getuid()}"
 # The compiler's word for what is no program.
 NO_PROGRAM = re.compile(r"RuntimeError: <stdin>.*?error: ", re.DOTALL)
 
@@ -39,21 +40,20 @@ class Outcome:
 class Worker:
     """A copy of the project in which mutants are planted."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
-        self.root, self.temporary, self.cache = folder / "project", folder / "tmp", cache
+    def __init__(self, folder: Path) -> None:
+        self.root, self.temporary = folder / "project", folder / "tmp"
+        self.builds = self.temporary / emulator.CACHE.name
         shutil.rmtree(folder, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
+        self.builds.mkdir(parents=True)
         listed = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
         for name in subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0"):
             if name and (ROOT / name).is_file():
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, self.root / name)
         self.kept: set[str] = set()
-        if (known := cache / EMULATOR_CACHE).is_dir():
-            (self.temporary / EMULATOR_CACHE).mkdir()
-            for file in known.iterdir():
-                os.link(file, self.temporary / EMULATOR_CACHE / file.name)
-                self.kept.add(file.name)
+        for file in emulator.CACHE.iterdir() if emulator.CACHE.is_dir() else ():
+            os.link(file, self.builds / file.name)
+            self.kept.add(file.name)
 
     def run(self, mutant: Mutant, reached: Reached) -> Outcome:
         """Plant the mutant, run its tests until one fails, and take it out."""
@@ -123,7 +123,6 @@ class Worker:
         return Outcome("killed", failed[2] if failed else f"exit status {process.returncode}")
 
     def _forget_kernels(self) -> None:
-        folder = self.temporary / EMULATOR_CACHE
-        for file in folder.iterdir() if folder.is_dir() else ():
+        for file in self.builds.iterdir():
             if file.name not in self.kept:
                 file.unlink()

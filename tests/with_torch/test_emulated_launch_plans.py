@@ -13,6 +13,7 @@ from cupy_msda.cuda import plan_backward
 from cupy_msda.torch import fast_path
 from tests.helpers import emulated_torch, emulator
 from tests.helpers.cases import PARTIAL_GRADIENTS, Case, gradient_names
+from tests.helpers.emulated_calls import DENSE, FUSED, GAPS, HALF, PACKED_BOXES, PLAIN
 from tests.helpers.emulated_torch import deterministic_algorithms
 from tests.helpers.emulated_torch_calls import (
     NOTHING,
@@ -28,13 +29,6 @@ from tests.helpers.emulated_torch_calls import (
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 torch_gpu = pytest.fixture(emulated_torch.fixture)
 
-# Those of tests/emulator/test_host_code.py, so that few kernels are compiled.
-PLAIN = Case("plain", M=3)  # N * M is not N + M
-GAPS = Case("gaps", starts=(4, 50), S=64, M=3)
-DENSE = Case("dense", M=3, queries=60)
-HALF = ("float16", "float32")
-FUSED = {"coordinates": 2}
-PACKED_BOXES = {"coordinates": 4, "levels": 1, "packed": True}
 FORMS = [None, FUSED, PACKED_BOXES]
 # The first call of a layout leaves its plan, the second one takes it from the plan cache, the third is a recent one.
 REPEATED = range(3)
