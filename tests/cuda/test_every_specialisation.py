@@ -150,7 +150,7 @@ def rows():
         yield pytest.param(row, specs, id=text_of(row), marks=[] if number % 40 == 0 else pytest.mark.long)
 
 
-@pytest.mark.parametrize(("row", "specs"), rows())
+@pytest.mark.parametrize(("row", "specs"), list(rows()))
 @pytest.mark.usefixtures("device", "bfloat16_as_its_bits")
 def test_results_are_right(row, specs, launched, monkeypatch):
     small = smallest_calls.smallest(row, specs)

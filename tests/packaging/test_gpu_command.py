@@ -153,7 +153,7 @@ def test_modules_that_ask_for_a_gpu_have_marked_tests():
     texts = {path: path.read_text() for path in ROOT.glob("tests/*/test_*.py") if path != Path(__file__)}
     asking = {path for path, text in texts.items() if "backends.GPU" in text}
     assert asking
-    assert not {path for path in asking if "@pytest.mark.gpu_if_present" not in texts[path]}
+    assert not {path for path in asking if "pytest.mark.gpu_if_present" not in texts[path]}
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(project):
