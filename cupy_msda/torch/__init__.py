@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
 from . import flops as _flops  # noqa: F401  (registers them with torch)
 from .functional import MSDeformAttnFunction, decomposed, ms_deform_attn, ms_deform_attn_fused
 from .modules import MSDeformAttn, MultiScaleDeformableAttention
+from .patching import patch
 
 __all__ = [
     "MSDeformAttn",
@@ -20,4 +21,5 @@ __all__ = [
     "decomposed",
     "ms_deform_attn",
     "ms_deform_attn_fused",
+    "patch",
 ]

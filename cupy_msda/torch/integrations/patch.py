@@ -22,8 +22,18 @@ def standing_in(ours: Callable[..., Any], original: Callable[..., Any], value_at
         value = named["value"] if "value" in named else arguments[value_at]
         return (ours if serves(value) else original)(*arguments, **named)
 
-    chosen.__dict__[_OURS] = ours
-    return chosen
+    return mark_stand_in(chosen, ours)
+
+
+def mark_stand_in(function: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Note in `function` what it calls instead of the original."""
+    function.__dict__[_OURS] = ours
+    return function
+
+
+def is_stand_in(function: Any) -> bool:
+    """Whether a patch has put it there."""
+    return hasattr(function, _OURS)
 
 
 def stands_in(function: Any, ours: Callable[..., Any]) -> bool:

@@ -1,0 +1,214 @@
+"""What a candidate computes: called with small random inputs in float64, and compared with the operator."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..functional import ms_deform_attn
+from .conventions import CHOICES, HEADS_FIRST, PER_LEVEL, PIXELS_FIRST, Layout, Signature
+
+N, M, D, Q = 2, 3, 5, 7
+LEVELS = ((6, 9), (4, 5))
+EVEN_POINTS, UNEVEN_POINTS = (4, 4), (1, 3)
+# Options of the operator that a candidate may have built in. Nearest is what the method "discrete" means.
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"padding_mode": "border"},
+    {"align_corners": True},
+    {"padding_mode": "border", "align_corners": True},
+    {"interpolation": "nearest"},
+)
+TOLERANCE = 1e-9
+
+
+@dataclass
+class Finding:
+    """The layouts in which a candidate computes the operator, with the options of each.
+
+    Attributes
+    ----------
+    of_tensors : str
+        The layout of a value that is one tensor.
+    gradients : bool
+        Whether its gradients have been compared; some candidates have none on a CPU.
+    is_verified : bool
+        False where the candidate cannot run on a CPU and has the parameters of the extension, whose layout is known.
+    problem : str
+        Why there are no layouts.
+    """
+
+    layouts: dict[Layout, dict[str, Any]] = field(default_factory=dict)
+    of_tensors: str = PIXELS_FIRST
+    gradients: bool = True
+    is_verified: bool = True
+    problem: str = ""
+
+
+def probe(candidate: Callable[..., Any], signature: Signature) -> Finding:
+    """Call a candidate by keyword in every documented layout that its parameters allow.
+
+    Random generators, inputs and the modes of torch are afterwards as they were before.
+    """
+    found = Finding()
+    with _undisturbed():
+        inputs = _Inputs(UNEVEN_POINTS if "num_points" in signature.roles else EVEN_POINTS)
+        for layout in _layouts(signature):
+            if layout.value == HEADS_FIRST and any(one.value == PIXELS_FIRST for one in found.layouts):
+                continue
+            _try(candidate, signature, layout, inputs, found)
+    return found
+
+
+def _layouts(signature: Signature) -> Iterator[Layout]:
+    if signature.is_extension:
+        yield Layout(PIXELS_FIRST, True, True)
+        return
+    by_level = [(False, False)] if "num_points" in signature.roles else [(True, True), (True, False), (False, False)]
+    choices = [CHOICES[name] for name in signature.choices]
+    for value in (PIXELS_FIRST, HEADS_FIRST, PER_LEVEL):
+        for samples in by_level:
+            for chosen in itertools.product(*choices):
+                yield Layout(value, *samples, chosen)
+
+
+def _try(candidate: Callable[..., Any], signature: Signature, layout: Layout, inputs: _Inputs, found: Finding) -> None:
+    """Add the layout to what is found if the results are the operator's in one of its variants."""
+    leaves = inputs.leaves()
+    try:
+        output = _call(candidate, signature, layout, inputs, leaves)
+    except Exception as error:
+        found.problem = found.problem or f"it raised {type(error).__name__}: {error}"
+        if signature.is_extension:
+            found.layouts[layout], found.gradients, found.is_verified = {}, False, False
+        return
+    if not isinstance(output, Tensor) or output.shape != (N, Q, M * D):
+        found.problem = found.problem or "its output is not [N, Q, M*D]"
+        return
+    grads = _gradients(output, leaves, inputs.grad_output)
+    for options in VARIANTS:
+        exact, exact_grads = inputs.expected(options)
+        if not _close(output.detach(), exact):
+            continue
+        if grads is not None and not all(map(_close, grads, exact_grads)):
+            found.problem = "its output is the operator's, its gradients are not"
+            return
+        found.layouts[layout] = options
+        found.gradients = found.gradients and grads is not None
+        if layout.value != PER_LEVEL:
+            found.of_tensors = layout.value
+        return
+    found.problem = found.problem or "it computes something else"
+
+
+def _call(
+    candidate: Callable[..., Any], signature: Signature, layout: Layout, inputs: _Inputs, leaves: list[Tensor]
+) -> Any:
+    """Call with level sizes in a tensor, and with numbers where that fails."""
+    shapes = torch.tensor(LEVELS)
+    try:
+        return candidate(**inputs.named(signature, layout, [leaf * 1 for leaf in leaves], shapes))
+    except Exception:
+        return candidate(**inputs.named(signature, layout, [leaf * 1 for leaf in leaves], list(LEVELS)))
+
+
+def _gradients(output: Tensor, leaves: list[Tensor], grad_output: Tensor) -> list[Tensor] | None:
+    """None where the candidate has none."""
+    try:
+        grads = torch.autograd.grad(output, leaves, grad_output, allow_unused=True)
+    except Exception:
+        return None
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
+
+
+def _close(have: Tensor, want: Tensor) -> bool:
+    return bool((have - want).norm() <= TOLERANCE * want.norm())
+
+
+class _Inputs:
+    """A problem whose samples lie inside and outside of the levels, and what the operator makes of it."""
+
+    def __init__(self, points: tuple[int, ...]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.points = points
+        self._expected: dict[str, tuple[Tensor, list[Tensor]]] = {}
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.rand(shape, dtype=torch.float64, generator=generator)
+
+        pixels = sum(height * width for height, width in LEVELS)
+        self._value = drawn(N, pixels, M, D) - 0.5
+        self._locations = 1.6 * drawn(N, Q, M, sum(points), 2) - 0.3
+        self._weights = drawn(N, Q, M, sum(points))
+        self.grad_output = drawn(N, Q, M * D) - 0.5
+
+    def leaves(self) -> list[Tensor]:
+        """Value [N, S, M, D], locations [N, Q, M, L*P, 2] and weights [N, Q, M, L*P]."""
+        return [tensor.clone().requires_grad_() for tensor in (self._value, self._locations, self._weights)]
+
+    def named(self, signature: Signature, layout: Layout, tensors: list[Tensor], shapes: Any) -> dict[str, Any]:
+        """The arguments of a candidate by the names of its parameters."""
+        value, locations, weights = tensors
+        arguments: dict[str, Any] = {
+            "value": _value_in(layout.value, value),
+            "shapes": shapes,
+            "sizes": list(LEVELS),
+            "starts": torch.tensor([0, LEVELS[0][0] * LEVELS[0][1]]),
+            "locations": locations.unflatten(3, (len(LEVELS), -1)) if layout.locations_by_level else locations,
+            "weights": weights.unflatten(3, (len(LEVELS), -1)) if layout.weights_by_level else weights,
+            "num_points": list(self.points),
+            "im2col_step": 64,
+        }
+        named = {signature.roles[role]: part for role, part in arguments.items() if role in signature.roles}
+        return named | dict(zip(signature.choices, layout.choices, strict=True)) | dict(signature.others)
+
+    def expected(self, options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """Output and gradients of the operator."""
+        key = str(options)
+        if key not in self._expected:
+            leaves = self.leaves()
+            value, locations, weights = leaves
+            if "interpolation" in options:
+                locations = locations.detach()
+            output = ms_deform_attn(value, LEVELS, None, locations, weights, num_points=self.points, **options)
+            grads = _gradients(output, leaves, self.grad_output)
+            assert grads is not None
+            self._expected[key] = output.detach(), grads
+        return self._expected[key]
+
+
+def _value_in(layout: str, value: Tensor) -> Any:
+    """Value [N, S, M, D] in another layout."""
+    if layout == PIXELS_FIRST:
+        return value
+    heads_first = value.permute(0, 2, 3, 1).contiguous()
+    return heads_first if layout == HEADS_FIRST else list(heads_first.split([h * w for h, w in LEVELS], -1))
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Gradients are on, autocast, warnings and another default device are off; random generators are restored."""
+    python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(of_numpy)  # noqa: NPY002

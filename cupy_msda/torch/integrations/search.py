@@ -1,0 +1,155 @@
+"""Finding what may compute multi-scale deformable attention: in modules, in the layers of a model, in imports."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Function
+
+from .conventions import NAME
+
+# Packages that have no such function. Their modules are most of those that are loaded.
+_SKIPPED = ("torch", "cupy_msda", "numpy", "cupy", "scipy", "triton", "sympy", "jax", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A function, an autograd function or the forward of a layer, by name.
+
+    Attributes
+    ----------
+    found : FunctionType, type or object
+        A function of Python, a subclass of ``torch.autograd.Function``, or what cannot be exchanged.
+    layer : type or None
+        The class of layers whose ``forward`` it is.
+    holder : tuple or None
+        Who holds the ``apply`` of an autograd function, and under which name.
+    """
+
+    name: str
+    found: Any
+    layer: type[nn.Module] | None = None
+    holder: tuple[Any, str] | None = None
+
+
+def in_module(module: ModuleType) -> Iterator[Candidate]:
+    """Candidates that a module has, its own or those of other modules."""
+    for name, found in list(vars(module).items()):
+        yield from _of(found, name, module)
+        if isinstance(found, type) and found.__module__ == module.__name__:
+            yield from _in_class(found)
+
+
+def in_loaded_modules() -> Iterator[Candidate]:
+    """Candidates of all modules that are imported."""
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, ModuleType) and name.partition(".")[0] not in _SKIPPED:
+            yield from in_module(module)
+
+
+def in_model(model: nn.Module) -> Iterator[Candidate]:
+    """Candidates that layers keep as attributes, and those of the classes of layers."""
+    for layer in model.modules():
+        for name, found in list(vars(layer).items()):
+            yield from _of(found, name, layer)
+        for cls in type(layer).__mro__:
+            if cls.__module__.partition(".")[0] not in _SKIPPED:
+                yield from _of(cls, cls.__name__)
+                yield from _in_class(cls)
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers whose class is named after deformable attention, without those of this package."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if NAME.search(type(layer).__name__) and not type(layer).__module__.startswith("cupy_msda.")
+    }
+
+
+def compiled_parts(model: nn.Module) -> list[str]:
+    """Parts of a model whose code is fixed already: a patch does not reach what was scripted or traced."""
+    return [name or "the model" for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+
+
+def _in_class(cls: type) -> Iterator[Candidate]:
+    """Static methods."""
+    for name, found in list(vars(cls).items()):
+        if isinstance(found, staticmethod) and not issubclass(cls, Function):
+            yield from _of(found.__func__, name)
+
+
+def _of(found: Any, name: str, owner: Any = None) -> Iterator[Candidate]:
+    """The candidate that an attribute of `owner` is or keeps."""
+    while isinstance(found, functools.partial):
+        found = found.func
+    # A compiled function keeps what it was made of, and torch's compiler sees that change.
+    found = getattr(found, "_torchdynamo_orig_callable", found) if isinstance(found, FunctionType) else found
+    function = getattr(found, "__self__", None)
+    if isinstance(function, type) and issubclass(function, Function):  # a kept `apply`
+        if NAME.search(function.__name__):
+            yield Candidate(f"{function.__module__}.{function.__qualname__}", function, holder=(owner, name))
+        return
+    if isinstance(found, FunctionType):
+        if NAME.search(found.__name__) and not _is_skipped(found):
+            yield Candidate(f"{found.__module__}.{found.__qualname__}", found)
+    elif isinstance(found, torch.jit.ScriptFunction):
+        if NAME.search(name):
+            yield Candidate(name, found)
+    elif isinstance(found, type) and NAME.search(found.__name__) and not _is_skipped(found):
+        if issubclass(found, Function):
+            yield Candidate(f"{found.__module__}.{found.__qualname__}", found)
+        elif issubclass(found, nn.Module) and isinstance(vars(found).get("forward"), FunctionType):
+            yield Candidate(f"{found.__module__}.{found.__qualname__}", found.forward, found)
+
+
+def _is_skipped(found: Any) -> bool:
+    return (found.__module__ or "").partition(".")[0] in _SKIPPED
+
+
+class ImportWatch(MetaPathFinder):
+    """Hands each module that is imported from a source file to `seen`, after its code has run."""
+
+    def __init__(self, seen: Callable[[ModuleType], None]) -> None:
+        self._seen = seen
+
+    def start(self) -> None:
+        """Watch imports."""
+        sys.meta_path.insert(0, self)
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Of the import system: what the other finders find, with a loader that reports."""
+        if fullname.partition(".")[0] in _SKIPPED:
+            return None
+        # Those after this one, so that another watch is asked in its turn.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                # Loaders of other kinds may be shared between modules.
+                if type(spec.loader) is SourceFileLoader:
+                    self._report_from(spec.loader)
+                return spec
+        return None
+
+    def _report_from(self, loader: SourceFileLoader) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self._seen(module)
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -1,0 +1,138 @@
+"""What takes the place of a function of a model: it serves the calls that it understands, and counts them all."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..devices import serves
+from ..dtypes import agreed_dtypes
+from ..functional import ms_deform_attn
+from .conventions import Layout, Signature
+from .probe import Finding
+from .report import Line
+
+# How far the first call of a function that only runs on a GPU may be from the operator, by the norm of the output. The
+# extension computes coordinates in value's dtype.
+FIRST_CALL_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+TOLERANCE_16_BIT = 5e-2
+
+
+class Served:
+    """Calls the operator where the layout of a call is known to mean the same, and the original elsewhere.
+
+    Attributes
+    ----------
+    name : str
+        ``module.name`` of the original.
+    calls : int
+        Calls that the operator has served. Compiled code does not count its calls.
+    left : Counter
+        Calls that went to the original, by the reason.
+    is_verified : bool
+        False until the first call of a function that could not be compared before.
+    is_active : bool
+        False after the patch is undone: whoever has kept this calls the original.
+    """
+
+    def __init__(self, name: str, original: Callable[..., Any], signature: Signature, finding: Finding) -> None:
+        self.name, self.original, self.signature, self.finding = name, original, signature, finding
+        self.calls = 0
+        self.left: Counter[str] = Counter()
+        self.is_verified = finding.is_verified
+        self.differs = False
+        self.is_active = True
+
+    # A redirected method hands its own `self` over by name.
+    def __call__(served, /, *arguments: Any, **named: Any) -> Any:  # pyright: ignore[reportSelfClsParameterName]
+        signature = served.signature
+        named = signature.by_name(arguments, named)
+        if reason := served._reason_to_leave(named):
+            if not torch.compiler.is_compiling():
+                served.left[reason] += 1
+            return served.original(**named)
+        layout = signature.layout(named, served.finding.of_tensors)
+        if torch.compiler.is_compiling():
+            return _operator(signature, named, layout, served.finding.layouts[layout])
+        if not served.is_verified and not _is_capturing():
+            return served._first_call(named, layout)
+        served.calls += 1
+        return _operator(signature, named, layout, served.finding.layouts[layout])
+
+    def line(self) -> Line:
+        """Its line of a report."""
+        if self.differs:
+            return Line(self.name, "kept", reason="its first call had another result")
+        layouts = " or ".join(
+            ", ".join([str(layout), *(f"{option}={value!r}" for option, value in options.items())])
+            for layout, options in self.finding.layouts.items()
+        )
+        remarks = [f"{count} calls went to the original: {reason}" for reason, count in self.left.items()]
+        if not self.is_verified:
+            remarks.append("to be compared at its first call")
+        elif not self.finding.is_verified:
+            remarks.append(self.finding.problem or "compared at its first call")
+        elif not self.finding.gradients:
+            remarks.append("its gradients could not be compared")
+        return Line(self.name, "served", layouts, self.calls, "; ".join(remarks))
+
+    def _reason_to_leave(self, named: Mapping[str, Any]) -> str:
+        """Why the original has to answer a call, or nothing."""
+        if not self.is_active:
+            return "the patch is undone"
+        if self.differs:
+            return "its first call had another result"
+        signature = self.signature
+        for name, default in signature.others.items():
+            if named[name] is not default and not _equal(named[name], default):
+                return f"{name} is given"
+        value = named[signature.roles["value"]]
+        if not serves(value[0] if isinstance(value, list | tuple) else value):
+            return "its device has no kernels"
+        layout = signature.layout(named, self.finding.of_tensors)
+        return "" if layout in self.finding.layouts else f"unknown layout: {layout}"
+
+    def _first_call(self, named: Mapping[str, Any], layout: Layout) -> Any:
+        """Compare with the original, which could not run where it was found."""
+        ours = _operator(self.signature, named, layout, self.finding.layouts[layout])
+        self.is_verified = True
+        try:
+            with torch.no_grad():
+                theirs = self.original(**named)
+        except Exception as error:
+            self.finding.problem = f"the original raised {type(error).__name__}: {error}"
+            self.calls += 1
+            return ours
+        tolerance = FIRST_CALL_TOLERANCE.get(ours.dtype, TOLERANCE_16_BIT)
+        if theirs.shape == ours.shape and (theirs - ours).norm() <= tolerance * ours.norm():
+            self.finding.problem = ""
+            self.calls += 1
+            return ours
+        self.differs = True
+        self.left["its first call had another result"] += 1
+        warnings.warn(f"cupy_msda does not serve {self.name}: its first call had another result", stacklevel=3)
+        return self.original(**named)
+
+
+def _operator(signature: Signature, named: Mapping[str, Any], layout: Layout, options: dict[str, Any]) -> Tensor:
+    call = signature.samples(named, layout)
+    locations, weights = agreed_dtypes(call.value, call.locations, call.weights)
+    if "interpolation" in options:  # the nearest pixel has no gradient for locations
+        locations = locations.detach()
+    return ms_deform_attn(
+        call.value, call.shapes, call.starts, locations, weights, num_points=call.num_points, **options
+    )
+
+
+def _equal(given: Any, default: Any) -> bool:
+    return type(given) is type(default) and isinstance(given, bool | int | float | str) and given == default
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is recorded: what is compared would have to be read back."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
