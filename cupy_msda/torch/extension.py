@@ -7,24 +7,63 @@ and nothing is compiled.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import api
+from ..arrays.cupy_module import cuda_unavailable
 from ..call import ALL, EXTENSION_NAMES, Arguments
 from . import devices
 from .dtypes import agreed_dtypes
+from .integrations import import_stub, late_imports
 from .integrations.module_name import ModuleName
+from .integrations.patch import count_call
 
-__all__ = ["install", "ms_deform_attn_backward", "ms_deform_attn_forward", "uninstall"]
+__all__ = ["calls", "install", "ms_deform_attn_backward", "ms_deform_attn_forward", "uninstall"]
 
+_DEFAULT = "MultiScaleDeformableAttention"
 _installed: dict[str, ModuleName] = {}
+_mended: list[Any] = []
+# Calls of each function that this module has answered.
+calls: Counter[str] = Counter()
+# Functions that have warned of an exception.
+_warned: set[str] = set()
+Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 
+def _counted(function: Operator) -> Operator:
+    """Count calls, and warn of the first exception: many models catch all of them and take a slow path in silence."""
+
+    @functools.wraps(function)
+    def counted(*arguments: Any, **named: Any) -> Any:
+        try:
+            result = function(*arguments, **named)
+        except Exception as error:
+            if function.__name__ not in _warned:
+                _warned.add(function.__name__)
+                warnings.warn(
+                    f"cupy_msda: {function.__name__} raised {type(error).__name__}: {error} (If the caller catches "
+                    "this, it goes on with a slow path of its own.)",
+                    stacklevel=2,
+                )
+            raise
+        calls[function.__name__] += 1
+        count_call()
+        return result
+
+    return counted  # type: ignore[return-value]
+
+
+@_counted
 def ms_deform_attn_forward(
     value: Any,
     spatial_shapes: Any,
@@ -47,6 +86,7 @@ def ms_deform_attn_forward(
     return api.ms_deform_attn_forward(value, spatial_shapes, level_start_index, locations, weights, im2col_step)
 
 
+@_counted
 def ms_deform_attn_backward(
     value: Any,
     spatial_shapes: Any,
@@ -84,16 +124,17 @@ def _agreed(value: Any, *samples: Any) -> tuple[Any, ...]:
     return samples
 
 
-def install(name: str = "MultiScaleDeformableAttention") -> ModuleType:
-    """Make ``import`` find this module under the name of the extension, and return it.
+def install(*names: str) -> ModuleType:
+    """Make ``import`` find this module under the names of extensions, and return it.
 
-    The package that the name lies in may be imported before or after that. It keeps what it has under this name until
-    :func:`uninstall`.
+    The package that a name lies in may be imported before or after that. It keeps what it has under the name until
+    :func:`uninstall`. Modules whose import of an extension has failed get this one.
 
     Parameters
     ----------
-    name : str
-        ``"groundingdino._C"`` for Grounding DINO's own repository.
+    *names : str
+        By default ``"MultiScaleDeformableAttention"``; ``"groundingdino._C"`` for Grounding DINO's own repository,
+        ``"detrex._C"`` for detrex.
 
     Raises
     ------
@@ -101,21 +142,74 @@ def install(name: str = "MultiScaleDeformableAttention") -> ModuleType:
         Where another module of that name is imported already: what holds it would go on using it.
     ValueError
         For what is no name of a module.
+
+    Warns
+    -----
+    UserWarning
+        Where torch has a GPU and CuPy cannot use it, which a caller that catches every exception would hide; and where
+        a module holds another extension.
     """
+    names = names or (_DEFAULT,)
+    ours = sys.modules[__name__]
+    for name in names:
+        _check(name, ours)
+    if torch.cuda.is_available() and torch.version.hip is None and (problem := cuda_unavailable()):
+        warnings.warn(f"cupy_msda: tensors on a GPU will be refused: {problem}", stacklevel=2)
+    for name in names:
+        if name != __name__:
+            _installed.setdefault(name, ModuleName(name, ours)).install()
+    _mended.extend(late_imports.mend(ours))
+    return ours
+
+
+def uninstall(*names: str) -> None:
+    """Undo :func:`install`, of the same names; what has imported the module keeps it."""
+    for name in names or (_DEFAULT,):
+        if name in _installed:
+            _installed.pop(name).uninstall()
+    if not _installed:
+        late_imports.undo(_mended, sys.modules[__name__])
+        _mended.clear()
+
+
+def _check(name: str, ours: ModuleType) -> None:
     if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(f"name: expected the name of a module, such as 'groundingdino._C', got {name!r}")
-    ours = sys.modules[__name__]
     found = sys.modules.get(name)
     if found is not None and found is not ours:
         raise RuntimeError(
             f"{name} is imported already, from {getattr(found, '__file__', 'elsewhere')}: call install before that"
         )
-    if name != __name__:
-        _installed.setdefault(name, ModuleName(name, ours)).install()
-    return ours
 
 
-def uninstall(name: str = "MultiScaleDeformableAttention") -> None:
-    """Undo :func:`install`; what has imported the module keeps it."""
-    if name in _installed:
-        _installed.pop(name).uninstall()
+def main(arguments: list[str] | None = None) -> int:
+    """``python -m cupy_msda.torch.extension NAME...``: the stand-in for programs that nobody edits."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cupy_msda.torch.extension",
+        description="Write an import stub into this environment: every Python that starts in it, and its subprocesses, "
+        "finds cupy_msda under these names.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of an extension, such as {_DEFAULT}")
+    parser.add_argument("--remove", action="store_true", help="remove these names again, or all of them")
+    options = parser.parse_args(arguments)
+    before = import_stub.installed(import_stub.folder())
+    if not options.names and not options.remove:
+        print(f"installed: {', '.join(before) or 'no name'}")
+        return 0
+    for name in options.names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            parser.error(f"expected the name of a module, such as 'groundingdino._C', got {name!r}")
+    if options.remove:
+        names = tuple(name for name in before if options.names and name not in options.names)
+    else:
+        names = tuple(dict.fromkeys([*before, *options.names]))
+    try:
+        files = import_stub.write(import_stub.folder(), names)
+    except OSError as error:
+        parser.error(f"cannot write into {import_stub.folder()}: {error.strerror}; use a virtual environment")
+    print(f"installed: {', '.join(names) or 'no name'} ({files[0]})")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

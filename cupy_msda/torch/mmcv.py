@@ -1,19 +1,30 @@
-"""The two ways that mmcv and MMDetection call multi-scale deformable attention, by their signatures.
+"""mmcv, MMDetection, BEVFormer and others that call mmcv's operator, served by this one.
 
-``MultiScaleDeformableAttnFunction.apply`` is what mmcv's layer calls on a GPU,
-``multi_scale_deformable_attn_pytorch`` on a CPU; :func:`patch` puts both into ``mmcv.ops``.
+They call it in three ways: ``MultiScaleDeformableAttnFunction.apply`` on a GPU, ``multi_scale_deformable_attn_pytorch``
+on a CPU, and the two functions of the compiled ``mmcv._ext`` from autograd functions of their own. :func:`patch` serves
+all of them; :func:`install` does so where mmcv has no compiled operators.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from typing import Any
 
 from torch import Tensor
 
+from . import extension
 from .dtypes import agreed_dtypes
 from .functional import ms_deform_attn
-from .integrations.patch import Patch, standing_in
+from .integrations import search
+from .integrations.model_patch import ModelPatch
+from .integrations.module_name import ModuleName
+from .integrations.without_operators import WithoutOperators
+
+_COMPILED, _MODULE = "mmcv._ext", "mmcv.ops.multi_scale_deform_attn"
+# One for all calls of install: mmcv.ops keeps the one that it was imported with.
+_WITHOUT = WithoutOperators(_COMPILED, "pip install mmcv, compiled for this torch")
 
 
 class MultiScaleDeformableAttnFunction:
@@ -43,28 +54,101 @@ def multi_scale_deformable_attn_pytorch(
     return ms_deform_attn(value, value_spatial_shapes, None, locations, weights)
 
 
-def patch() -> Patch:
-    """Put both into ``mmcv.ops.multi_scale_deform_attn``; a context manager, whose ``undo`` restores mmcv's own.
+def patch() -> ModelPatch:
+    """Serve whoever calls mmcv's operator, in any order of imports.
 
-    Tensors on devices without kernels (see :func:`cupy_msda.torch.ms_deform_attn`) are left to mmcv's own functions.
+    Tensors on devices without kernels (see :func:`cupy_msda.torch.ms_deform_attn`) are left to mmcv.
+
+    Returns
+    -------
+    ModelPatch
+        A context manager, as of :func:`cupy_msda.torch.patch`.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Without mmcv, or where mmcv has no compiled operators: :func:`install` is for that.
+    """
+    done = ModelPatch()
+    try:
+        _serve(done)
+    except BaseException:
+        done.undo()
+        raise
+    return done
+
+
+def install() -> ModelPatch:
+    """Make ``mmcv.ops`` importable where mmcv has no compiled operators (mmcv-lite), and serve its attention.
+
+    Models that use no other compiled operator run as they are. Any other operator raises when it is called.
+
+    Returns
+    -------
+    ModelPatch
+        A context manager, as of :func:`cupy_msda.torch.patch`. After ``undo()`` ``mmcv.ops`` stays imported.
 
     Raises
     ------
     ModuleNotFoundError
         Without mmcv.
+    RuntimeError
+        Where mmcv has compiled operators: :func:`patch` is for that.
     """
-    module = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
-    theirs = module.MultiScaleDeformableAttnFunction
-
-    class Served(MultiScaleDeformableAttnFunction):
-        apply = staticmethod(standing_in(MultiScaleDeformableAttnFunction.apply, theirs.apply))
-
-    served_function = standing_in(multi_scale_deformable_attn_pytorch, module.multi_scale_deformable_attn_pytorch)
-    done = Patch()
-    for ours, served in (
-        (MultiScaleDeformableAttnFunction, Served),
-        (multi_scale_deformable_attn_pytorch, served_function),
-    ):
-        done.replace(module, ours.__name__, served)
-        done.served.append(f"{module.__name__}.{ours.__name__}")
+    importlib.import_module("mmcv")
+    if importlib.util.find_spec(_COMPILED) is not None:
+        raise RuntimeError(f"{_COMPILED} is there: expected an mmcv without compiled operators; call patch() instead")
+    name = ModuleName(_COMPILED, _WITHOUT)
+    done = ModelPatch()
+    try:
+        name.install()
+        _serve(done)
+    except BaseException:
+        done.undo()
+        name.uninstall()
+        raise
+    done.at_undo(name.uninstall)
     return done
+
+
+def _serve(done: ModelPatch) -> None:
+    module = importlib.import_module(_MODULE)  # which imports the compiled operators
+    if compiled := sys.modules.get(_COMPILED):
+        done.serve_compiled(compiled, "ms_deform_attn_forward", _forward)
+        done.serve_compiled(compiled, "ms_deform_attn_backward", _backward)
+    done.serve(list(search.in_module(module)))
+
+
+def _forward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: Any,
+) -> Any:
+    """By the parameters of ``mmcv._ext``."""
+    return extension.ms_deform_attn_forward(
+        value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights, int(im2col_step)
+    )
+
+
+def _backward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: Any,
+) -> None:
+    """By the parameters of ``mmcv._ext``, which writes into tensors of its caller."""
+    grads = extension.ms_deform_attn_backward(
+        value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights, grad_output,
+        int(im2col_step),
+    )  # fmt: skip
+    for given, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
+        given.copy_(grad)

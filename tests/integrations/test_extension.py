@@ -2,15 +2,21 @@
 
 import importlib
 import itertools
+import subprocess
 import sys
+import types
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from cupy_msda.torch import extension, ms_deform_attn
+from cupy_msda.torch.integrations import import_stub
 from tests.helpers.cases import Case
 from tests.helpers.torch_calls import DEVICES, tensors_of
 
+ROOT = Path(__file__).parent.parent.parent
 CASE = Case("extension")
 HALF, FULL, DOUBLE = torch.float16, torch.float32, torch.float64
 # Of value, locations and weights, and of what is computed with.
@@ -50,6 +56,7 @@ def test_dtypes_agree_as_under_autocast_and_gradients_have_those_given(dtypes, d
         assert torch.equal(grad, other.to(dtype))
 
 
+@pytest.mark.filterwarnings("ignore:cupy_msda")
 def test_wrong_arguments_are_named_as_in_the_extension():
     value, shapes, starts, locations, weights, grad_output = (part.detach() for part in tensors_of(CASE))
     with pytest.raises(ValueError, match=r"^sampling_loc: "):
@@ -199,3 +206,143 @@ def test_our_own_name_stays():
 def test_what_is_no_name_of_a_module_is_refused(name):
     with pytest.raises(ValueError, match=r"^name: expected the name of a module"):
         extension.install(name)
+
+
+def caller(module_name, monkeypatch, held=MISSING, alias="MSDA"):
+    """A module with an autograd function that calls the extension under a name of its own."""
+    module = types.ModuleType(module_name)
+    code = f"""
+import torch
+
+class MSDeformAttnFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, shapes, starts, locations, weights, im2col_step):
+        return {alias}.ms_deform_attn_forward(value, shapes, starts, locations, weights, im2col_step)
+"""
+    exec(code, vars(module))
+    if held is not MISSING:
+        setattr(module, alias, held)
+    monkeypatch.setitem(sys.modules, module_name, module)
+    return module
+
+
+@pytest.mark.parametrize("held", [None, MISSING], ids=["None", "nothing"])
+@pytest.mark.parametrize("alias", ["MSDA", "_C"])
+def test_a_module_whose_import_has_failed_gets_the_stand_in(monkeypatch, held, alias):
+    module = caller("late_caller", monkeypatch, held, alias)
+    before = dict(vars(module))
+    extension.install("some_detector_extension")
+    arguments = tensors_of(CASE)[:-1]
+    assert torch.equal(module.MSDeformAttnFunction.apply(*arguments, 64), ms_deform_attn(*arguments))
+    extension.uninstall("some_detector_extension")
+    assert vars(module) == before
+
+
+def test_a_module_that_holds_another_extension_is_named(monkeypatch):
+    other = types.ModuleType("compiled")
+    module = caller("late_caller", monkeypatch, other)
+    with pytest.warns(UserWarning, match=r"late_caller\.MSDA is <module 'compiled'>, imported before install"):
+        extension.install("some_detector_extension")
+    extension.uninstall("some_detector_extension")
+    assert module.MSDA is other
+
+
+def test_several_names_are_installed_by_one_call(packages):
+    names = ("first_extension", "second_extension")
+    assert extension.install(*names) is extension
+    assert [import_(name) for name in names] == [extension, extension]
+    extension.uninstall(*names)
+    assert not set(names) & set(sys.modules)
+
+
+def test_one_wrong_name_installs_nothing():
+    with pytest.raises(ValueError, match="name: expected"):
+        extension.install("first_extension", "a-b")
+    with pytest.raises(ModuleNotFoundError):
+        import_("first_extension")
+
+
+def test_calls_are_counted():
+    before = dict(extension.calls)
+    value, shapes, starts, locations, weights, grad_output = (part.detach() for part in tensors_of(CASE))
+    extension.ms_deform_attn_forward(value, shapes, starts, locations, weights, 64)
+    extension.ms_deform_attn_backward(value, shapes, starts, locations, weights, grad_output, 64)
+    assert {name: count - before.get(name, 0) for name, count in extension.calls.items()} == {
+        "ms_deform_attn_forward": 1,
+        "ms_deform_attn_backward": 1,
+    }
+
+
+def test_an_exception_that_the_caller_swallows_is_told_once(monkeypatch):
+    monkeypatch.setattr(extension, "_warned", set())
+    value, shapes, starts, locations, weights, _ = (part.detach() for part in tensors_of(CASE))
+
+    def as_in_mask2former():
+        try:
+            return extension.ms_deform_attn_forward(value, shapes, starts, locations[:1], weights, 64)
+        except Exception:
+            return "the slow path"
+
+    with pytest.warns(UserWarning, match=r"ms_deform_attn_forward raised ValueError: sampling_loc: .*a slow path"):
+        assert as_in_mask2former() == "the slow path"
+    with warnings.catch_warnings(action="error"):
+        assert as_in_mask2former() == "the slow path"
+
+
+def test_a_gpu_that_cannot_be_used_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(extension, "cuda_unavailable", lambda: "CuPy is missing")
+    with pytest.warns(UserWarning, match="tensors on a GPU will be refused: CuPy is missing"):
+        extension.install()
+    extension.uninstall()
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """A folder of installed packages, and what a Python that starts with it prints for some code."""
+    monkeypatch.setattr(import_stub, "folder", lambda: tmp_path)
+
+    def run(code):
+        command = [sys.executable, "-c", f"import site; site.addsitedir({str(tmp_path)!r})\n{code}"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    return run
+
+
+IMPORT = "import MultiScaleDeformableAttention as MSDA; print(MSDA.__name__)"
+
+
+def test_a_stub_makes_the_name_importable_in_new_processes(environment, tmp_path, capsys):
+    assert extension.main(["MultiScaleDeformableAttention", "json._C"]) == 0
+    assert "installed: MultiScaleDeformableAttention, json._C" in capsys.readouterr().out
+    assert environment(IMPORT).stdout == "cupy_msda.torch.extension\n"
+    assert environment("import json._C; print(json._C.__name__)").stdout == "cupy_msda.torch.extension\n"
+    assert (
+        environment("import sys; print('torch' in sys.modules, 'cupy_msda' in sys.modules)").stdout == "False False\n"
+    )
+
+
+def test_a_stub_is_removed_again(environment, tmp_path, capsys):
+    extension.main(["MultiScaleDeformableAttention", "some_detector._C"])
+    extension.main(["--remove", "some_detector._C"])
+    assert import_stub.installed(tmp_path) == ("MultiScaleDeformableAttention",)
+    extension.main(["--remove"])
+    assert not list(tmp_path.iterdir())
+    assert "ModuleNotFoundError" in environment(IMPORT).stderr
+    capsys.readouterr()
+    extension.main([])
+    assert capsys.readouterr().out == "installed: no name\n"
+
+
+def test_a_stub_refuses_what_is_no_name(environment, capsys):
+    with pytest.raises(SystemExit):
+        extension.main(["a-b"])
+    assert "expected the name of a module" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named(environment, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(import_stub, "folder", lambda: tmp_path / "missing")
+    with pytest.raises(SystemExit):
+        extension.main(["MultiScaleDeformableAttention"])
+    assert "use a virtual environment" in capsys.readouterr().err

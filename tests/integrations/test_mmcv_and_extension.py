@@ -87,55 +87,106 @@ def test_the_function_of_mmcv_keeps_float32_locations_with_a_16_bit_value(dtype)
     assert torch.equal(have, ms_deform_attn(value, shapes, starts, locations, weights.to(dtype).float()))
 
 
-@pytest.fixture
-def real_mmcv(monkeypatch):
-    """mmcv's own Python code; an empty module stands for what it compiles, which the CPU path does not call."""
+SIZES = {"embed_dims": 32, "num_heads": 4, "num_levels": 2, "num_points": 3}
 
-    class Compiled(ModuleType):
-        def __getattr__(self, name):
-            if name.startswith("__"):
-                raise AttributeError(name)
 
-    monkeypatch.setitem(sys.modules, "mmcv._ext", Compiled("mmcv._ext"))
-    return pytest.importorskip("mmcv.ops.multi_scale_deform_attn")
+def mmcv_layer(boxes=False):
+    """mmcv's layer, and its arguments."""
+    torch.manual_seed(0)
+    made = importlib.import_module("mmcv.ops").MultiScaleDeformableAttention(**SIZES, batch_first=True, dropout=0.0)
+    query, value = torch.randn(2, 5, 32, dtype=torch.float64), torch.randn(2, 54, 32, dtype=torch.float64)
+    return made.double(), {
+        "query": query, "value": value, "reference_points": torch.rand(2, 5, 2, 4 if boxes else 2, dtype=torch.float64),
+        "spatial_shapes": torch.tensor([[6, 7], [3, 4]]), "level_start_index": torch.tensor([0, 42]),
+    }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("boxes", [False, True])
-def test_a_patched_layer_of_mmcv_gives_the_same_numbers(real_mmcv, boxes, monkeypatch):
-    torch.manual_seed(0)
-    layer = real_mmcv.MultiScaleDeformableAttention(32, 4, 2, 3, batch_first=True, dropout=0.0).double()
-    shapes = torch.tensor([[6, 7], [3, 4]])
-    query, value = torch.randn(2, 5, 32, dtype=torch.float64), torch.randn(2, 54, 32, dtype=torch.float64)
-    arguments = {
-        "query": query, "value": value, "reference_points": torch.rand(2, 5, 2, 4 if boxes else 2, dtype=torch.float64),
-        "spatial_shapes": shapes, "level_start_index": torch.tensor([0, 42]),
-    }  # fmt: skip
-    parameters = tuple(layer.parameters())
+def test_mmcv_without_compiled_operators_is_served(boxes):
+    pytest.importorskip("mmcv")
+    with mmcv.install() as patch:
+        layer, arguments = mmcv_layer(boxes)
+        parameters = tuple(layer.parameters())
 
-    def run():
-        output = layer(**arguments)
-        return [output, *torch.autograd.grad(output.square().sum(), parameters)]
+        def run():
+            output = layer(**arguments)
+            return [output, *torch.autograd.grad(output.square().sum(), parameters)]
 
-    want, calls = run(), []
-    monkeypatch.setattr(mmcv, "ms_deform_attn", lambda *a: calls.append(1) or ms_deform_attn(*a))
+        have = run()
+        assert [line.calls for line in patch.report()] == [0, 0, 0, 1]
+    assert_same(have, run(), 1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_operators_of_such_an_mmcv_say_what_is_missing():
+    pytest.importorskip("mmcv")
+    with mmcv.install():
+        nms = importlib.import_module("mmcv.ops").nms
+        with pytest.raises(NotImplementedError, match=r"mmcv\._ext\.nms.*pip install mmcv"):
+            nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    assert "mmcv._ext" not in sys.modules
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_autograd_function_of_mmcv_is_served():
+    pytest.importorskip("mmcv")
+    with mmcv.install() as patch:
+        function = importlib.import_module("mmcv.ops").multi_scale_deform_attn.MultiScaleDeformableAttnFunction
+        arguments = tensors_of(CASE)
+        assert_same(results(lambda *a: function.apply(*a, 64), arguments), results(ms_deform_attn, arguments), 1e-6)
+        assert "MultiScaleDeformableAttnFunction" in str(patch.report()[2])
+        assert [line.calls for line in patch.report()][2] == 1
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A mmcv whose compiled operators are there, and do nothing."""
+    module = ModuleType("mmcv._ext")
+    module.ms_deform_attn_forward = module.ms_deform_attn_backward = lambda *a, **k: None
+    attention = ModuleType("mmcv.ops.multi_scale_deform_attn")
+    for name in ("mmcv", "mmcv.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "mmcv._ext", module)
+    monkeypatch.setitem(sys.modules, "mmcv.ops.multi_scale_deform_attn", attention)
+    return module
+
+
+def test_who_calls_the_compiled_operators_of_mmcv_is_served(compiled):
+    class Function(torch.autograd.Function):
+        """As in BEVFormer and MapTR."""
+
+        @staticmethod
+        def forward(ctx, value, shapes, starts, locations, weights, step):
+            ctx.step = step
+            ctx.save_for_backward(value, shapes, starts, locations, weights)
+            return compiled.ms_deform_attn_forward(value, shapes, starts, locations, weights, im2col_step=step)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad_output):
+            value, _, _, locations, weights = ctx.saved_tensors
+            grads = [torch.zeros_like(tensor) for tensor in (value, locations, weights)]
+            compiled.ms_deform_attn_backward(*ctx.saved_tensors, grad_output, *grads, im2col_step=ctx.step)
+            return grads[0], None, None, grads[1], grads[2], None
+
+    before = dict(vars(compiled))
     with mmcv.patch() as patch:
-        assert_same(run(), want, 1e-9)
-        assert len(patch.served) == 2
-    assert len(calls) == 1
-    assert_same(run(), want, 1e-12)
-    assert len(calls) == 1
+        arguments = tensors_of(CASE)
+        assert_same(results(lambda *a: Function.apply(*a, 64), arguments), results(ms_deform_attn, arguments))
+        assert [line.calls for line in patch.report()] == [1, 1]
+    assert vars(compiled) == before
 
 
-def test_undo_restores_mmcv(real_mmcv):
-    before = real_mmcv.MultiScaleDeformableAttnFunction, real_mmcv.multi_scale_deformable_attn_pytorch
-    with mmcv.patch():
-        assert issubclass(real_mmcv.MultiScaleDeformableAttnFunction, mmcv.MultiScaleDeformableAttnFunction)
-    assert before == (real_mmcv.MultiScaleDeformableAttnFunction, real_mmcv.multi_scale_deformable_attn_pytorch)
+def test_where_mmcv_has_compiled_operators_nothing_is_installed(compiled, monkeypatch):
+    monkeypatch.setattr(mmcv.importlib.util, "find_spec", lambda name: "found")
+    with pytest.raises(RuntimeError, match=r"mmcv without compiled operators.*call patch\(\)"):
+        mmcv.install()
 
 
-def test_patch_names_the_missing_mmcv(monkeypatch):
+def test_patch_and_install_name_the_missing_mmcv(monkeypatch):
     for part in ("mmcv", "mmcv.ops", "mmcv.ops.multi_scale_deform_attn"):
         monkeypatch.setitem(sys.modules, part, None)
-    with pytest.raises(ModuleNotFoundError, match="mmcv"):
-        mmcv.patch()
+    for serve in (mmcv.patch, mmcv.install):
+        with pytest.raises(ModuleNotFoundError, match="mmcv"):
+            serve()

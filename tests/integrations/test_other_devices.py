@@ -14,6 +14,7 @@ from torch import nn
 from cupy_msda.torch import devices, mmcv, modules, ms_deform_attn, transformers
 from cupy_msda.torch.integrations.patch import Patch
 from cupy_msda.torch.integrations.transformers import serve_function, serve_layer
+from tests.helpers import model_functions
 from tests.helpers.cases import Case
 from tests.helpers.torch_calls import tensors_of
 
@@ -140,20 +141,14 @@ def test_a_patched_model_of_transformers_runs_its_own_code(without_kernels, oper
 
 @pytest.fixture
 def library(monkeypatch):
-    """mmcv's module with its two functions, which mark their results."""
-
-    class MultiScaleDeformableAttnFunction:
-        @staticmethod
-        def apply(value, *others):
-            return ("mmcv's own", value)
-
-    def multi_scale_deformable_attn_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights):
-        return ("mmcv's own", value)
-
+    """mmcv's module with its two functions."""
     name = "mmcv.ops.multi_scale_deform_attn"
     module = ModuleType(name)
-    module.MultiScaleDeformableAttnFunction = MultiScaleDeformableAttnFunction
-    module.multi_scale_deformable_attn_pytorch = multi_scale_deformable_attn_pytorch
+    function = model_functions.autograd_function()
+    function.__name__ = function.__qualname__ = "MultiScaleDeformableAttnFunction"
+    for part in (function, model_functions.pixels_first()):
+        part.__module__ = name
+        setattr(module, part.__name__, part)
     for part in ("mmcv", "mmcv.ops", name):
         monkeypatch.setitem(sys.modules, part, module if part == name else ModuleType(part))
     return importlib.import_module(name)
@@ -162,14 +157,14 @@ def library(monkeypatch):
 def test_patched_mmcv_leaves_other_devices_to_its_own_functions(library, monkeypatch):
     value, shapes, starts, locations, weights, _ = tensors_of(Case("mmcv"))
 
-    def calls():
-        return [
-            library.MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64),
-            library.multi_scale_deformable_attn_pytorch(value, shapes, locations, weights),
-        ]
+    def call():
+        library.MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64)
+        library.multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
 
-    with mmcv.patch():
-        for output in calls():
-            assert torch.equal(output, ms_deform_attn(value, shapes, starts, locations, weights))
+    with mmcv.patch() as patch:
+        call()
+        assert [line.calls for line in patch.report()] == [1, 1]
         monkeypatch.setattr(devices, "_WITH_KERNELS", ())
-        assert calls() == [("mmcv's own", value)] * 2
+        call()
+        assert [line.calls for line in patch.report()] == [1, 1]
+        assert all("1 calls went to the original: its device has no kernels" in line.reason for line in patch.report())

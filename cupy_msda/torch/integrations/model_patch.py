@@ -13,12 +13,12 @@ from torch import nn
 
 from . import search
 from .conventions import Signature, read_signature
-from .patch import Patch, is_stand_in, mark_stand_in
+from .patch import Patch, is_stand_in, mark_stand_in, served_calls
 from .probe import Finding, probe
 from .redirect import Redirection, is_redirected
 from .report import Line, Report
 from .search import Candidate
-from .served import Served
+from .served import CompiledOperator, Served
 
 
 class ModelPatch(Patch):
@@ -26,7 +26,7 @@ class ModelPatch(Patch):
 
     def __init__(self) -> None:
         super().__init__()
-        self._functions: list[Served] = []
+        self._functions: list[Served | CompiledOperator] = []
         self._others: dict[str, Line] = {}
         self._seen: set[Any] = set()
 
@@ -37,7 +37,8 @@ class ModelPatch(Patch):
     def undo(self) -> None:
         """Restore everything. The counts of the report stay."""
         for one in self._functions:
-            one.is_active = False
+            if isinstance(one, Served):
+                one.is_active = False
         super().undo()
 
     def serve(self, candidates: Iterable[Candidate]) -> None:
@@ -49,6 +50,15 @@ class ModelPatch(Patch):
                 self._serve(candidate)
             if candidate.holder is not None:
                 self._serve_holder(*candidate.holder)
+
+    def serve_compiled(self, module: ModuleType, name: str, ours: Callable[..., Any]) -> None:
+        """Replace a function of a compiled extension: who calls it holds the module."""
+        served = CompiledOperator(f"{module.__name__}.{name}", ours, getattr(module, name))
+        if is_stand_in(served.original):
+            return
+        self.replace(module, name, mark_stand_in(served.function(), ours))
+        self._functions.append(served)
+        self.served.append(served.name)
 
     def watch_imports(self) -> None:
         """Serve what is imported from now on, too."""
@@ -72,10 +82,10 @@ class ModelPatch(Patch):
 
         def begin(*_: Any) -> None:
             if not torch.compiler.is_compiling():
-                begun.append(self._calls())
+                begun.append(served_calls())
 
         def end(*_: Any) -> None:
-            if torch.compiler.is_compiling() or not begun or self._calls() > begun.pop() or name in self._others:
+            if torch.compiler.is_compiling() or not begun or served_calls() > begun.pop() or name in self._others:
                 return
             self._others[name] = Line(name, "kept", reason="a call of this layer did not reach the operator")
             warnings.warn(
@@ -84,9 +94,6 @@ class ModelPatch(Patch):
             )
 
         self._undo += [layer.register_forward_pre_hook(begin).remove, layer.register_forward_hook(end).remove]
-
-    def _calls(self) -> int:
-        return sum(one.calls for one in self._functions)
 
     def _serve(self, candidate: Candidate) -> None:
         found = candidate.found
@@ -103,7 +110,10 @@ class ModelPatch(Patch):
                 self._leave(candidate, signature)
             return
         callee = _callee(candidate, signature)
+        before = [one.calls for one in self._functions]
         finding = Finding(problem="its layer needs arguments") if callee is None else probe(callee, signature)
+        for one, calls in zip(self._functions, before, strict=True):  # a candidate may call what is served already
+            one.calls = calls
         if not finding.layouts:
             self._leave(candidate, finding.problem)
             return

@@ -6,7 +6,24 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..devices import serves
+
+# Calls that what stands in for functions of models has served, in this process and outside of compiled code.
+_served_calls = 0
+
+
+def count_call() -> None:
+    """Count a call that is served. Compiled code has no counter: it would be compiled anew for each number."""
+    global _served_calls
+    if not torch.compiler.is_compiling():
+        _served_calls += 1
+
+
+def served_calls() -> int:
+    """How many calls have been counted."""
+    return _served_calls
 
 
 def standing_in(ours: Callable[..., Any], original: Callable[..., Any], value_at: int = 0) -> Callable[..., Any]:
@@ -20,7 +37,10 @@ def standing_in(ours: Callable[..., Any], original: Callable[..., Any], value_at
     @functools.wraps(original)
     def chosen(*arguments: Any, **named: Any) -> Any:
         value = named["value"] if "value" in named else arguments[value_at]
-        return (ours if serves(value) else original)(*arguments, **named)
+        if not serves(value):
+            return original(*arguments, **named)
+        count_call()
+        return ours(*arguments, **named)
 
     return mark_stand_in(chosen, ours)
 
@@ -69,6 +89,10 @@ class Patch:
         while self._undo:
             self._undo.pop()()
         self.served.clear()
+
+    def at_undo(self, action: Callable[[], None]) -> None:
+        """Do this, too, when everything is restored."""
+        self._undo.append(action)
 
     def replace(self, owner: Any, name: str, new: Any) -> None:
         """Replace an attribute that `owner` has."""

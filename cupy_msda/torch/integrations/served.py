@@ -14,6 +14,7 @@ from ..devices import serves
 from ..dtypes import agreed_dtypes
 from ..functional import ms_deform_attn
 from .conventions import Layout, Signature
+from .patch import count_call
 from .probe import Finding
 from .report import Line
 
@@ -61,7 +62,7 @@ class Served:
             return _operator(signature, named, layout, served.finding.layouts[layout])
         if not served.is_verified and not _is_capturing():
             return served._first_call(named, layout)
-        served.calls += 1
+        served._count()
         return _operator(signature, named, layout, served.finding.layouts[layout])
 
     def line(self) -> Line:
@@ -80,6 +81,10 @@ class Served:
         elif not self.finding.gradients:
             remarks.append("its gradients could not be compared")
         return Line(self.name, "served", layouts, self.calls, "; ".join(remarks))
+
+    def _count(self) -> None:
+        self.calls += 1
+        count_call()
 
     def _reason_to_leave(self, named: Mapping[str, Any]) -> str:
         """Why the original has to answer a call, or nothing."""
@@ -106,17 +111,47 @@ class Served:
                 theirs = self.original(**named)
         except Exception as error:
             self.finding.problem = f"the original raised {type(error).__name__}: {error}"
-            self.calls += 1
+            self._count()
             return ours
         tolerance = FIRST_CALL_TOLERANCE.get(ours.dtype, TOLERANCE_16_BIT)
         if theirs.shape == ours.shape and (theirs - ours).norm() <= tolerance * ours.norm():
             self.finding.problem = ""
-            self.calls += 1
+            self._count()
             return ours
         self.differs = True
         self.left["its first call had another result"] += 1
         warnings.warn(f"cupy_msda does not serve {self.name}: its first call had another result", stacklevel=3)
         return self.original(**named)
+
+
+class CompiledOperator:
+    """A function of a compiled extension, served on devices with kernels.
+
+    Attributes
+    ----------
+    name, calls
+        As of :class:`Served`.
+    """
+
+    def __init__(self, name: str, ours: Callable[..., Any], original: Callable[..., Any]) -> None:
+        self.name, self.ours, self.original = name, ours, original
+        self.calls = 0
+
+    def function(self) -> Callable[..., Any]:
+        """What takes its place."""
+
+        def chosen(value: Tensor, *arguments: Any, **named: Any) -> Any:
+            if not serves(value):
+                return self.original(value, *arguments, **named)
+            self.calls += 1
+            count_call()
+            return self.ours(value, *arguments, **named)
+
+        return chosen
+
+    def line(self) -> Line:
+        """Its line of a report."""
+        return Line(self.name, "served", "by its parameters", self.calls)
 
 
 def _operator(signature: Signature, named: Mapping[str, Any], layout: Layout, options: dict[str, Any]) -> Tensor:
