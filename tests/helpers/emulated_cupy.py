@@ -69,6 +69,9 @@ class Array:
     def __getitem__(self, index):
         return self.over(self.host[index], self.device.id)
 
+    def __deepcopy__(self, memo):
+        return self.gpu.put(self.host.copy(), self.device.id)
+
     def get(self):
         self.gpu.check_order()
         return self.host.copy()

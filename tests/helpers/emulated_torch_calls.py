@@ -29,12 +29,12 @@ class Tensors:
         self.grad_output = torch_gpu.put(torch.from_numpy(inputs.grad_output), device)
         self.metadata = self.metadata_on_device(torch.int64)
 
-    def metadata_on_device(self, dtype, starts=True):
+    def metadata_on_device(self, dtype, starts=True, device=None):
         shapes = torch.from_numpy(self.inputs.shapes)
         given = self.inputs.starts
         first = shapes.prod(1).cumsum(0) - shapes.prod(1) if given is None else torch.from_numpy(given)
-        put = self.torch_gpu.put
-        return put(shapes.to(dtype), self.device), put(first.to(dtype), self.device) if starts else None
+        put, device = self.torch_gpu.put, self.device if device is None else device
+        return put(shapes.to(dtype), device), put(first.to(dtype), device) if starts else None
 
     def forward(self, **options):
         samples = (self.locations, self.weights)

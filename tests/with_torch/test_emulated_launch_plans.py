@@ -168,7 +168,16 @@ METADATA = {
     "lists": lambda tensors: (tensors.inputs.shapes.tolist(), tensors.inputs.starts.tolist()),
     "arrays": lambda tensors: (tensors.inputs.shapes, tensors.inputs.starts),
     "host and device": lambda tensors: (torch.from_numpy(tensors.inputs.shapes), tensors.metadata[1]),
+    "tensors on another device": lambda tensors: tensors.metadata_on_device(torch.int64, device=1),
+    "CuPy's on the device": lambda tensors: of_cupy(tensors, 0),
+    "CuPy's on another device": lambda tensors: of_cupy(tensors, 1),
 }
+
+
+def of_cupy(tensors, device):
+    """Metadata as arrays of another library on a device."""
+    put = tensors.torch_gpu.gpu.put
+    return put(tensors.inputs.shapes, device), put(tensors.inputs.starts, device)
 
 
 def test_every_kind_of_metadata_of_one_layout(torch_gpu):
