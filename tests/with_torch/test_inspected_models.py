@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from cupy_msda import plot
 from cupy_msda.torch import inspect, ms_deform_attn
 from cupy_msda.torch.watchers import watchers
 from tests.helpers.torch_calls import LEVELS, Calls, assert_same, attention_module, module_inputs, tensors, to_float32
@@ -99,6 +100,16 @@ def test_a_step_of_training_is_recorded_before_and_after():
         optimizer.step()
         records += found
     assert not torch.equal(records[0].sampling_locations, records[1].sampling_locations)
+
+
+def test_records_can_be_drawn():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    layer, image = attention_module(), torch.zeros(12, 14).numpy()
+    with inspect(layer, queries=[3]) as records:
+        layer(*module_inputs(4))
+    for draw, axes in zip((plot.sampling_points, plot.heat_map), figure.subplots(2), strict=True):
+        assert draw(records[0], image, 3, batch=1, head=1, axes=axes) is axes
+    figure.canvas.draw()
 
 
 def hooks_of(model):
