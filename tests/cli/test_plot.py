@@ -1,5 +1,6 @@
 """What `cupy_msda.plot` draws of a record: places, colours, opacities and the sum of a heat map."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -241,3 +242,9 @@ def test_without_matplotlib_the_error_says_what_to_install(draw, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=r"cupy_msda.plot needs matplotlib: pip install 'cupy-msda\[demo\]'"):
         draw(record(), PLAIN, 4)
+
+
+def test_the_attribute_imports_matplotlib_where_it_draws():
+    code = "import cupy_msda, sys; cupy_msda.plot.heat_map; print({'torch', 'matplotlib'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -10,7 +10,16 @@ from torch import nn
 from cupy_msda import plot
 from cupy_msda.torch import inspect, ms_deform_attn
 from cupy_msda.torch.watchers import watchers
-from tests.helpers.torch_calls import LEVELS, Calls, assert_same, attention_module, module_inputs, tensors, to_float32
+from tests.helpers.torch_calls import (
+    DEVICES,
+    LEVELS,
+    Calls,
+    assert_same,
+    attention_module,
+    module_inputs,
+    tensors,
+    to_float32,
+)
 
 
 class Stack(nn.Module):
@@ -79,6 +88,17 @@ def test_results_and_gradients_have_the_same_bits(autocast):
     assert len(records) == 3
     for ours, theirs in zip(have, want, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_repeated_call_has_the_same_bits(device):
+    """On a GPU it takes a launch plan without this context, and with it the general path."""
+    layer, inputs = attention_module().float().to(device), [part.to(device) for part in to_float32(module_inputs())]
+    want = [layer(*inputs) for _ in range(3)][-1]
+    with inspect(layer) as records:
+        assert torch.equal(layer(*inputs), want)
+    assert {part.device.type for part in (records[0].sampling_locations, records[0].attention_weights)} == {"cpu"}
+    assert torch.equal(layer(*inputs), want)
 
 
 def test_other_layers_keep_their_fused_kernels():
