@@ -1,7 +1,7 @@
 """Multi-scale deformable attention for NumPy, CuPy, torch, JAX and every other DLPack framework.
 
 ``import cupy_msda`` imports NumPy and no other framework. The differentiable torch operator is in ``cupy_msda.torch``,
-which imports torch when it is first used.
+which imports torch when it is first used; ``cupy_msda.plot`` draws with matplotlib.
 """
 
 import importlib
@@ -28,11 +28,14 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import plot as plot
     from . import torch as torch
 else:
 
     def __getattr__(name):
-        """``cupy_msda.torch`` without an import of its own: it imports torch when it is first used."""
+        """``cupy_msda.torch`` and ``cupy_msda.plot`` without an import of their own, when they are first used."""
+        if name == "plot":
+            return importlib.import_module(".plot", __name__)
         if name != "torch":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:

@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
 
 from . import flops as _flops  # noqa: F401  (registers them with torch)
 from .functional import MSDeformAttnFunction, decomposed, ms_deform_attn, ms_deform_attn_fused
+from .inspection import inspect
 from .modules import MSDeformAttn, MultiScaleDeformableAttention
 from .patching import patch
 
@@ -19,6 +20,7 @@ __all__ = [
     "MSDeformAttnFunction",
     "MultiScaleDeformableAttention",
     "decomposed",
+    "inspect",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "patch",

@@ -27,6 +27,7 @@ from .dtypes import agreed_dtypes
 from .integrations import import_stub, late_imports
 from .integrations.module_name import ModuleName
 from .integrations.patch import count_call
+from .watchers import call_watched, watchers
 
 __all__ = ["calls", "install", "ms_deform_attn_backward", "ms_deform_attn_forward", "uninstall"]
 
@@ -78,12 +79,18 @@ def ms_deform_attn_forward(
     not 16-bit: under autocast a linear layer makes value and weights 16-bit, and locations may stay float32.
     """
     locations, weights = _agreed(value, sampling_loc, attn_weight)
-    if not devices.serves(value):
+    arguments = _arguments(value, spatial_shapes, level_start_index, locations, weights, im2col_step)
+    return call_watched(_forward, arguments) if watchers else _forward(arguments)
+
+
+def _forward(arguments: Arguments) -> Any:
+    if not devices.serves(arguments.value):
         with torch.no_grad():
-            return devices.forward(
-                _arguments(value, spatial_shapes, level_start_index, locations, weights, im2col_step)
-            )
-    return api.ms_deform_attn_forward(value, spatial_shapes, level_start_index, locations, weights, im2col_step)
+            return devices.forward(arguments)
+    return api.ms_deform_attn_forward(
+        arguments.value, arguments.spatial_shapes, arguments.level_start_index, arguments.locations, arguments.weights,
+        arguments.im2col_step,
+    )  # fmt: skip
 
 
 @_counted

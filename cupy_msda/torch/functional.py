@@ -25,6 +25,7 @@ from .dtypes import dtypes_agree
 from .exportable import exportable_attention
 from .fast_path import PACKED, WITH_LOGITS, WITH_WEIGHTS, recent
 from .overrides import hand_over, overriding
+from .watchers import call_watched, watchers
 
 # Compared by identity, because an array has no truth value.
 _BILINEAR, _ZEROS = PLAIN.interpolation, PLAIN.padding_mode
@@ -89,7 +90,12 @@ def ms_deform_attn(
         given: Any = (num_points, interpolation, padding_mode, align_corners)
         variant = Variant(*given)
     elif not (
-        torch.compiler.is_compiling() or validate is not False or query_lengths is not None or _decomposed or observed()
+        torch.compiler.is_compiling()
+        or validate is not False
+        or query_lengths is not None
+        or _decomposed
+        or watchers
+        or observed()
     ):
         for matches, plan, step, recorded, differentiable in recent[WITH_WEIGHTS]:
             if (
@@ -110,6 +116,8 @@ def ms_deform_attn(
         value, spatial_shapes, level_start_index, None, sampling_locations, attention_weights, im2col_step, variant,
         query_lengths, deterministic, validate,
     )  # fmt: skip
+    if not torch.compiler.is_compiling() and watchers:
+        return call_watched(_attention, arguments)
     return _attention(arguments)
 
 
@@ -145,7 +153,12 @@ def ms_deform_attn_fused(
         given: Any = (num_points, interpolation, padding_mode, align_corners)
         variant = Variant(*given)
     elif not (
-        torch.compiler.is_compiling() or validate is not False or query_lengths is not None or _decomposed or observed()
+        torch.compiler.is_compiling()
+        or validate is not False
+        or query_lengths is not None
+        or _decomposed
+        or watchers
+        or observed()
     ):
         tensors: tuple[Any, ...] = (
             value, sampling_offsets, attention_logits, reference_points, spatial_shapes, level_start_index
@@ -171,6 +184,8 @@ def ms_deform_attn_fused(
         value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits, im2col_step,
         variant, query_lengths, deterministic, validate, names=FUSED_NAMES,
     )  # fmt: skip
+    if not torch.compiler.is_compiling() and watchers:
+        return call_watched(_attention, arguments)
     return _attention(arguments)
 
 

@@ -75,5 +75,16 @@ def module_inputs(coordinates=2, N=2, Q=5):
     return query, torch.rand(N, Q, 2, coordinates).double(), memory, torch.tensor(LEVELS), torch.tensor([0, 42])
 
 
+class Calls(nn.Module):
+    """Calls `function` with the inputs of the module."""
+
+    def __init__(self, function, **options):
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, *inputs):
+        return self.function(*inputs, **self.options)
+
+
 def to_float32(inputs):
     return tuple(t.float() if t.is_floating_point() else t for t in inputs)

@@ -16,7 +16,7 @@ SOURCES = [path for folder in ("cupy_msda", "cuda_src") for path in (ROOT / fold
 
 @pytest.mark.gpu_if_present
 def test_snippets_run():
-    assert len(SNIPPETS) == 8
+    assert len(SNIPPETS) == 9
     names = {}
     for snippet in SNIPPETS:
         if "import cupy\n" in snippet and not backends.GPU:

@@ -20,7 +20,7 @@ FRAMEWORKS = ("cupy", "torch", "jax", "matplotlib", "PIL", "ml_dtypes", "tqdm")
 # From top to bottom. A module imports its own room and lower layers; rooms of one layer do not import each other.
 LAYERS = (
     ("__main__",),
-    ("cli",),
+    ("cli", "plot"),
     ("torch",),
     ("__init__",),
     ("api", "cuda.warmup"),
