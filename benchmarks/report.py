@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import detector, fused_report, models_report, scaling
+from . import detector, fused_report, models_report, scaling, served_report
 from .backward import SKEWS
 
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).parent.parent / "README.md"
-# The parts of the README, and the recorded results of each.
+MODELS_PAGE = README.parent / "docs/models.md"
+# The parts of the README and of that page, and the recorded results of each.
 PARTS = {
     "benchmark": ("benchmark_*.json",),
     "shapes": ("shapes_*.json",),
@@ -22,6 +23,7 @@ PARTS = {
     "overhead": ("overhead_*.json",),
     "models": ("models_*.json",),
     "fused": ("fused_*.json", "front_end_*.json"),
+    "served": ("served_models.json",),
 }
 # Names of steps in records from before 28 November 2026, and those of today.
 OLD_STEPS = {
@@ -46,7 +48,7 @@ def latest(patterns: Iterable[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def markers(part: str) -> tuple[str, str]:
-    """The comments that enclose a part of the README."""
+    """The comments that enclose a part of its page."""
     return f"<!-- {part}: made by python -m benchmarks.report -->", f"<!-- end of {part} -->"
 
 
@@ -177,21 +179,31 @@ def models_table() -> str:
     return models_report.models_table(results.values(), " ".join(runs))
 
 
+def served_table(path: Path, result: dict[str, Any]) -> str:
+    """Markdown: models of other packages that have been served."""
+    return served_report.served_table(result, path.name)
+
+
+def page_of(part: str) -> Path:
+    """The page that has a part."""
+    return MODELS_PAGE if part == "served" else README
+
+
 def enclosed(part: str) -> str:
-    """A part of the README between its markers."""
+    """A part of its page between its markers."""
     begin, end = markers(part)
-    tables = {"overhead": overhead_table, "backward": backward_table, "fused": fused_table}
+    tables = {"overhead": overhead_table, "backward": backward_table, "fused": fused_table, "served": served_table}
     table = models_table() if part == "models" else tables.get(part, comparison_table)(*latest(PARTS[part]))
     return f"{begin}\n{table}\n{end}"
 
 
 def write_table(part: str) -> None:
-    """Replace the part of the README between its markers."""
+    """Replace the part of its page between its markers."""
     begin, end = markers(part)
-    readme = README.read_text()
-    before, _, rest = readme.partition(begin)
+    page = page_of(part)
+    before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)
-    README.write_text(before + enclosed(part) + after)
+    page.write_text(before + enclosed(part) + after)
 
 
 def plot_comparison(result: dict[str, Any], path: Path) -> None:

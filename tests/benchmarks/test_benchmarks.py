@@ -156,7 +156,7 @@ def test_records_with_old_keys_are_read(tmp_path):
 
 @pytest.mark.parametrize("part", report.PARTS)
 def test_readme_repeats_the_latest_result(part):
-    assert report.enclosed(part) in report.README.read_text()
+    assert report.enclosed(part) in report.page_of(part).read_text()
 
 
 def test_a_candidate_replaces_sources_and_launch_only_inside_its_context(tmp_path):

@@ -147,3 +147,70 @@ def layer():
             )
 
     return MultiScaleDeformableAttention
+
+
+# ---- calls by the conventions --------------------------------------------------------------------------------
+
+LEVELS = [(6, 7), (3, 4)]
+N, M, D, Q = 2, 3, 8, 5
+
+
+def samples(points=(3, 3), dtype=torch.float64):
+    """value [N, S, M, D], locations [N, Q, M, L*P, 2], weights [N, Q, M, L*P] and grad_output."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    leaves = [drawn(N, 54, M, D), 1.4 * drawn(N, Q, M, sum(points), 2) - 0.2, drawn(N, Q, M, sum(points))]
+    return *(leaf.requires_grad_() for leaf in leaves), drawn(N, Q, M * D)
+
+
+def by_level(tensor):
+    return tensor.unflatten(3, (2, -1))
+
+
+def with_heads_first(value):
+    return value.permute(0, 2, 3, 1)
+
+
+def per_level(value):
+    return list(with_heads_first(value).split([h * w for h, w in LEVELS], -1))
+
+
+def same(tensor):
+    return tensor
+
+
+SHAPES = torch.tensor(LEVELS)
+V2 = {"num_points_list": [4, 2]}
+# Maker; value, locations and weights in its layout; level sizes; other arguments.
+CONVENTIONS = {
+    "Grounding DINO, detrex, RT-DETR, TadTR": (pixels_first, same, by_level, by_level, SHAPES, {}),
+    "PDVC": (lambda: pixels_first("border"), same, by_level, by_level, SHAPES, {}),
+    "align_corners": (lambda: pixels_first("zeros", True), same, by_level, by_level, SHAPES, {}),
+    "ultralytics 8.4": (one_axis, same, same, same, LEVELS, {}),
+    "LW-DETR": (heads_first, with_heads_first, by_level, same, SHAPES, {}),
+    "LW-DETR, sizes": (heads_first, with_heads_first, by_level, same, SHAPES, {"value_spatial_shapes_hw": LEVELS}),
+    "LW-DETR, export": (heads_first, with_heads_first, same, same, SHAPES, {"value_spatial_shapes_hw": LEVELS}),
+    "RT-DETRv2": (points_per_level, same, same, same, LEVELS, V2),
+    "RT-DETRv2, discrete": (points_per_level, same, same, same, LEVELS, V2 | {"method": "discrete"}),
+    "D-FINE, DEIM, DEIMv2": (lambda: points_per_level(True), per_level, same, same, LEVELS, V2),
+    "D-FINE, discrete": (
+        lambda: points_per_level(True), per_level, same, same, LEVELS, V2 | {"method": "discrete"},
+    ),
+    "both values, pixels": (either_value, same, same, same, LEVELS, V2 | {"value_shape": "reshape"}),
+    "both values, levels": (either_value, per_level, same, same, LEVELS, V2),
+}  # fmt: skip
+
+
+def arguments_of(convention, leaves):
+    """Positional and named arguments of a call by a convention, from :func:`samples`."""
+    _, of_value, of_locations, of_weights, shapes, others = CONVENTIONS[convention]
+    value, locations, weights = leaves
+    return (of_value(value), shapes, of_locations(locations), of_weights(weights)), others
+
+
+def points_of(convention):
+    """Points of each level."""
+    return tuple(CONVENTIONS[convention][-1].get("num_points_list", (3, 3)))

@@ -2,104 +2,31 @@
 
 import functools
 import importlib
-import inspect
-import random
 import sys
 import textwrap
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import cupy_msda.torch
-from cupy_msda.torch.integrations import conventions
 from tests.helpers import model_functions as stand_ins
+from tests.helpers import patched_modules
+from tests.helpers.model_functions import CONVENTIONS, LEVELS, SHAPES, arguments_of, by_level, points_of, samples
+from tests.helpers.patched_modules import call, line, put
 from tests.helpers.torch_calls import assert_same
 
-NAME = "some_detector"
-LEVELS = [(6, 7), (3, 4)]
-N, M, D, Q = 2, 3, 8, 5
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """A module of a model."""
-    made = ModuleType(NAME)
-    monkeypatch.setitem(sys.modules, NAME, made)
-    return made
-
-
-def put(module, part):
-    """Make `part` one of the module."""
-    part.__module__ = NAME
-    setattr(module, part.__name__, part)
-    return part
-
-
-def samples(points=(3, 3), dtype=torch.float64):
-    """value [N, S, M, D], locations [N, Q, M, L*P, 2], weights [N, Q, M, L*P] and grad_output."""
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(*shape):
-        return torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    leaves = [drawn(N, 54, M, D), 1.4 * drawn(N, Q, M, sum(points), 2) - 0.2, drawn(N, Q, M, sum(points))]
-    return *(leaf.requires_grad_() for leaf in leaves), drawn(N, Q, M * D)
-
-
-def by_level(tensor):
-    return tensor.unflatten(3, (2, -1))
-
-
-def heads_first(value):
-    return value.permute(0, 2, 3, 1)
-
-
-def per_level(value):
-    return list(heads_first(value).split([h * w for h, w in LEVELS], -1))
-
-
-def same(tensor):
-    return tensor
-
-
-SHAPES = torch.tensor(LEVELS)
-V2 = {"num_points_list": [4, 2]}
-# Maker; value, locations and weights in its layout; level sizes; other arguments.
-CONVENTIONS = {
-    "mmcv": (stand_ins.pixels_first, same, by_level, by_level, SHAPES, {}),
-    "PDVC": (lambda: stand_ins.pixels_first("border"), same, by_level, by_level, SHAPES, {}),
-    "corners": (lambda: stand_ins.pixels_first("zeros", True), same, by_level, by_level, SHAPES, {}),
-    "ultralytics": (stand_ins.one_axis, same, same, same, LEVELS, {}),
-    "rfdetr": (stand_ins.heads_first, heads_first, by_level, same, SHAPES, {}),
-    "rfdetr, sizes": (stand_ins.heads_first, heads_first, by_level, same, SHAPES, {"value_spatial_shapes_hw": LEVELS}),
-    "rfdetr, export": (stand_ins.heads_first, heads_first, same, same, SHAPES, {"value_spatial_shapes_hw": LEVELS}),
-    "RT-DETRv2": (stand_ins.points_per_level, same, same, same, LEVELS, V2),
-    "RT-DETRv2, discrete": (stand_ins.points_per_level, same, same, same, LEVELS, V2 | {"method": "discrete"}),
-    "D-FINE": (lambda: stand_ins.points_per_level(True), per_level, same, same, LEVELS, V2),
-    "D-FINE, discrete": (
-        lambda: stand_ins.points_per_level(True), per_level, same, same, LEVELS, V2 | {"method": "discrete"},
-    ),
-    "both values, pixels": (stand_ins.either_value, same, same, same, LEVELS, V2 | {"value_shape": "reshape"}),
-    "both values, levels": (stand_ins.either_value, per_level, same, same, LEVELS, V2),
-}  # fmt: skip
+module = pytest.fixture(patched_modules.module)
 
 
 def run(function, convention, dtype=torch.float64):
     """Output and gradients of a call by the convention."""
-    _, of_value, of_locations, of_weights, shapes, others = CONVENTIONS[convention]
-    *leaves, grad_output = samples(tuple(others.get("num_points_list", (3, 3))), dtype)
-    value, locations, weights = leaves
-    output = function(of_value(value), shapes, of_locations(locations), of_weights(weights), **others)
+    *leaves, grad_output = samples(points_of(convention), dtype)
+    arguments, others = arguments_of(convention, leaves)
+    output = function(*arguments, **others)
     grads = torch.autograd.grad(output, leaves, grad_output, allow_unused=True)
     return [output.detach(), *(torch.zeros(()) if grad is None else grad for grad in grads)]
-
-
-def line(patch, name=NAME):
-    """The line of a report on what is in the module."""
-    return next(line for line in patch.report() if line.name.startswith(name))
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -208,11 +135,6 @@ class Keeper(nn.Module):
         return self.core(*arguments)
 
 
-def call(layer):
-    value, locations, weights, _ = samples()
-    return layer(value, SHAPES, by_level(locations), by_level(weights))
-
-
 @pytest.mark.parametrize("how", ["attribute", "partial", "partial of partial", "closure"])
 @pytest.mark.parametrize("made", ["before", "while patched"])
 def test_a_function_is_served_wherever_it_is_held(module, how, made):
@@ -309,183 +231,3 @@ def test_a_decorated_function_is_served(module, by_keyword):
     with cupy_msda.torch.patch() as patch:
         assert_same(run(), want, 1e-9)
         assert line(patch).calls == 1
-
-
-def double(function):
-    @functools.wraps(function)
-    def wrapper(*arguments, **named):
-        return 2 * function(*arguments, **named)
-
-    return wrapper
-
-
-def wrong_gradient(function):
-    @functools.wraps(function)
-    def wrapper(*, value, **others):
-        return function(2 * value.detach() - value, **others)
-
-    return wrapper
-
-
-REFUSED = {
-    "another result": (double(stand_ins.pixels_first()), "it computes something else"),
-    "another gradient": (wrong_gradient(stand_ins.pixels_first()), "its gradients are not"),
-    "a parameter that is demanded": (
-        lambda value, value_spatial_shapes, sampling_locations, attention_weights, depth: None, "it demands depth",
-    ),
-    "other parameters": (lambda query, key: None, "no parameter for value and shapes"),
-    "any parameters": (lambda *arguments: None, "parameters without names"),
-    "no tensor": (
-        lambda value, value_spatial_shapes, sampling_locations, attention_weights: None, "its output is not",
-    ),
-    "an error": (
-        lambda value, value_spatial_shapes, sampling_locations, attention_weights: 1 / 0, "it raised ZeroDivisionError",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_not_the_operator_is_kept_and_named(module, kind):
-    function, reason = REFUSED[kind]
-    function.__name__ = function.__qualname__ = "ms_deform_attn_core_pytorch"
-    code = put(module, function).__code__
-    with cupy_msda.torch.patch() as patch:
-        assert function.__code__ is code
-        assert line(patch).status == "kept"
-        assert reason in line(patch).reason
-
-
-def test_a_function_of_another_name_is_not_called(module):
-    def attention(value, value_spatial_shapes, sampling_locations, attention_weights):
-        raise AssertionError("it was called")
-
-    put(module, attention)
-    with cupy_msda.torch.patch() as patch:
-        assert not [line for line in patch.report() if line.name.startswith(NAME)]
-
-
-def test_a_call_of_an_unknown_form_goes_to_the_original(module):
-    def ms_deform_attn_core_pytorch(
-        value, value_spatial_shapes, sampling_locations, attention_weights, return_value=False
-    ):
-        output = stand_ins.composition(
-            value, value_spatial_shapes, sampling_locations.unbind(3), attention_weights.unbind(3)
-        )
-        return (output, value) if return_value else output
-
-    function = put(module, ms_deform_attn_core_pytorch)
-    value, locations, weights, _ = samples()
-    with cupy_msda.torch.patch() as patch:
-        output, also = function(value, SHAPES, by_level(locations), by_level(weights), return_value=True)
-        assert also is value
-        assert_same([function(value, SHAPES, by_level(locations), by_level(weights))], [output], 1e-9)
-        assert line(patch).calls == 1
-        assert "1 calls went to the original: return_value is given" in line(patch).reason
-
-
-def test_a_layout_that_was_not_compared_goes_to_the_original(module):
-    function = put(module, stand_ins.pixels_first())
-    value, locations, weights, _ = samples()
-    with cupy_msda.torch.patch() as patch:
-        with pytest.raises(RuntimeError):
-            function(value, SHAPES, locations, weights)
-        assert "unknown layout" in line(patch).reason
-
-
-def test_random_generators_and_modes_are_as_before(module):
-    def ms_deform_attn_core_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights):
-        random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
-        assert torch.is_grad_enabled()
-        value.zero_()
-
-    put(module, ms_deform_attn_core_pytorch)
-    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
-    with torch.no_grad(), cupy_msda.torch.patch():
-        assert not torch.is_grad_enabled()
-    assert (random.getstate(), str(np.random.get_state())) == states[:2]  # noqa: NPY002
-    assert torch.equal(torch.get_rng_state(), states[2])
-
-
-class DeformableAttention(nn.Module):
-    """A layer that computes by itself."""
-
-    def forward(self, x):
-        return x
-
-
-def test_an_attention_layer_that_does_not_reach_the_operator_is_named_once():
-    model = nn.Sequential(DeformableAttention())
-    with cupy_msda.torch.patch(model) as patch:
-        with pytest.warns(UserWarning, match="a call of the layer '0' did not reach the operator"):
-            model(torch.ones(1))
-        model(torch.ones(1))
-        assert line(patch, "0").reason == "a call of this layer did not reach the operator"
-    assert not model[0]._forward_hooks
-    assert not model[0]._forward_pre_hooks
-
-
-def test_an_attention_layer_that_reaches_the_operator_is_not_named(module):
-    function = put(module, stand_ins.pixels_first())
-
-    class DeformableAttention(nn.Module):
-        def forward(self, *arguments):
-            return function(*arguments)
-
-    model = nn.Sequential()
-    model.append(DeformableAttention())
-    with cupy_msda.torch.patch(model) as patch:
-        call(model[0])
-        assert [line.status for line in patch.report() if line.name in ("0", f"{NAME}.x")] == []
-        assert line(patch).calls == 1
-
-
-def test_a_scripted_function_is_named(module):
-    scripted = torch.jit.trace(lambda value: value * 2, torch.ones(1))
-    module.ms_deform_attn_core_pytorch = scripted
-    with cupy_msda.torch.patch() as patch:
-        assert line(patch, "ms_deform").status == "compiled already"
-
-
-def test_patches_nest(module):
-    function = put(module, stand_ins.pixels_first())
-    code = function.__code__
-    with cupy_msda.torch.patch() as outer:
-        with cupy_msda.torch.patch() as inner:
-            call(function)
-            assert line(inner).reason == "another patch serves it"
-        call(function)
-        assert line(outer).calls == 2
-    assert function.__code__ is code
-
-
-def test_undo_restores_the_module(module):
-    function = put(module, stand_ins.pixels_first())
-    before = dict(function.__globals__), function.__code__
-    cupy_msda.torch.patch().undo()
-    assert (dict(function.__globals__), function.__code__) == before
-
-
-def test_a_patched_function_keeps_its_signature(module):
-    function = put(module, stand_ins.points_per_level())
-    before = str(inspect.signature(function))
-    with cupy_msda.torch.patch():
-        assert str(inspect.signature(function)) == before
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_other_dtypes_are_served(module, dtype):
-    function = put(module, stand_ins.pixels_first())
-    value, locations, weights, _ = samples(dtype=dtype)
-    with cupy_msda.torch.patch() as patch:
-        output = function(value, SHAPES, by_level(locations.float()), by_level(weights))
-        assert output.dtype is dtype
-        assert line(patch).calls == 1
-
-
-def test_names_of_code_bases_are_recognised():
-    names = (
-        "ms_deform_attn_core_pytorch MSDeformAttnFunction MultiScaleDeformableAttnFunction_fp16 "
-        "multi_scale_deformable_attn_pytorch deformable_attention_core_func_v2 MultiScaleDeformableAttention"
-    )
-    assert all(map(conventions.NAME.search, names.split()))
-    assert not conventions.NAME.search("DeformConv2d")

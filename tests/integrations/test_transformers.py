@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import cupy_msda.torch
 from cupy_msda.torch import modules, ms_deform_attn
 from cupy_msda.torch import transformers as serve
 from tests.helpers.cases import Case
@@ -64,6 +65,15 @@ def test_a_patched_model_gives_the_same_outputs_and_gradients(name, monkeypatch)
     calls.clear()
     assert_same(run(model, inputs), want)
     assert not calls, "the model still uses the operator"
+
+
+@pytest.mark.parametrize("name", ["deformable_detr", "d_fine", "mask2former"])
+def test_the_general_patch_serves_them_too(name):
+    model, inputs = build(name)
+    want = run(model, inputs)
+    with cupy_msda.torch.patch(model) as patch:
+        assert_same(run(model, inputs), want)
+        assert sum(line.calls for line in patch.report()) >= 2
 
 
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])

@@ -27,6 +27,46 @@ def test_snippets_run():
     names["extension"].uninstall()
 
 
+def snippets_of(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["models.md"])
+def test_snippets_of_a_page_run(page):
+    names = {}
+    for snippet in snippets_of(page):
+        exec(compile(snippet, page, "exec"), names)
+    if "extension" in names:
+        names["extension"].uninstall("MultiScaleDeformableAttention", "groundingdino._C", "detrex._C")
+
+
+def test_the_recipe_for_sparse4d_is_its_sum():
+    """By loops over cameras, scales and points, with torch's grid_sample."""
+    torch = pytest.importorskip("torch")
+    names = {}
+    exec(next(snippet for snippet in snippets_of("models.md") if "deformable_aggregation" in snippet), names)
+    N, Q, P, cameras, scales, groups, C = 2, 5, 3, 2, 2, 2, 8
+    shape = torch.tensor([[[4, 6], [2, 3]]] * cameras)
+    start = torch.tensor([[0, 24], [30, 54]])
+    torch.manual_seed(0)
+    features = torch.randn(N, 60, C, dtype=torch.float64)
+    location = 1.4 * torch.rand(N, Q, P, cameras, 2, dtype=torch.float64) - 0.2
+    weights = torch.rand(N, Q, P, cameras, scales, groups, dtype=torch.float64)
+    want = torch.zeros(N, Q, C, dtype=torch.float64)
+    for camera in range(cameras):
+        at = location[:, :, :, camera]
+        inside = ((at > 0) & (at < 1)).all(-1)
+        for scale in range(scales):
+            height, width = shape[camera, scale].tolist()
+            first = int(start[camera, scale])
+            level = features[:, first : first + height * width].mT.unflatten(2, (height, width))
+            sampled = torch.nn.functional.grid_sample(level, 2 * at - 1, align_corners=False)  # [N, C, Q, P]
+            weight = (weights[:, :, :, camera, scale] * inside[..., None]).repeat_interleave(C // groups, -1)
+            want += (sampled.permute(0, 2, 3, 1) * weight).sum(2)
+    have = names["deformable_aggregation"](features, shape, start, location, weights)
+    torch.testing.assert_close(have, want)
+
+
 def anchors_of(page):
     """GitHub's anchors of the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)

@@ -51,6 +51,7 @@ MANY_PARAMETERS = {
     "torch.autograd._Attention.forward",
     "torch.functional.ms_deform_attn",
     "torch.functional.ms_deform_attn_fused",
+    "torch.mmcv._backward",
 }
 PRIVATE_WORDS = set(
     """
