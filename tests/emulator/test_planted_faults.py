@@ -1,4 +1,4 @@
-"""The emulator catches faults that no small change of a source makes: `tests.mutation` draws those.
+"""The emulator catches faults that `tests.mutation` does not draw, because no small change of a source makes them.
 
 A fault that no longer fits its source, or that does not compile, is an error and not caught.
 """

@@ -52,7 +52,7 @@ def test_every_barrier_is_known():
 
 # ---- without one of its barriers -------------------------------------------------------------------------------------
 
-# Barriers without which no data race is left, by file and number in it.
+# Barriers without which no data race is left, by file and their number in it, counted from zero.
 REDUNDANT = {
     "backward.cu 2": "the next chunk has a barrier before it writes samples; before that it writes counts alone",
     "backward.cu 5": "a lane writes the next sample where it has read this one; a fused call has no next one",

@@ -34,7 +34,7 @@ struct Moment {
 // Enough of all reads of a byte, or of all atomic accesses to it, to know whether one of them is not ordered before another
 // access: those of the newest block, since its last barrier, and one of a block before.
 struct Accesses {
-    Moment last, other_lane, other_warp, other_block;
+    Moment newest, other_lane, other_warp, other_block;
 
     void add(const Moment& now);
 };
@@ -73,9 +73,10 @@ static uint32_t block, block_barriers;
 static int threads;
 static bool synchronises;                   // with other blocks: the block has had a fence or an atomic addition
 static std::vector<uint32_t> warp_barriers;
-static std::vector<uint16_t> fences, fences_before_barrier;     // of each thread: all, and those before the last barrier
-static std::vector<uint32_t> fenced_at;                         // and at which block barrier the last one was
-static uint32_t fenced_before_barrier;
+// Of each thread: how many fences it has had, how many before the last barrier, and the block barrier of the last one.
+static std::vector<uint16_t> fences, fences_before_barrier;
+static std::vector<uint32_t> barrier_of_last_fence;
+static uint32_t barrier_of_any_fence;
 
 static std::map<const void*, std::vector<Release>> releases;
 // What each thread has seen by atomic additions of its own, and after a fence; at [threads] what the whole block has.
@@ -106,16 +107,16 @@ static bool is_ordered(const Moment& before, const Moment& now) {
 }
 
 void Accesses::add(const Moment& now) {
-    if (last.block != now.block) {
-        *this = {now, {}, {}, last.block ? last : other_block};
-    } else if (last.block_barriers != now.block_barriers) {
+    if (newest.block != now.block) {
+        *this = {now, {}, {}, newest.block ? newest : other_block};
+    } else if (newest.block_barriers != now.block_barriers) {
         *this = {now, {}, {}, other_block};
-    } else if (last.thread / 32 != now.thread / 32) {
+    } else if (newest.thread / 32 != now.thread / 32) {
         other_warp = now;
     } else {
-        if (last.warp_barriers != now.warp_barriers) other_lane = {};
-        else if (last.thread != now.thread) other_lane = last;
-        last = now;
+        if (newest.warp_barriers != now.warp_barriers) other_lane = {};
+        else if (newest.thread != now.thread) other_lane = newest;
+        newest = now;
     }
 }
 
@@ -154,8 +155,8 @@ struct Access {
     }
 
     void check(const Accesses& accesses, Kind other) const {
-        if (accesses.last.block == 0) return;
-        check(accesses.last, other);
+        if (accesses.newest.block == 0) return;
+        check(accesses.newest, other);
         check(accesses.other_lane, other);
         check(accesses.other_warp, other);
         check(accesses.other_block, other);
@@ -180,7 +181,7 @@ static void log(const void* address, size_t bytes, Kind kind, const void* code) 
     for (size_t byte = first; byte < std::min(first + bytes, region->bytes); ++byte) {
         Cell& cell = region->cells[byte];
         const Access access = {*region, byte, kind, now};
-        if (kind != WRITE && region == &shared && !cell.write.block && !cell.atomics.last.block) access.report_unwritten();
+        if (kind != WRITE && region == &shared && !cell.write.block && !cell.atomics.newest.block) access.report_unwritten();
         access.check(cell.write, WRITE);
         if (kind != READ) access.check(cell.reads, READ);
         if (kind != ATOMIC) access.check(cell.atomics, ATOMIC);
@@ -212,13 +213,13 @@ void begin_block(const void* shared_memory, size_t bytes, int block_threads) {
     free(shared.cells);
     shared = region(shared_memory, bytes);
     ++block;
-    block_barriers = fenced_before_barrier = 0;
+    block_barriers = barrier_of_any_fence = 0;
     threads = block_threads;
     synchronises = false;
     warp_barriers.assign(threads / 32, 0);
     fences.assign(threads, 0);
     fences_before_barrier.assign(threads, 0);
-    fenced_at.assign(threads, 0);
+    barrier_of_last_fence.assign(threads, 0);
     seen.assign(threads + 1, {});
     acquired.assign(threads + 1, {});
 }
@@ -247,7 +248,7 @@ void block_barrier(int line) {
     if (!synchronises) return;
     fences_before_barrier = fences;
     for (int t = 0; t < threads; ++t) {
-        fenced_before_barrier = std::max(fenced_before_barrier, fenced_at[t]);
+        barrier_of_any_fence = std::max(barrier_of_any_fence, barrier_of_last_fence[t]);
         merge(seen[threads], seen[t]);
         merge(acquired[threads], acquired[t]);
     }
@@ -258,7 +259,7 @@ void fence(int line) {
     const int thread = *running;
     synchronises = true;
     ++fences[thread];
-    fenced_at[thread] = block_barriers;
+    barrier_of_last_fence[thread] = block_barriers;
     merge(acquired[thread], seen[thread]);
     merge(acquired[thread], seen[threads]);
 }
@@ -271,7 +272,7 @@ void atomic_access(const void* address, size_t bytes, bool integer) {
     synchronises = true;
     std::vector<Release>& additions = releases[address];
     seen[thread][address] = additions.size();
-    Release release = {block, std::max(fenced_before_barrier, fenced_at[thread]), fences_before_barrier};
+    Release release = {block, std::max(barrier_of_any_fence, barrier_of_last_fence[thread]), fences_before_barrier};
     release.fences[thread] = fences[thread];
     additions.push_back(release);
 }

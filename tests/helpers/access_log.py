@@ -10,7 +10,7 @@ from cupy_msda.cuda import kernels
 
 HERE = Path(__file__).parent
 SOURCE = HERE / "access_log.cpp"
-# The hash of a build must change with the log.
+# Among the flags, because an emulated kernel is cached by its flags and text: another log needs another build.
 VERSION = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
 #: To compile a kernel so that it calls the log. Its addresses are then those of its file.
 FLAGS = ("-c", "-g1", "-fno-pie", "-fsanitize=thread", f"-DACCESS_LOG=0x{VERSION}")

@@ -10,7 +10,6 @@ from cupy_msda.cuda import kernels
 from cupy_msda.cuda.specs import KERNELS
 
 BARRIER = re.compile(r"__syncthreads\(\);|__syncwarp\(\);|__threadfence\(\);|__syncthreads_or(?=\()")
-NAME = re.compile(r"__sync(threads|warp)|__threadfence")
 
 
 class Barrier(NamedTuple):

@@ -99,7 +99,7 @@ inline void yield() {
     threadIdx.x = (unsigned)current;
 }
 
-// A data race ends the launch before the access.
+// A data race, or a read of shared memory that nobody has written, ends the launch before the access.
 inline void report_race(const char* race) {
     if (!failed) snprintf(message, sizeof message, "%s", race);
     failed = true;

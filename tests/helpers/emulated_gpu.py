@@ -191,7 +191,7 @@ def install(monkeypatch, **options):
     gpu = EmulatedGpu(**options)
     gpu.cupy = emulated_cupy.module(gpu)
     monkeypatch.setitem(sys.modules, "cupy", gpu.cupy)
-    monkeypatch.setattr(kernels, "program", lambda spec: spec)  # what a module is made of, and a launch is looked up by
+    monkeypatch.setattr(kernels, "program", lambda spec: spec)  # a launch finds its kernel by it
     monkeypatch.setattr(gpus, "of_device", gpus.functools.cache(gpus.of_device.__wrapped__))
     for module, name in (
         (kernels, "_functions"), (kernels, "_compiling"), (run, "_prepared"), (level_tables, "_tables"),

@@ -8,6 +8,10 @@ from collections import defaultdict
 _CALLER, _SECOND_CALLER = 0x7000, 0x7100
 
 
+# Streams that are created have addresses from here on; a caller's have smaller ones.
+_CREATED = 0x9000
+
+
 class OrderError(AssertionError):
     """Work that nothing orders with what it needs, or on a stream of another device."""
 
@@ -17,7 +21,7 @@ class Streams:
 
     def __init__(self):
         self._clocks, self._events, self._synchronised = defaultdict(dict), {}, {}
-        self._addresses = itertools.count(0x9000, 16)
+        self._addresses = itertools.count(_CREATED, 16)
         self._thread = threading.local()
         self.devices = {}
         self.capturing = set()
@@ -85,7 +89,7 @@ class Streams:
 
     def check(self):
         """All work on streams that are no caller's has been waited for, by the host or by a caller's stream."""
-        callers = [stream for stream in self.devices if stream < 0x9000]
+        callers = [stream for stream in self.devices if stream < _CREATED]
         for stream, clock in list(self._clocks.items()):
             known = [self._clocks[caller].get(stream, 0) for caller in callers]
             if stream not in callers and clock.get(stream, 0) > max(*known, self._synchronised.get(stream, 0), 0):

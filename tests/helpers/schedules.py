@@ -2,7 +2,9 @@
 
 WARP_BY_WARP = 1 << 16
 UPWARDS, DOWNWARDS = 0, 1
-MOST_WARPS = 8
+#: Of a block. In a block of fewer warps the number of a warp is taken modulo theirs.
+MOST_WARPS = 32
+FEW_WARPS = 8
 
 
 def first(number):
@@ -32,6 +34,7 @@ OF_LANES = {
     **{f"lane {lane} last": warp_by_warp(UPWARDS, last(lane)) for lane in range(32)},
 }
 SCHEDULES = IN_STEP | OF_WARPS | OF_LANES
-#: Of the lanes those at the edge of a group of lanes, one of each size.
-EDGES = [f"lane {lane} {place}" for lane in (0, 3, 16, 31) for place in ("first", "last")]
-SOME = IN_STEP | OF_WARPS | {name: OF_LANES[name] for name in EDGES}
+#: The first and last lane of a warp, and lanes at which groups of 4 and of 16 lanes end or begin.
+LANES = [f"lane {lane} {place}" for lane in (0, 3, 16, 31) for place in ("first", "last")]
+WARPS = [f"warp {warp} {place}" for warp in range(FEW_WARPS) for place in ("first", "last")]
+SOME = IN_STEP | {name: SCHEDULES[name] for name in ("upwards", "downwards", *WARPS, *LANES)}

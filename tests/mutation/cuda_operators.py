@@ -39,10 +39,8 @@ OPERATORS = {
 OPERATOR = re.compile(rf"(?<=\s)({'|'.join(map(re.escape, sorted(OPERATORS, key=len, reverse=True)))})(?=\s)")
 INTEGER = re.compile(r"(?<![\w.])(0x[0-9a-f]+|\d+)([uU]?[lL]{0,2})(?![\w.])")
 FLOAT = re.compile(r"(?<![\w.])(\d+\.\d*|\.\d+)(f?)(?![\w.])")
-CAST = re.compile(
-    r"\((long long|size_t|unsigned|int|index_t|unsigned short|unsigned char|acc_t|double|float)\)(?=[\w(])"
-)
-NARROWER = {
+# A cast to a type of another width or kind.
+OTHER_TYPES = {
     "long long": "int",
     "size_t": "unsigned",
     "index_t": "short",
@@ -54,7 +52,7 @@ NARROWER = {
     "double": "float",
     "float": "int",
 }
-CAST = re.compile(rf"\(({'|'.join(NARROWER)})\)(?=[\w(])")
+CAST = re.compile(rf"\(({'|'.join(OTHER_TYPES)})\)(?=[\w(])")
 NAMES = {"min": "max", "max": "min", "fminf": "fmaxf", "fmaxf": "fminf", "true": "false", "false": "true"}
 NAME = re.compile(rf"\b({'|'.join(NAMES)})\b")
 # Two neighbouring arguments that are names or members.
@@ -112,7 +110,7 @@ def _changes(code: str) -> Iterator[Change]:
     for found in FLOAT.finditer(code):
         yield "constant", *found.span(), f"{float(found[1]) * 2 + 1}{found[2]}"
     for found in CAST.finditer(code):
-        yield "width of a cast", *found.span(1), NARROWER[found[1]]
+        yield "width of a cast", *found.span(1), OTHER_TYPES[found[1]]
     for found in NAME.finditer(code):
         yield "min and max" if "m" in found[1] else "constant", *found.span(), NAMES[found[1]]
     for found in ARGUMENTS.finditer(code):

@@ -39,7 +39,7 @@ class Mutant:
 
 
 def draw(mutants: Iterable[Mutant], seed: int) -> list[Mutant]:
-    """All mutants in a drawn order: at each step any line of those left is as likely as any other."""
+    """All mutants in a drawn order: one of each line, then a second one of each, and so on."""
     pick = random.Random(seed)
     of_line = defaultdict(list)
     for mutant in mutants:

@@ -113,7 +113,7 @@ def _changes(node: ast.AST, source: _Source) -> Iterator[tuple[str, int, int, st
     elif isinstance(node, ast.BoolOp):
         yield from _of_conjunction(node, source)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
-        yield "dropped sign", begin, end, source.of(node.operand)
+        yield "dropped not or minus", begin, end, source.of(node.operand)
     elif isinstance(node, (ast.If, ast.IfExp)):
         first, last = source.span(node.test)
         yield "negated condition", first, last, f"(not ({source.of(node.test)}))"

@@ -22,7 +22,7 @@ QUOTING = (
     "tests/emulator/test_races.py::test_a_",
     "tests/emulator/test_races.py::test_the_report",
 )
-# The fewest launches that reach every path of the kernels.
+# Few launches that together reach every barrier of the kernels: they run first.
 COVERING = "tests/emulator/test_races.py::test_kernels_have_no_data_race"
 # Where the tests of a room are; those that run it in a process of its own are not recorded as reaching it.
 ROOMS = {"cupy_msda/cli/": "tests/cli/", "cupy_msda/torch/": "tests/with_torch/", "cupy_msda/__main__.py": "tests/cli/"}
@@ -102,7 +102,7 @@ class Reached:
         return []
 
     def _by_builds(self, mutant: Mutant, tests: set[str], lines: list[int]) -> list[str]:
-        """The covering set; then each test has most builds with the lines that no earlier one has, for its seconds."""
+        """The covering set; then, each time, the test that runs the most new builds of these lines in its time."""
         all_builds = set().union(*(self.builds[mutant.file][line] for line in lines))
         builds = {test: all_builds & self.kernels[test].keys() for test in tests}
         of_file = set().union(*self.tests[mutant.file].values())

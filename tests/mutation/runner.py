@@ -17,8 +17,8 @@ from tests.helpers import emulator
 from .mutant import ROOT, Mutant
 from .reached import Reached, within
 
-# Of one mutant: expected seconds of its first tests, and of the others that may reach it; and after how many times that
-# it hangs.
+# The tests that are run on a mutant, by their expected seconds: first those that reach it best, then others that do. A
+# run that takes so many times as long counts as one that does not end.
 SECONDS, MORE_SECONDS = 40.0, 120.0
 HANGS_AFTER = 3.0
 START_SECONDS = 30.0
@@ -78,6 +78,7 @@ class Worker:
         finally:
             self._write(path, text)
             self._forget_kernels()
+        # Python compiles every mutant: where the text of a kernel does not compile, its Python code was wrong.
         if outcome.status == "invalid" and not mutant.is_cuda:
             outcome = replace(outcome, status="killed")
         return replace(outcome, tests=ran, seconds=round(time.monotonic() - begin, 1))

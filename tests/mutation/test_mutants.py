@@ -36,7 +36,7 @@ def changes(module, text):
     [
         ("comparison", " < ", " <= "),
         ("dropped operand", "sizes.P < 4 and not sizes.ragged", "((sizes.P < 4))"),
-        ("dropped sign", "not sizes.ragged", "sizes.ragged"),
+        ("dropped not or minus", "not sizes.ragged", "sizes.ragged"),
         ("dropped part of a key", "(sizes.strides, sizes.dtype)", "(sizes.strides,)"),
         ("swapped arguments", "sizes.N, sizes.M", "sizes.M, sizes.N"),
         ("argument None", "wide=sizes.wide", "wide=None"),
