@@ -107,9 +107,8 @@ def patch(*families: str) -> Patch:
 
     Notes
     -----
-    What was compiled before goes on with what it was compiled with, and so may a new model of the same class, because
-    ``torch.compile`` keeps code by class: patch first, or call ``torch.compiler.reset()`` after patching. (Mask2Former
-    and OneFormer look their function up in every call: they follow.)
+    Models that ``torch.compile`` has compiled follow. :func:`cupy_msda.torch.patch` serves these models too, and those
+    of any other code base. Where a layer has other parameters than expected, that one keeps it, and this one raises.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ModuleNotFoundError("transformers is not installed: pip install transformers")

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 import cupy_msda.torch
 from cupy_msda.torch import modules, ms_deform_attn
 from cupy_msda.torch import transformers as serve
+from cupy_msda.torch.integrations import patch as patches
 from tests.helpers.cases import Case
 from tests.helpers.torch_calls import tensors_of
 from tests.helpers.transformers_models import MODELS
@@ -186,8 +187,8 @@ def test_another_method_is_refused():
         serve.multi_scale_deformable_attention_v2(value, shapes, locations, weights, [2, 2], "cubic")
 
 
-def attributes():
-    """All that patch may touch, by name."""
+def functions_and_attributes():
+    """All that patch may touch, by name, and the code of functions."""
     found = {}
     for family in serve.FAMILIES:
         name = f"transformers.models.{family}.modeling_{family}"
@@ -196,35 +197,32 @@ def attributes():
                 found[f"{name}.{key}"] = owner
                 if isinstance(owner, type) and owner.__module__ == name:
                     found |= {f"{name}.{key}.{k}": v for k, v in vars(owner).items()}
-    return found
+    return found | {f"{name}, code": v.__code__ for name, v in found.items() if hasattr(v, "__code__")}
 
 
 def test_undo_restores_everything():
-    before = attributes()
+    before = functions_and_attributes()
     model, _ = build("d_fine")
     kept = {name: dict(vars(layer)) for name, layer in model.named_modules()}
     with serve.patch() as outer:
         assert len(outer.served) >= len(serve.FAMILIES) - 1
-        made_meanwhile, _ = build("d_fine")
         with serve.patch():
             pass
-        assert attributes() != before
-        layer = next(layer for layer in model.modules() if hasattr(layer, "ms_deformable_attn_core"))
-        served = modeling("d_fine").multi_scale_deformable_attention_v2
-        assert layer.ms_deformable_attn_core is served
-        layer.ms_deformable_attn_core = print
-        assert layer.ms_deformable_attn_core is print
-        layer.ms_deformable_attn_core = served
-    after = attributes()
+        changed = {name for name, found in functions_and_attributes().items() if found is not before.get(name)}
+        assert len([name for name in changed if name.endswith("code")]) >= len(serve.FAMILIES) - 1
+    after = functions_and_attributes()
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before)
     assert {name: dict(vars(layer)) for name, layer in model.named_modules()} == kept
-    original = modeling("d_fine").multi_scale_deformable_attention_v2
-    assert all(
-        layer.ms_deformable_attn_core is original
-        for layer in made_meanwhile.modules()
-        if hasattr(layer, "ms_deformable_attn_core")
-    )
+
+
+def test_a_model_that_is_made_while_patched_is_restored_too():
+    with serve.patch("d_fine"):
+        model, inputs = build("d_fine")
+        run(model, inputs)
+    before = patches.served_calls()
+    run(model, inputs)
+    assert patches.served_calls() == before
 
 
 def test_unknown_family_is_refused():
@@ -233,11 +231,11 @@ def test_unknown_family_is_refused():
 
 
 def test_other_parameters_are_refused_and_nothing_stays_replaced(monkeypatch):
-    before = modeling("rt_detr").MultiScaleDeformableAttention.forward
+    before = modeling("rt_detr").MultiScaleDeformableAttention.forward.__code__
     monkeypatch.setattr(modeling("mask2former"), "multi_scale_deformable_attention", lambda value, more: None)
     with pytest.raises(RuntimeError, match=r"expected the parameters value, value_spatial_shapes, .*, got value, more"):
         serve.patch("rt_detr", "mask2former")
-    assert modeling("rt_detr").MultiScaleDeformableAttention.forward is before
+    assert modeling("rt_detr").MultiScaleDeformableAttention.forward.__code__ is before
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):

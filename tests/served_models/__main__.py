@@ -30,6 +30,8 @@ def row_of(model):
     made, call = model.make()
     agreement = compare(perturb(made), call, model.patch)
     row = {"package": model.package, "version": model.version, "model": model.name, "line": LINES[model.package]}
+    if agreement.calls != model.calls:
+        raise SystemExit(f"{model.name}: expected {model.calls} calls of the operator, got {agreement.calls}")
     return row | dataclasses.asdict(agreement)
 
 
@@ -48,7 +50,7 @@ def main(arguments=None):
         kept = [row for row in kept if row["package"] not in found]
         content = {"provenance": provenance("cpu"), "rows": sorted(kept + rows, key=lambda row: row["package"])}
         options.out.write_text(json.dumps(content, indent=1) + "\n")
-    failed = [row for row in rows if not (row["calls"] and row["outputs"] < TOLERANCE > row["gradients"])]
+    failed = [row for row in rows if not (row["outputs"] < TOLERANCE > row["gradients"])]
     for row in failed:
         print(f"FAILED: {row}")
     return 1 if failed or not rows else 0

@@ -24,17 +24,19 @@ PACKAGES = {
     "stand-in": "",
 }
 STAND_INS = "stand-in"
+WITH_AN_ENCODER = ("deformable_detr", "grounding_dino", "mm_grounding_dino")
 # The line that a user writes.
 LINES = dict.fromkeys(PACKAGES, "cupy_msda.torch.patch(model)") | {"mmdet": "cupy_msda.torch.mmcv.install()"}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a package: its name, and what makes the model and a function that calls it."""
+    """A model of a package: its name, what makes the model and a function that calls it, and how often the operator is."""
 
     package: str
     name: str
     make: object
+    calls: int
 
     @property
     def version(self):
@@ -70,7 +72,8 @@ def of_transformers():
             model, inputs = make()
             return model, lambda model: model(**inputs).to_tuple()
 
-        yield Model("transformers", name, made)
+        # Two layers of a decoder, and for some two of an encoder.
+        yield Model("transformers", name, made, 4 if name in WITH_AN_ENCODER else 2)
 
 
 def of_ultralytics():
@@ -82,7 +85,7 @@ def of_ultralytics():
         x = image(96, 96)
         return RTDETRDetectionModel("rtdetr-resnet50.yaml", ch=3, nc=5, verbose=False), lambda model: model(x)
 
-    yield Model("ultralytics", "RT-DETR", rt_detr)
+    yield Model("ultralytics", "RT-DETR", rt_detr, 6)
 
 
 def of_rfdetr():
@@ -96,7 +99,7 @@ def of_rfdetr():
         x = image(128, 128)
         return importlib.import_module("rfdetr.models.lwdetr").build_model_from_config(config), lambda model: model(x)
 
-    yield Model("rfdetr", "RF-DETR nano", nano)
+    yield Model("rfdetr", "RF-DETR nano", nano, 2)
 
 
 def of_mmdet():
@@ -114,9 +117,9 @@ def of_mmdet():
         head.in_channels, head.num_queries = [64, 128, 256, 512], 10
         head.pixel_decoder.encoder.num_layers = head.transformer_decoder.num_layers = 2
 
-    for name, file, change in (
-        ("DINO", "dino/dino-4scale_r50_8xb2-12e_coco.py", dino),
-        ("Mask2Former", "mask2former/mask2former_r50_8xb2-lsj-50e_coco.py", mask2former),
+    for name, file, change, calls in (
+        ("DINO", "dino/dino-4scale_r50_8xb2-12e_coco.py", dino, 4),
+        ("Mask2Former", "mask2former/mask2former_r50_8xb2-lsj-50e_coco.py", mask2former, 2),
     ):
 
         def made(file=file, change=change):
@@ -133,7 +136,7 @@ def of_mmdet():
             model = importlib.import_module("mmdet.registry").MODELS.build(config)
             return model, lambda model: model(image(), [sample], mode="tensor")
 
-        yield Model("mmdet", name, made)
+        yield Model("mmdet", name, made, calls)
 
 
 class Layer(torch.nn.Module):
@@ -157,7 +160,7 @@ def of_stand_ins():
         def made(make=make, convention=convention):
             return Layer(make(), convention), lambda model: model()
 
-        yield Model(STAND_INS, convention, made)
+        yield Model(STAND_INS, convention, made, 1)
 
 
 MAKERS = {"transformers": of_transformers, "ultralytics": of_ultralytics, "rfdetr": of_rfdetr, "mmdet": of_mmdet}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 
 from ..devices import serves
+from .redirect import Redirection
 
 # Calls that what stands in for functions of models has served, in this process and outside of compiled code.
 _served_calls = 0
@@ -56,11 +58,6 @@ def is_stand_in(function: Any) -> bool:
     return hasattr(function, _OURS)
 
 
-def stands_in(function: Any, ours: Callable[..., Any]) -> bool:
-    """Whether `ours` stands in already, put there by another patch."""
-    return getattr(function, _OURS, None) is ours
-
-
 # An attribute of the functions of :func:`standing_in`.
 _OURS = "_cupy_msda_function"
 
@@ -89,6 +86,12 @@ class Patch:
         while self._undo:
             self._undo.pop()()
         self.served.clear()
+
+    def redirect(self, function: FunctionType, ours: Callable[..., Any], value_at: int = 0) -> None:
+        """Let `ours` answer the calls of a function, wherever it is held, except on devices without kernels."""
+        redirection = Redirection(function)
+        redirection.to(standing_in(ours, redirection.original, value_at))
+        self._undo.append(redirection.undo)
 
     def at_undo(self, action: Callable[[], None]) -> None:
         """Do this, too, when everything is restored."""
