@@ -31,7 +31,7 @@ LINES = dict.fromkeys(PACKAGES, "cupy_msda.torch.patch(model)") | {"mmdet": "cup
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a package: its name, what makes the model and a function that calls it, and how often the operator is."""
+    """A model: its package and name, what makes it and a function that calls it, and its calls of the operator."""
 
     package: str
     name: str
