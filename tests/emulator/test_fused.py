@@ -147,6 +147,19 @@ def test_logits_far_from_zero(case, shift):
     assert_close(emulator.summation(inputs), want_grads[0], "float32")
 
 
+@pytest.mark.parametrize("shift", [150, -150])
+@pytest.mark.parametrize("P", [2, 4, 8, 16])
+def test_all_logits_far_from_zero(P, shift):
+    """Every lane of a warp has a sample, and all of their exponentials are infinite, or all are 0."""
+    inputs = front_inputs(Case("filled", levels=((5, 6), (3, 3)), N=1, M=4, D=8, P=P, queries=64))
+    inputs.weights[:] += np.float32(shift)
+    want_output, want_grads = cases.expected_fused(inputs)
+    assert_close(emulator.forward(inputs), want_output, "float32")
+    for name, got, want in zip(NAMES, emulator.backward(inputs, wanted=ALL), want_grads, strict=True):
+        assert_close(got, want, "float32", name)
+    assert_close(emulator.summation(inputs), want_grads[0], "float32")
+
+
 @pytest.mark.parametrize("order", [1, 7], ids=["downwards", "scattered"])
 def test_order_of_threads_does_not_matter(order):
     for case in (PATHS[0], PATHS[2]):

@@ -69,3 +69,17 @@ def test_the_cases_take_the_ways_that_they_name():
     assert spec(CASES[2], SMALL_GPU).queries.query_tiles == 2
     assert spec(CASES[3], SMALL_GPU).heads_per_warp > 1
     assert spec(CASES[4], H100).channels.channel_tiles > 1
+
+
+@pytest.mark.parametrize("gpu", [SMALL_GPU, H100], ids=["throughput", "latency"])
+@pytest.mark.parametrize("x", [-0.5 / 8, 8.5 / 8, -1.0, 2.0])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_samples_on_the_edge_and_outside_read_nothing(axis, x, gpu):
+    """-1 and W pixels are out of bounds: no NaN of the value reaches any result, though a neighbour would be inside."""
+    case = Case("edge", levels=((8, 8),), N=2, M=2, D=8, P=4, queries=None)
+    inputs = case.inputs(seed=52)
+    inputs.locations[..., axis] = x
+    inputs.value[:] = np.nan
+    assert not emulator.forward(inputs, gpu=gpu).any()
+    grads = [*emulator.backward(inputs, gpu=gpu), emulator.summation(inputs)]
+    assert not any(grad.any() for grad in grads)

@@ -176,6 +176,18 @@ def test_sorted_runs_of_every_number(runs, height):
         check_summation(replace(case, queries=queries))
 
 
+def test_more_queries_than_16_bits_count():
+    """Only queries from 65,536 on have a gradient: those of the same number without its upper bits have none."""
+    first, queries = 2**16, 2**16 + 40
+    inputs = replace(ONE_HEAD, levels=((8, 8),), P=1, queries=queries).inputs(seed=44)
+    inputs.grad_output[:, :first] = 0
+    few = inputs._replace(**{
+        name: np.ascontiguousarray(getattr(inputs, name)[:, first:])
+        for name in ("locations", "weights", "grad_output")
+    })  # fmt: skip
+    assert_close(emulator.summation(inputs), expected(few)[1][0], "float32")
+
+
 @pytest.mark.parametrize("buckets", [1, 2, *around(32), *around(64)])
 def test_buckets_of_every_number(buckets, monkeypatch):
     monkeypatch.setattr(plan_backward, "BUCKET_CHUNK", 512)
