@@ -16,8 +16,9 @@ def sampling_points(
 ) -> Any:
     """Draw the sampling points of a query on the image.
 
-    A colour is a level, and the opacity of a point is its weight, relative to the largest that is drawn. A white cross
-    or box is the reference point of the query, where the record has it. Points outside of the image are not shown.
+    A colour is a level, and the opacity of a point is its weight, relative to the largest that is drawn. White crosses
+    or boxes are the reference points of the query in a fused call; a plain call, as of a patched model, has none.
+    Points outside of the image are not shown.
 
     Parameters
     ----------
@@ -43,6 +44,8 @@ def sampling_points(
     ------
     ModuleNotFoundError
         Without matplotlib.
+    TypeError
+        For what is no record, such as a list of them.
     ValueError
         For a query that is not in the record, or for an image of another shape.
     IndexError
@@ -60,7 +63,7 @@ def sampling_points(
     for level, (height, width) in enumerate(record.spatial_shapes):
         label = f"level {level}: {height} x {width}"
         axes.scatter([], [], s=40, color=_COLOURS[level % len(_COLOURS)], edgecolors="black", label=label)
-    _draw_reference(axes, samples.reference, (H, W))
+    _draw_references(axes, samples.references, (H, W))
     if record.spatial_shapes:
         axes.legend(loc="best", fontsize="x-small", framealpha=0.7, handletextpad=0, borderpad=0.3, labelspacing=0.3)
     return _finished(axes, (H, W))
@@ -97,7 +100,7 @@ def heat_map(record: Any, image: Any, query: int, *, batch: int = 0, head: int |
     largest = attention.max(initial=0) or 1
     opacity = np.minimum(1.5 * np.sqrt(attention / largest), 1)
     axes.imshow(attention, cmap="inferno", norm=_square_root(largest), alpha=opacity)
-    _draw_reference(axes, samples.reference, (H, W))
+    _draw_references(axes, samples.references, (H, W))
     return _finished(axes, (H, W))
 
 
@@ -106,17 +109,19 @@ class _Samples(NamedTuple):
 
     `locations` [K, 2] and `sizes` [K, 2], both as (x, y) where 0 and 1 are the edges of the image: where a sample is,
     and how large a pixel of its level. `weights` [K] are those of the mean of the heads, without sign. `level_of` [K].
-    `reference` [1, 2 or 4] or None.
+    `references` [R, 2 or 4] or None.
     """
 
     locations: np.ndarray
     sizes: np.ndarray
     weights: np.ndarray
     level_of: np.ndarray
-    reference: np.ndarray | None
+    references: np.ndarray | None
 
 
 def _samples(record: Any, query: int, batch: int, head: int | None) -> _Samples:
+    if not hasattr(record, "queries"):
+        raise TypeError(f"record: expected one record, such as records[0], got {type(record).__name__}")
     queries = list(record.queries)
     if query not in queries:
         raise ValueError(f"query: expected one of the recorded ones, {_listed(queries)}, got {query!r}")
@@ -134,11 +139,12 @@ def _samples(record: Any, query: int, batch: int, head: int | None) -> _Samples:
     if record.align_corners:
         locations = (locations * (pixels - 1) + 0.5) / pixels
     finite = np.isfinite(locations).all(-1) & np.isfinite(weights)
-    reference = None
+    references = None
     if record.reference_points is not None:
-        # The levels of a batch of padded images may have slightly different ones.
-        reference = np.asarray(record.reference_points)[batch, at].astype(np.float64).mean(0)
-    return _Samples(locations[finite], 1 / pixels[finite], weights[finite], level_of[finite], reference)
+        # The levels of a batch of padded images have slightly different ones, which are drawn as one.
+        references = np.asarray(record.reference_points)[batch, at].astype(np.float64)
+        references = references[np.unique(references.round(2), axis=0, return_index=True)[1]]
+    return _Samples(locations[finite], 1 / pixels[finite], weights[finite], level_of[finite], references)
 
 
 def _splat(samples: _Samples, shape: tuple[int, int]) -> np.ndarray:
@@ -199,10 +205,13 @@ def _square_root(largest: float) -> Any:
     return PowerNorm(0.5, vmin=0, vmax=largest)
 
 
-def _draw_reference(axes: Any, reference: np.ndarray | None, shape: tuple[int, int]) -> None:
-    """A cross for a point, a rectangle for a box."""
-    if reference is None:
-        return
+def _draw_references(axes: Any, references: np.ndarray | None, shape: tuple[int, int]) -> None:
+    """A cross for each point, a rectangle for each box."""
+    for reference in () if references is None else references:
+        _draw_reference(axes, reference, shape)
+
+
+def _draw_reference(axes: Any, reference: np.ndarray, shape: tuple[int, int]) -> None:
     H, W = shape
     x, y = reference[:2] * (W, H) - 0.5
     if len(reference) == 4:

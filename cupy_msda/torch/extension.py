@@ -57,8 +57,7 @@ def _counted(function: Operator) -> Operator:
                     stacklevel=2,
                 )
             raise
-        calls[function.__name__] += 1
-        count_call()
+        calls[function.__name__] += count_call()
         return result
 
     return counted  # type: ignore[return-value]
@@ -214,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
         files = import_stub.write(import_stub.folder(), names)
     except OSError as error:
         parser.error(f"cannot write into {import_stub.folder()}: {error.strerror}; use a virtual environment")
-    print(f"installed: {', '.join(names) or 'no name'} ({files[0]})")
+    print(f"installed: {', '.join(names)} ({files[0]})" if names else "installed: no name")
     return 0
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import operator
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -93,6 +94,11 @@ def inspect(
     IndexError
         In the call of the layer, for a query that it does not have.
 
+    Warns
+    -----
+    UserWarning
+        At the end, where no call was recorded: a model of another package has to be patched first.
+
     Notes
     -----
     What ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` has compiled is not seen: inspect the model as it
@@ -123,6 +129,12 @@ def inspect(
         watchers.append(watch)
         stack.callback(watchers.remove, watch)
         yield records
+    if not records:
+        warnings.warn(
+            "cupy_msda: no call was recorded. A model of another package has to be patched first (with "
+            "cupy_msda.torch.patch(model), cupy_msda.torch.inspect(model) as records), and compiled code is not seen",
+            stacklevel=3,
+        )
 
 
 class _Running(threading.local):

@@ -72,6 +72,13 @@ def patch() -> ModelPatch:
     done = ModelPatch()
     try:
         _serve(done)
+    except ModuleNotFoundError as error:
+        done.undo()
+        if error.name != _COMPILED:
+            raise
+        raise ModuleNotFoundError(
+            f"{_COMPILED} is not there, as in mmcv-lite: call cupy_msda.torch.mmcv.install()", name=_COMPILED
+        ) from error
     except BaseException:
         done.undo()
         raise

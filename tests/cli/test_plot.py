@@ -146,9 +146,22 @@ def test_corners_are_those_of_the_call(align_corners):
 
 def test_a_reference_point_is_a_cross():
     references = np.full((N, Q, 2, 2), 0.5)
-    references[..., 0, 0], references[..., 1, 0] = 0.2, 0.3  # levels with different padding
+    references[..., 0, 0], references[..., 1, 0] = 0.25, 0.251  # levels with slightly different padding
     lines = points_of(record(references=references), PLAIN, 4)[-1].lines
     np.testing.assert_allclose([line.get_xydata() for line in lines], [[[0.25 * W - 0.5, 0.5 * H - 0.5]]] * 2)
+
+
+def test_each_level_has_a_cross_where_they_differ():
+    references = np.full((N, Q, 2, 2), 0.5)
+    references[..., 0, 0], references[..., 1, 0] = 0.2, 0.3
+    lines = points_of(record(references=references), PLAIN, 4)[-1].lines
+    want = [[[x * W - 0.5, 0.5 * H - 0.5]] for x in (0.2, 0.2, 0.3, 0.3)]
+    np.testing.assert_allclose([line.get_xydata() for line in lines], want)
+
+
+def test_a_list_of_records_is_refused():
+    with pytest.raises(TypeError, match=r"record: expected one record, such as records\[0\], got list"):
+        plot.sampling_points([record()], np.zeros((H, W)), 4)
 
 
 def test_a_reference_box_is_a_rectangle():

@@ -14,7 +14,7 @@ import cupy_msda.torch
 from tests.helpers import model_functions as stand_ins
 from tests.helpers import patched_modules
 from tests.helpers.model_functions import CONVENTIONS, LEVELS, SHAPES, arguments_of, by_level, points_of, samples
-from tests.helpers.patched_modules import call, line, put
+from tests.helpers.patched_modules import NAME, call, line, put
 from tests.helpers.torch_calls import assert_same
 
 module = pytest.fixture(patched_modules.module)
@@ -150,6 +150,48 @@ def test_a_function_is_served_wherever_it_is_held(module, how, made):
     assert line(patch).calls == calls
 
 
+class Methods(nn.Module):
+    """Layers that compute by a method, or by an object of theirs."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.how, self.bound = how, self.ms_deform_attn
+        self.core = DeformableAttentionCore()
+
+    def ms_deform_attn(self, value, value_spatial_shapes, sampling_locations, attention_weights):
+        """`self` has parameters, so that no object can be made without one."""
+        return self.scale * stand_ins.pixels_first()(value, value_spatial_shapes, sampling_locations, attention_weights)
+
+    def forward(self, *arguments):
+        return {"method": self.ms_deform_attn, "bound": self.bound, "object": self.core}[self.how](*arguments)
+
+
+class DeformableAttentionCore:
+    def __call__(this, value, value_spatial_shapes, sampling_locations, attention_weights):
+        return stand_ins.pixels_first()(value, value_spatial_shapes, sampling_locations, attention_weights)
+
+
+@pytest.mark.parametrize("how", ["method", "bound", "object"])
+def test_a_method_is_served(how):
+    layer = Methods(how)
+    want = call(layer)
+    with cupy_msda.torch.patch(layer) as patch:
+        assert_same([call(layer)], [want], 1e-9)
+        assert sum(line.calls for line in patch.report()) == 1
+    assert_same([call(layer)], [want], 0)
+
+
+def test_an_inherited_forward_is_served(module):
+    base = put(module, stand_ins.layer())
+    inherited = type("InheritedDeformableAttention", (base,), {"__module__": NAME})
+    layer = inherited()
+    value, locations, weights, _ = samples()
+    with cupy_msda.torch.patch(layer) as patch:
+        layer(value, SHAPES, LEVELS, EXTENSION[1], by_level(locations), by_level(weights), 64)
+        assert sum(line.calls for line in patch.report()) == 1
+
+
 def test_a_function_that_no_module_has_is_found_in_the_model():
     layer = Keeper(stand_ins.pixels_first(), "partial")
     with cupy_msda.torch.patch(layer) as patch:
@@ -183,7 +225,7 @@ def test_a_module_that_is_imported_later_is_served(tmp_path, monkeypatch):
         late = importlib.import_module("late_detector")
         call(late.ms_deform_attn_core_pytorch)
         served = line(outer, "late_detector").calls
-    monkeypatch.delitem(sys.modules, "late_detector")
+    del sys.modules["late_detector"]
     assert sys.meta_path == finders
     assert served == 1
 

@@ -42,7 +42,7 @@ REFUSED = {
     "a parameter that is demanded": (
         lambda value, value_spatial_shapes, sampling_locations, attention_weights, depth: None, "it demands depth",
     ),
-    "other parameters": (lambda query, key: None, "no parameter for value and shapes"),
+    "other parameters": (lambda query, key: None, "no parameter value, value_spatial_shapes, sampling_locations"),
     "any parameters": (lambda *arguments: None, "parameters without names"),
     "no tensor": (
         lambda value, value_spatial_shapes, sampling_locations, attention_weights: None, "its output is not",

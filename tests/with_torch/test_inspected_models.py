@@ -36,6 +36,9 @@ class Stack(nn.Module):
         return query
 
 
+nothing_recorded = pytest.mark.filterwarnings("ignore:cupy_msda. no call was recorded")
+
+
 def test_records_name_the_innermost_module_in_the_order_of_calls():
     model, inputs = Stack(), module_inputs()
     with inspect(model) as records:
@@ -101,6 +104,7 @@ def test_a_repeated_call_has_the_same_bits(device):
     assert torch.equal(layer(*inputs), want)
 
 
+@nothing_recorded
 def test_other_layers_keep_their_fused_kernels():
     """A mode of __torch_function__ would change their results."""
     torch.manual_seed(0)
@@ -193,6 +197,7 @@ def test_a_hook_that_fails_first_hides_no_name():
     assert [record.layer for record in records] == ["encoder", "decoder.cross", "decoder.cross"]
 
 
+@nothing_recorded
 def test_a_call_that_fails_is_not_recorded():
     layer, (query, references, *others) = attention_module(), module_inputs()
     with inspect(layer) as records, pytest.raises(ValueError, match="reference_points: expected shape"):
@@ -219,6 +224,7 @@ def test_threads_have_names_of_their_own():
     assert sorted(record.layer for record in records) == ["decoder.cross"] * 2 + ["encoder"] * 2
 
 
+@nothing_recorded
 def test_compiled_code_goes_on_unseen():
     torch._dynamo.reset()
     layer, inputs = attention_module(), module_inputs()
@@ -230,6 +236,7 @@ def test_compiled_code_goes_on_unseen():
     torch._dynamo.reset()
 
 
+@nothing_recorded
 def test_a_scripted_submodule_has_no_hooks():
     model = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
     with inspect(model) as records:
@@ -237,6 +244,7 @@ def test_a_scripted_submodule_has_no_hooks():
     assert not records
 
 
+@nothing_recorded
 def test_a_query_that_a_layer_does_not_have_is_an_error():
     layer, inputs = attention_module(), module_inputs()
     with inspect(layer, queries=[5]), pytest.raises(IndexError, match=r"indices below Q = 5 in the layer '', got 5"):
@@ -256,4 +264,9 @@ def test_a_query_that_a_layer_does_not_have_is_an_error():
 )
 def test_wrong_arguments_are_refused(options, error, message):
     with pytest.raises(error, match=message), inspect(**({"model": Stack()} | options)):
+        pass
+
+
+def test_a_model_of_which_nothing_is_recorded_is_named():
+    with pytest.warns(UserWarning, match=r"no call was recorded.*patched first"), inspect(torch.nn.Linear(2, 2)):
         pass

@@ -31,8 +31,6 @@ ROLES = {
 REQUIRED = ("value", "shapes", "locations", "weights")
 # Parameters that choose between documented ways of computing or of handing over, and their values.
 CHOICES = {"method": ("default", "discrete"), "value_shape": ("default", "reshape")}
-# The first parameter of methods and of an autograd function's forward.
-RECEIVERS = ("self", "ctx")
 
 # Layouts of value, in the notation of the contract.
 PIXELS_FIRST, HEADS_FIRST, PER_LEVEL = "[N, S, M, D]", "[N, M, D, S]", "L times [N, M, D, H*W]"
@@ -139,21 +137,25 @@ class Signature:
         return Samples(value, shapes, self.given(named, "starts"), locations, weights, points)
 
 
-def read_signature(function: Callable[..., Any]) -> Signature | str:
-    """The parameters of a candidate, or why they follow no documented pattern."""
+def read_signature(function: Callable[..., Any], is_method: bool = False) -> Signature | str:
+    """The parameters of a candidate, or why they follow no documented pattern.
+
+    A method has a receiver as its first parameter, and so has the forward of an autograd function.
+    """
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         return "its parameters are not known"
     names = tuple(p.name for p in parameters)
-    if names and names[0] in RECEIVERS:
-        parameters.pop(0)
+    if is_method:
+        del parameters[:1]
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY) for p in parameters):
         return "it takes parameters without names"
     by_name = {name: role for role, names in ROLES.items() for name in names}
     roles = {by_name[p.name]: p.name for p in parameters if p.name in by_name}
     if missing := [role for role in REQUIRED if role not in roles]:
-        return f"it has no parameter for {' and '.join(missing)}"
+        wanted = ", ".join(ROLES[role][0] for role in missing)
+        return f"it has no parameter {wanted} (other names: docs/models.md), but ({', '.join(names)})"
     choices = tuple(p.name for p in parameters if p.name in CHOICES)
     others = {p.name: p.default for p in parameters if p.name not in by_name and p.name not in CHOICES}
     if unknown := [name for name, default in others.items() if default is inspect.Parameter.empty]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from . import search
-from .conventions import Signature, read_signature
+from .conventions import NAME, Signature, read_signature
 from .patch import Patch, is_stand_in, mark_stand_in, served_calls
 from .probe import Finding, probe
 from .redirect import Redirection, is_redirected
@@ -34,6 +36,9 @@ class ModelPatch(Patch):
         """What is served, how often it was called since, and what is not served and why."""
         return Report([*(one.line() for one in self._functions), *self._others.values()])
 
+    def __repr__(self) -> str:
+        return str(self.report())
+
     def undo(self) -> None:
         """Restore everything. The counts of the report stay."""
         for one in self._functions:
@@ -44,9 +49,8 @@ class ModelPatch(Patch):
     def serve(self, candidates: Iterable[Candidate]) -> None:
         """Replace those that compute the operator, and note the others."""
         for candidate in candidates:
-            known = candidate.layer or candidate.found
-            if known not in self._seen:
-                self._seen.add(known)
+            if candidate.found not in self._seen:
+                self._seen.add(candidate.found)
                 self._serve(candidate)
             if candidate.holder is not None:
                 self._serve_holder(*candidate.holder)
@@ -103,21 +107,20 @@ class ModelPatch(Patch):
         if is_redirected(found) or is_stand_in(found if isinstance(found, FunctionType) else found.apply):
             self._leave(candidate, "another patch serves it")
             return
-        signature = read_signature(found if isinstance(found, FunctionType) else found.forward)
+        is_function = isinstance(found, FunctionType)
+        has_receiver = candidate.cls is not None or not is_function
+        signature = read_signature(found if is_function else found.forward, has_receiver)
         if isinstance(signature, str):
             # The forward of most layers takes features and reference points; what it calls is the operator.
-            if candidate.layer is None:
+            if candidate.cls is None or NAME.search(found.__name__):
                 self._leave(candidate, signature)
             return
         callee = _callee(candidate, signature)
-        before = [one.calls for one in self._functions]
-        finding = Finding(problem="its layer needs arguments") if callee is None else probe(callee, signature)
-        for one, calls in zip(self._functions, before, strict=True):  # a candidate may call what is served already
-            one.calls = calls
+        finding = Finding(problem="no object of its class is known") if callee is None else probe(callee, signature)
         if not finding.layouts:
             self._leave(candidate, finding.problem)
             return
-        replace = self._redirect if isinstance(found, FunctionType) else self._replace_apply
+        replace = self._redirect if is_function else self._replace_apply
         self._functions.append(replace(candidate, signature, finding))
         self.served.append(candidate.name)
 
@@ -155,12 +158,13 @@ class ModelPatch(Patch):
 
 
 def _callee(candidate: Candidate, signature: Signature) -> Callable[..., Any] | None:
-    """A candidate as a function of keywords, or None where no layer can be made."""
-    if candidate.layer is not None:
+    """A candidate as a function of keywords, or None for a method where no object can be made."""
+    if candidate.cls is not None:
         try:
-            return candidate.layer().forward
+            receiver = candidate.cls() if candidate.instance is None else copy.deepcopy(candidate.instance)
         except Exception:
             return None
+        return functools.partial(candidate.found, receiver)
     if isinstance(candidate.found, FunctionType):
         return candidate.found
     return lambda **named: candidate.found.apply(*(named[name] for name in signature.names[1:]))

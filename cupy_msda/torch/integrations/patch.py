@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -14,13 +15,30 @@ from .redirect import Redirection
 
 # Calls that what stands in for functions of models has served, in this process and outside of compiled code.
 _served_calls = 0
+_uncounted = False
 
 
-def count_call() -> None:
-    """Count a call that is served. Compiled code has no counter: it would be compiled anew for each number."""
+def count_call() -> bool:
+    """Count a call that is served, and say whether it counts.
+
+    Compiled code has no counter: it would be compiled anew for each number.
+    """
     global _served_calls
-    if not torch.compiler.is_compiling():
-        _served_calls += 1
+    if torch.compiler.is_compiling() or _uncounted:
+        return False
+    _served_calls += 1
+    return True
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Calls inside of this context are not those of a model."""
+    global _uncounted
+    before, _uncounted = _uncounted, True
+    try:
+        yield
+    finally:
+        _uncounted = before
 
 
 def served_calls() -> int:

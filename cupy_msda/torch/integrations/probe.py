@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..functional import ms_deform_attn
 from .conventions import CHOICES, HEADS_FIRST, PER_LEVEL, PIXELS_FIRST, Layout, Signature
+from .patch import uncounted
 
 N, M, D, Q = 2, 3, 5, 7
 LEVELS = ((6, 9), (4, 5))
@@ -200,6 +201,7 @@ def _undisturbed() -> Iterator[None]:
     python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (
+        uncounted(),
         torch.random.fork_rng(devices),
         torch.inference_mode(False),
         torch.enable_grad(),

@@ -30,7 +30,7 @@ class Line:
     reason: str = ""
 
     def __str__(self) -> str:
-        calls = f"{self.calls} calls" if self.status == "served" else ""
+        calls = f"{self.calls or 'no'} calls" if self.status == "served" else ""
         return "; ".join(filter(None, (f"{self.status}: {self.name}", calls, self.convention, self.reason)))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -23,21 +23,24 @@ _SKIPPED = ("torch", "cupy_msda", "numpy", "cupy", "scipy", "triton", "sympy", "
 
 @dataclass(frozen=True)
 class Candidate:
-    """A function, an autograd function or the forward of a layer, by name.
+    """A function, an autograd function or a method, such as the forward of a layer.
 
     Attributes
     ----------
     found : FunctionType, type or object
         A function of Python, a subclass of ``torch.autograd.Function``, or what cannot be exchanged.
-    layer : type or None
-        The class of layers whose ``forward`` it is.
+    cls : type or None
+        The class of which it is a method.
+    instance : object or None
+        An object of that class.
     holder : tuple or None
         Who holds the ``apply`` of an autograd function, and under which name.
     """
 
     name: str
     found: Any
-    layer: type[nn.Module] | None = None
+    cls: type | None = None
+    instance: Any = None
     holder: tuple[Any, str] | None = None
 
 
@@ -62,9 +65,9 @@ def in_model(model: nn.Module) -> Iterator[Candidate]:
         for name, found in list(vars(layer).items()):
             yield from _of(found, name, layer)
         for cls in type(layer).__mro__:
-            if cls.__module__.partition(".")[0] not in _SKIPPED:
-                yield from _of(cls, cls.__name__)
-                yield from _in_class(cls)
+            if not _is_skipped(cls):
+                yield from _of_class(cls, layer)
+                yield from _in_class(cls, layer)
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -81,11 +84,27 @@ def compiled_parts(model: nn.Module) -> list[str]:
     return [name or "the model" for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)]
 
 
-def _in_class(cls: type) -> Iterator[Candidate]:
-    """Static methods."""
+def _in_class(cls: type, instance: Any = None) -> Iterator[Candidate]:
+    """Methods that are named after the operator."""
+    if issubclass(cls, Function):
+        return
     for name, found in list(vars(cls).items()):
-        if isinstance(found, staticmethod) and not issubclass(cls, Function):
+        if isinstance(found, staticmethod):
             yield from _of(found.__func__, name)
+        elif isinstance(found, FunctionType) and NAME.search(found.__name__):
+            yield Candidate(_name_of(found), found, cls, instance)
+
+
+def _of_class(cls: type, instance: Any = None) -> Iterator[Candidate]:
+    """An autograd function, or the method by which an object that is named after the operator is called."""
+    if not NAME.search(cls.__name__) or _is_skipped(cls):
+        return
+    if issubclass(cls, Function):
+        yield Candidate(_name_of(cls), cls)
+        return
+    method = getattr(cls, "forward" if issubclass(cls, nn.Module) else "__call__", None)
+    if isinstance(method, FunctionType) and not _is_skipped(method):
+        yield Candidate(_name_of(cls), method, cls, instance)
 
 
 def _of(found: Any, name: str, owner: Any = None) -> Iterator[Candidate]:
@@ -94,26 +113,31 @@ def _of(found: Any, name: str, owner: Any = None) -> Iterator[Candidate]:
         found = found.func
     # A compiled function keeps what it was made of, and torch's compiler sees that change.
     found = getattr(found, "_torchdynamo_orig_callable", found) if isinstance(found, FunctionType) else found
-    function = getattr(found, "__self__", None)
-    if isinstance(function, type) and issubclass(function, Function):  # a kept `apply`
-        if NAME.search(function.__name__):
-            yield Candidate(f"{function.__module__}.{function.__qualname__}", function, holder=(owner, name))
-        return
-    if isinstance(found, FunctionType):
+    receiver = getattr(found, "__self__", None)
+    if isinstance(receiver, type) and issubclass(receiver, Function):  # a kept `apply`
+        if NAME.search(receiver.__name__):
+            yield Candidate(_name_of(receiver), receiver, holder=(owner, name))
+    elif isinstance(found, MethodType):
+        if isinstance(found.__func__, FunctionType) and NAME.search(found.__name__) and not _is_skipped(found):
+            yield Candidate(_name_of(found), found.__func__, type(receiver), receiver)
+    elif isinstance(found, FunctionType):
         if NAME.search(found.__name__) and not _is_skipped(found):
-            yield Candidate(f"{found.__module__}.{found.__qualname__}", found)
+            yield Candidate(_name_of(found), found)
     elif isinstance(found, torch.jit.ScriptFunction):
         if NAME.search(name):
             yield Candidate(name, found)
-    elif isinstance(found, type) and NAME.search(found.__name__) and not _is_skipped(found):
-        if issubclass(found, Function):
-            yield Candidate(f"{found.__module__}.{found.__qualname__}", found)
-        elif issubclass(found, nn.Module) and isinstance(vars(found).get("forward"), FunctionType):
-            yield Candidate(f"{found.__module__}.{found.__qualname__}", found.forward, found)
+    elif isinstance(found, type):
+        yield from _of_class(found)
+    elif callable(found) and not isinstance(found, nn.Module):
+        yield from _of_class(type(found), found)
+
+
+def _name_of(found: Any) -> str:
+    return f"{found.__module__}.{found.__qualname__}"
 
 
 def _is_skipped(found: Any) -> bool:
-    return (found.__module__ or "").partition(".")[0] in _SKIPPED
+    return (getattr(found, "__module__", None) or "").partition(".")[0] in _SKIPPED
 
 
 class ImportWatch(MetaPathFinder):

@@ -83,8 +83,7 @@ class Served:
         return Line(self.name, "served", layouts, self.calls, "; ".join(remarks))
 
     def _count(self) -> None:
-        self.calls += 1
-        count_call()
+        self.calls += count_call()
 
     def _reason_to_leave(self, named: Mapping[str, Any]) -> str:
         """Why the original has to answer a call, or nothing."""
@@ -143,15 +142,14 @@ class CompiledOperator:
         def chosen(value: Tensor, *arguments: Any, **named: Any) -> Any:
             if not serves(value):
                 return self.original(value, *arguments, **named)
-            self.calls += 1
-            count_call()
+            self.calls += count_call()
             return self.ours(value, *arguments, **named)
 
         return chosen
 
     def line(self) -> Line:
         """Its line of a report."""
-        return Line(self.name, "served", "by its parameters", self.calls)
+        return Line(self.name, "served", "the compiled operator, by its parameters", self.calls)
 
 
 def _operator(signature: Signature, named: Mapping[str, Any], layout: Layout, options: dict[str, Any]) -> Tensor:
