@@ -57,7 +57,8 @@ def _counted(function: Operator) -> Operator:
                     stacklevel=2,
                 )
             raise
-        calls[function.__name__] += count_call()
+        if count_call():
+            calls[function.__name__] += 1
         return result
 
     return counted  # type: ignore[return-value]

@@ -103,6 +103,8 @@ def install() -> ModelPatch:
         Where mmcv has compiled operators: :func:`patch` is for that.
     """
     importlib.import_module("mmcv")
+    if sys.modules.get(_COMPILED) is _WITHOUT:
+        return patch()
     if importlib.util.find_spec(_COMPILED) is not None:
         raise RuntimeError(f"{_COMPILED} is there: expected an mmcv without compiled operators; call patch() instead")
     name = ModuleName(_COMPILED, _WITHOUT)

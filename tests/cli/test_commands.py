@@ -109,6 +109,18 @@ def test_info_names_what_is_missing(capsys, monkeypatch):
     assert "kernel cache" in rows
 
 
+def test_info_has_one_row_of_each_name(capsys):
+    _, out, _ = run(capsys, "info")
+    names = [line[:24].strip() for line in out.splitlines()]
+    assert len(set(names)) == len(names) > 5
+
+
+def test_without_a_command_the_commands_are_named(capsys):
+    code, _, err = run(capsys)
+    assert code == 2
+    assert "the following arguments are required: command" in err
+
+
 def test_check_prints_a_row_per_case_backend_and_dtype(capsys):
     code, out, _ = run(capsys, "check")
     assert code == 0

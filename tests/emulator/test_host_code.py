@@ -277,6 +277,7 @@ def test_a_repeated_call_can_be_captured(gpu, deterministic):
 def test_a_first_call_after_warmup_can_be_captured(gpu, deterministic):
     sizes = cupy_msda.Sizes(levels=PLAIN.levels, N=2, Q=5, M=3, D=8, P=2)
     assert cupy_msda.warmup(sizes) > 0
+    assert cupy_msda.warmup(sizes) == 0
     gpu.streams.capturing.add(gpu.streams.current(0))
     check(gpu, PLAIN.inputs(), deterministic=deterministic)
     gpu.streams.capturing.clear()

@@ -4,9 +4,9 @@ import importlib
 import itertools
 import subprocess
 import sys
-import types
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -210,7 +210,7 @@ def test_what_is_no_name_of_a_module_is_refused(name):
 
 def caller(module_name, monkeypatch, held=MISSING, alias="MSDA"):
     """A module with an autograd function that calls the extension under a name of its own."""
-    module = types.ModuleType(module_name)
+    module = ModuleType(module_name)
     code = f"""
 import torch
 
@@ -238,8 +238,51 @@ def test_a_module_whose_import_has_failed_gets_the_stand_in(monkeypatch, held, a
     assert vars(module) == before
 
 
+def test_a_module_that_imports_the_functions_gets_them(monkeypatch):
+    module = caller("late_caller", monkeypatch)
+    code = """
+class OtherDeformAttnFunction(MSDeformAttnFunction):
+    @staticmethod
+    def forward(ctx, *arguments):
+        return ms_deform_attn_forward(*arguments)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return ms_deform_attn_backward(grad_output)
+"""
+    module.ms_deform_attn_forward = module.ms_deform_attn_backward = None
+    exec(code, vars(module))
+    extension.install("some_detector_extension")
+    assert module.ms_deform_attn_forward is extension.ms_deform_attn_forward
+    assert module.ms_deform_attn_backward is extension.ms_deform_attn_backward
+    extension.uninstall("some_detector_extension")
+    assert module.ms_deform_attn_forward is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_other_names_of_a_forward_are_left(monkeypatch):
+    module = ModuleType("late_caller")
+    code = """
+import torch
+
+class MSDeformAttnFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, step):
+        import MultiScaleDeformableAttention as MSDA
+        n = min(step, 64)
+        MSDA.ms_deform_attn_forward(value, n)
+        return torch.ops.detector.ms_deform_attn_forward(value, n)
+"""
+    exec(code, vars(module))
+    monkeypatch.setitem(sys.modules, "late_caller", module)
+    before = dict(vars(module))
+    extension.install("some_detector_extension")
+    assert vars(module) == before
+    extension.uninstall("some_detector_extension")
+
+
 def test_a_module_that_holds_another_extension_is_named(monkeypatch):
-    other = types.ModuleType("compiled")
+    other = ModuleType("compiled")
     module = caller("late_caller", monkeypatch, other)
     with pytest.warns(UserWarning, match=r"late_caller\.MSDA is <module 'compiled'>, imported before install"):
         extension.install("some_detector_extension")

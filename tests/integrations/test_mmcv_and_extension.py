@@ -119,6 +119,17 @@ def test_mmcv_without_compiled_operators_is_served(boxes):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_mmcv_may_be_installed_twice():
+    pytest.importorskip("mmcv")
+    with mmcv.install() as outer, mmcv.install():
+        pass
+    layer, arguments = mmcv_layer()
+    with mmcv.install():
+        layer(**arguments)
+    assert outer.report()[-1].calls == 0
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_other_operators_of_such_an_mmcv_say_what_is_missing():
     pytest.importorskip("mmcv")
     with mmcv.install():

@@ -30,8 +30,8 @@ def double(function):
 
 def wrong_gradient(function):
     @functools.wraps(function)
-    def wrapper(*, value, **others):
-        return function(2 * value.detach() - value, **others)
+    def wrapper(value, *others):
+        return function(2 * value.detach() - value, *others)
 
     return wrapper
 
@@ -161,9 +161,9 @@ def test_patches_nest(module):
     with cupy_msda.torch.patch() as outer:
         with cupy_msda.torch.patch() as inner:
             call(function)
-            assert line(inner).reason == "another patch serves it"
+            assert line(inner).calls == 1
         call(function)
-        assert line(outer).calls == 2
+        assert (line(outer).calls, line(inner).calls) == (2, 1)
     assert function.__code__ is code
 
 

@@ -78,8 +78,8 @@ class Signature:
 
     Attributes
     ----------
-    names : tuple of str
-        All of them in their order, with the receiver of a method.
+    names, keywords : tuple of str
+        Parameters that are given by position or by name, with the receiver of a method, and those by name only.
     roles : mapping
         From a role to the name of its parameter.
     choices : tuple of str
@@ -91,6 +91,7 @@ class Signature:
     """
 
     names: tuple[str, ...]
+    keywords: tuple[str, ...]
     roles: Mapping[str, str]
     choices: tuple[str, ...]
     others: Mapping[str, Any]
@@ -104,6 +105,10 @@ class Signature:
     def by_name(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of a call by the names of their parameters."""
         return {**self.defaults, **dict(zip(self.names, arguments, strict=False)), **named}
+
+    def call(self, function: Callable[..., Any], named: Mapping[str, Any]) -> Any:
+        """Call by position, as models do: a decorator may hand nothing else on."""
+        return function(*(named[name] for name in self.names), **{name: named[name] for name in self.keywords})
 
     def given(self, named: Mapping[str, Any], role: str) -> Any:
         """The argument in a role, or None."""
@@ -144,21 +149,28 @@ def read_signature(function: Callable[..., Any], is_method: bool = False) -> Sig
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
+        of_wrapper = inspect.signature(function, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):
         return "its parameters are not known"
-    names = tuple(p.name for p in parameters)
-    if is_method:
-        del parameters[:1]
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY) for p in parameters):
+    # A decorator may have parameters of its own.
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = {p.name for p in parameters}
+    parameters += [p for p in of_wrapper if p.name not in known and p.kind not in several]
+    receiver = tuple(p.name for p in parameters[:1]) if is_method else ()
+    parameters = parameters[len(receiver) :]
+    if any(p.kind in (*several, p.POSITIONAL_ONLY) for p in parameters):
         return "it takes parameters without names"
+    names = [p.name for p in parameters]
+    keywords = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
     by_name = {name: role for role, names in ROLES.items() for name in names}
-    roles = {by_name[p.name]: p.name for p in parameters if p.name in by_name}
+    roles = {by_name[name]: name for name in names if name in by_name}
     if missing := [role for role in REQUIRED if role not in roles]:
         wanted = ", ".join(ROLES[role][0] for role in missing)
         return f"it has no parameter {wanted} (other names: docs/models.md), but ({', '.join(names)})"
-    choices = tuple(p.name for p in parameters if p.name in CHOICES)
+    choices = tuple(name for name in names if name in CHOICES)
     others = {p.name: p.default for p in parameters if p.name not in by_name and p.name not in CHOICES}
     if unknown := [name for name, default in others.items() if default is inspect.Parameter.empty]:
         return f"it demands {' and '.join(unknown)}, which is in no documented pattern"
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    return Signature(names, roles, choices, others, defaults)
+    by_position = (*receiver, *(name for name in names if name not in keywords))
+    return Signature(by_position, keywords, roles, choices, others, defaults)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dis
 import inspect
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch.autograd import Function
 
-_OPERATOR = "ms_deform_attn_forward"
+_OPERATORS = ("ms_deform_attn_forward", "ms_deform_attn_backward")
 _MISSING = object()
 
 
@@ -25,12 +26,12 @@ def mend(extension: ModuleType) -> list[tuple[dict[str, Any], str, Any]]:
         What has been changed, for :func:`undo`; `before` is a private object where the name was not there.
     """
     changed = []
-    for namespace, name in _callers():
+    for namespace, name, ours in _callers(extension):
         held = namespace.get(name, _MISSING)
         if held is None or held is _MISSING:
-            namespace[name] = extension
+            namespace[name] = ours
             changed.append((namespace, name, held))
-        elif held is not extension and not (name == _OPERATOR and held is vars(extension)[_OPERATOR]):
+        elif held is not ours:
             warnings.warn(
                 f"cupy_msda: {namespace.get('__name__')}.{name} is {held!r}, imported before install(); it goes on "
                 "with that",
@@ -41,8 +42,9 @@ def mend(extension: ModuleType) -> list[tuple[dict[str, Any], str, Any]]:
 
 def undo(changed: list[tuple[dict[str, Any], str, Any]], extension: ModuleType) -> None:
     """Take back what :func:`mend` has changed, where it is still there."""
+    ours = (extension, *(vars(extension)[name] for name in _OPERATORS))
     for namespace, name, before in changed:
-        if namespace.get(name) is not extension:
+        if not any(namespace.get(name) is one for one in ours):
             continue
         if before is _MISSING:
             del namespace[name]
@@ -50,28 +52,34 @@ def undo(changed: list[tuple[dict[str, Any], str, Any]], extension: ModuleType) 
             namespace[name] = before
 
 
-def _callers() -> Iterator[tuple[dict[str, Any], str]]:
-    """Namespaces with autograd functions that call the extension, and the name that it has there."""
+def _callers(extension: ModuleType) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Namespaces with autograd functions that call the extension, the name that it has there, and what it should be."""
     seen = set()
     for module in list(sys.modules.values()):
-        if not isinstance(module, ModuleType) or module.__name__.partition(".")[0] in ("torch", "cupy_msda"):
+        if type(module) is not ModuleType or module.__name__.partition(".")[0] in ("torch", "cupy_msda"):
             continue
         for found in list(vars(module).values()):
-            if not (isinstance(found, type) and issubclass(found, Function)):
+            if not (issubclass(type(found), type) and issubclass(found, Function)):
                 continue
-            forward = inspect.unwrap(found.forward)
-            if isinstance(forward, FunctionType) and forward not in seen:
-                seen.add(forward)
-                if (name := _name_in(forward)) is not None:
-                    yield forward.__globals__, name
+            for method in (found.forward, found.backward):
+                function = inspect.unwrap(method)
+                if isinstance(function, FunctionType) and function not in seen:
+                    seen.add(function)
+                    for name in _names_in(function):
+                        ours = vars(extension)[name] if name in _OPERATORS else extension
+                        yield function.__globals__, name, ours
 
 
-def _name_in(forward: FunctionType) -> str | None:
-    """The global name of the extension, or of its function, in the code of a forward."""
-    of_global = None
-    for instruction in dis.get_instructions(forward):
-        if instruction.opname == "LOAD_GLOBAL":
-            of_global = str(instruction.argval)
-        if instruction.argval == _OPERATOR and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL"):
-            return of_global
-    return None
+def _names_in(function: FunctionType) -> set[str]:
+    """Global names in the code of a function that are the extension, or one of its functions."""
+    found, before = set(), None
+    for instruction in dis.get_instructions(function):
+        if instruction.opname in ("PUSH_NULL", "CACHE", "PRECALL"):
+            continue
+        if instruction.argval in _OPERATORS:
+            if instruction.opname == "LOAD_GLOBAL":
+                found.add(instruction.argval)
+            elif before is not None and before.opname == "LOAD_GLOBAL":
+                found.add(str(before.argval))
+        before = instruction
+    return {name for name in found if not hasattr(builtins, name)}

@@ -5,70 +5,102 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import warnings
+import threading
 from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import Function
 
 from . import search
-from .conventions import NAME, Signature, read_signature
-from .patch import Patch, is_stand_in, mark_stand_in, served_calls
-from .probe import Finding, probe
+from .conventions import NAME, read_signature
+from .layer_watch import LayerWatch
+from .patch import Patch, is_stand_in, mark_stand_in
+from .probe import probe
+from .receivers import Receivers, takes_no_arguments
 from .redirect import Redirection, is_redirected
 from .report import Line, Report
 from .search import Candidate
 from .served import CompiledOperator, Served
 
 
+@dataclasses.dataclass
+class _Shared:
+    """What is served, how many patches serve it, and how it is undone after the last of them."""
+
+    served: Served | CompiledOperator
+    undo: Callable[[], None]
+    users: int = 1
+
+
+# By what has been exchanged: a function, an autograd function, or the name of a compiled one.
+_shared: dict[Any, _Shared] = {}
+_lock = threading.RLock()
+
+
 class ModelPatch(Patch):
-    """What :func:`cupy_msda.torch.patch` has replaced. A context manager; :meth:`undo` restores everything."""
+    """What :func:`cupy_msda.torch.patch` has replaced. A context manager; :meth:`undo` restores everything.
+
+    Several patches may serve one function, and be undone in any order.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._functions: list[Served | CompiledOperator] = []
+        # What is served, and its calls before that.
+        self._served: list[tuple[Served | CompiledOperator, int]] = []
         self._others: dict[str, Line] = {}
         self._seen: set[Any] = set()
+        self._final: Report | None = None
+        self._has_compiled = False
 
     def report(self) -> Report:
         """What is served, how often it was called since, and what is not served and why."""
-        return Report([*(one.line() for one in self._functions), *self._others.values()])
+        if self._final is not None:
+            return self._final
+        return Report([*(one.line(before) for one, before in self._served), *self._others.values()])
 
     def __repr__(self) -> str:
         return str(self.report())
 
     def undo(self) -> None:
-        """Restore everything. The counts of the report stay."""
-        for one in self._functions:
-            if isinstance(one, Served):
-                one.is_active = False
-        super().undo()
+        """Restore everything. The report stays as it is."""
+        with _lock:
+            self._final = self.report()
+            super().undo()
 
     def serve(self, candidates: Iterable[Candidate]) -> None:
         """Replace those that compute the operator, and note the others."""
-        for candidate in candidates:
-            if candidate.found not in self._seen:
-                self._seen.add(candidate.found)
-                self._serve(candidate)
-            if candidate.holder is not None:
-                self._serve_holder(*candidate.holder)
+        with _lock:
+            for candidate in candidates:
+                self._has_compiled |= candidate.is_compiled
+                if candidate.found not in self._seen:
+                    self._seen.add(candidate.found)
+                    self._serve(candidate)
+                if candidate.holder is not None:
+                    self._serve_holder(*candidate.holder, candidate.found)
 
     def serve_compiled(self, module: ModuleType, name: str, ours: Callable[..., Any]) -> None:
         """Replace a function of a compiled extension: who calls it holds the module."""
-        served = CompiledOperator(f"{module.__name__}.{name}", ours, getattr(module, name))
-        if is_stand_in(served.original):
-            return
-        self.replace(module, name, mark_stand_in(served.function(), ours))
-        self._functions.append(served)
-        self.served.append(served.name)
+        with _lock:
+            key, original = f"{module.__name__}.{name}", getattr(module, name)
+            if key not in _shared:
+                served = CompiledOperator(key, ours, original)
+                setattr(module, name, served)
+
+                def undo() -> None:
+                    served.is_active = False
+                    setattr(module, name, original)
+
+                _shared[key] = _Shared(served, undo, users=0)
+            self._use(key, key)
 
     def watch_imports(self) -> None:
         """Serve what is imported from now on, too."""
 
         def imported(module: ModuleType) -> None:
-            self.serve(list(search.in_module(module)))
+            self.serve(search.in_module(module))
 
         watch = search.ImportWatch(imported)
         watch.start()
@@ -77,94 +109,126 @@ class ModelPatch(Patch):
     def watch_layers(self, model: nn.Module) -> None:
         """Warn where an attention layer of `model` is called and the operator is not."""
         for name in search.compiled_parts(model):
-            self._others[name] = Line(name, "compiled already", reason="patch before torch.jit")
-        for name, layer in search.attention_layers(model).items():
-            self._watch_layer(name, layer)
+            self._others[name] = Line(name, "compiled already", reason="torch.jit has fixed its code")
 
-    def _watch_layer(self, name: str, layer: nn.Module) -> None:
-        begun: list[int] = []
-
-        def begin(*_: Any) -> None:
-            if not torch.compiler.is_compiling():
-                begun.append(served_calls())
-
-        def end(*_: Any) -> None:
-            if torch.compiler.is_compiling() or not begun or served_calls() > begun.pop() or name in self._others:
-                return
+        def bypassed(name: str) -> None:
             self._others[name] = Line(name, "kept", reason="a call of this layer did not reach the operator")
-            warnings.warn(
-                f"cupy_msda: a call of the layer {name!r} did not reach the operator: print the report() of the patch",
-                stacklevel=2,
-            )
 
-        self._undo += [layer.register_forward_pre_hook(begin).remove, layer.register_forward_hook(end).remove]
+        # Where a function is compiled by itself, layers that call it do not know.
+        for name, layer in () if self._has_compiled else search.attention_layers(model).items():
+            self._undo.append(LayerWatch(name, layer, bypassed).stop)
 
     def _serve(self, candidate: Candidate) -> None:
         found = candidate.found
-        if isinstance(found, torch.jit.ScriptFunction):
-            self._leave(candidate, "patch before torch.jit.script", "compiled already")
-            return
-        if is_redirected(found) or is_stand_in(found if isinstance(found, FunctionType) else found.apply):
+        if found in _shared:
+            self._use(found, candidate.name)
+        elif isinstance(found, torch.jit.ScriptFunction):
+            self._leave(candidate, "torch.jit has fixed its code", "compiled already")
+        elif is_redirected(found) or is_stand_in(found if isinstance(found, FunctionType) else found.apply):
             self._leave(candidate, "another patch serves it")
-            return
-        is_function = isinstance(found, FunctionType)
-        has_receiver = candidate.cls is not None or not is_function
-        signature = read_signature(found if is_function else found.forward, has_receiver)
+        elif isinstance(found, FunctionType):
+            self._serve_function(candidate)
+        else:
+            self._serve_autograd_function(candidate)
+
+    def _serve_function(self, candidate: Candidate) -> None:
+        signature = read_signature(candidate.found, candidate.cls is not None)
         if isinstance(signature, str):
             # The forward of most layers takes features and reference points; what it calls is the operator.
-            if candidate.cls is None or NAME.search(found.__name__):
+            if candidate.cls is None or NAME.search(candidate.found.__name__):
                 self._leave(candidate, signature)
             return
-        callee = _callee(candidate, signature)
-        finding = Finding(problem="no object of its class is known") if callee is None else probe(callee, signature)
+        redirection = Redirection(candidate.found)
+        compare = functools.partial(probe, redirection.original, signature)
+        receivers = None
+        if candidate.cls is None:
+            finding = compare()
+        else:
+            receivers, receiver = Receivers(compare), candidate.instance
+            if receiver is None and not takes_no_arguments(candidate.cls):
+                self._leave(candidate, "no object of its class is known: patch(model) finds those of a model")
+                return
+            try:
+                finding = receivers.learn(candidate.cls() if receiver is None else receiver)
+            except Exception as error:
+                self._leave(candidate, f"its class raised {type(error).__name__}: {error}")
+                return
         if not finding.layouts:
             self._leave(candidate, finding.problem)
             return
-        replace = self._redirect if is_function else self._replace_apply
-        self._functions.append(replace(candidate, signature, finding))
-        self.served.append(candidate.name)
-
-    def _redirect(self, candidate: Candidate, signature: Signature, finding: Finding) -> Served:
-        redirection = Redirection(candidate.found)
-        served = Served(candidate.name, redirection.original, signature, finding)
+        served = Served(candidate.name, redirection.original, signature, finding, receivers)
         redirection.to(served)
-        self._undo.append(redirection.undo)
-        return served
+        self._share(candidate, served, redirection.undo)
 
-    def _replace_apply(self, candidate: Candidate, signature: Signature, finding: Finding) -> Served:
-        """Of an autograd function: its graph would hide the operator from the transformations of torch."""
-        function = candidate.found
-        original = function.apply
-        signature = dataclasses.replace(signature, names=signature.names[1:])  # without ctx
-        served = Served(
-            candidate.name, lambda **named: original(*(named[name] for name in signature.names)), signature, finding
-        )
+    def _serve_autograd_function(self, candidate: Candidate) -> None:
+        """Its graph would hide the operator from the transformations of torch, so not its parts are replaced."""
+        function, original = candidate.found, candidate.found.apply
+        has_context = function.setup_context is Function.setup_context
+        signature = read_signature(function.forward, has_context)
+        if isinstance(signature, str):
+            self._leave(candidate, signature)
+            return
+        signature = dataclasses.replace(signature, names=signature.names[has_context:])
+        finding = probe(original, signature)
+        if not finding.layouts:
+            self._leave(candidate, finding.problem)
+            return
+        served = Served(candidate.name, original, signature, finding)
 
-        def apply(*arguments: Any) -> Any:
-            return served(*arguments)
+        def apply(cls: type, *arguments: Any) -> Any:
+            if cls is function:
+                return served(*arguments)
+            return original.__func__(cls, *arguments)  # a subclass, which may compute something else
 
-        replace = self.replace if "apply" in vars(function) else self.add
-        replace(function, "apply", staticmethod(mark_stand_in(apply, served)))
-        return served
+        patch = Patch()
+        replace = patch.replace if "apply" in vars(function) else patch.add
+        replace(function, "apply", classmethod(mark_stand_in(apply, served)))
+        self._share(candidate, served, patch.undo)
 
-    def _serve_holder(self, owner: Any, name: str) -> None:
+    def _serve_holder(self, owner: Any, name: str, function: Any) -> None:
         """Give one who kept the `apply` of an autograd function the one that it has now."""
-        function = getattr(owner, name).__self__
-        if is_stand_in(function.apply):
-            self.replace(owner, name, function.apply)
+        held = vars(owner)[name]
+        if function not in _shared:
+            return
+        if isinstance(owner, type):
+            setattr(owner, name, _with_apply(held, function))
+            self.at_undo(lambda: setattr(owner, name, held))
+        else:
+            self.replace(owner, name, _with_apply(held, function))
+
+    def _share(self, candidate: Candidate, served: Served, undo: Callable[[], None]) -> None:
+        def undo_all() -> None:
+            served.is_active = False
+            undo()
+
+        _shared[candidate.found] = _Shared(served, undo_all, users=0)
+        self._use(candidate.found, candidate.name)
+
+    def _use(self, key: Any, name: str) -> None:
+        """One more patch that serves it."""
+        shared = _shared[key]
+        shared.users += 1
+        self._served.append((shared.served, shared.served.calls))
+        self.served.append(name)
+        self.at_undo(functools.partial(_release, key))
 
     def _leave(self, candidate: Candidate, reason: str, status: str = "kept") -> None:
         self._others[candidate.name] = Line(candidate.name, status, reason=reason)
 
 
-def _callee(candidate: Candidate, signature: Signature) -> Callable[..., Any] | None:
-    """A candidate as a function of keywords, or None for a method where no object can be made."""
-    if candidate.cls is not None:
-        try:
-            receiver = candidate.cls() if candidate.instance is None else copy.deepcopy(candidate.instance)
-        except Exception:
-            return None
-        return functools.partial(candidate.found, receiver)
-    if isinstance(candidate.found, FunctionType):
-        return candidate.found
-    return lambda **named: candidate.found.apply(*(named[name] for name in signature.names[1:]))
+def _release(key: Any) -> None:
+    """One patch less; the last one restores the original."""
+    shared = _shared[key]
+    shared.users -= 1
+    if not shared.users:
+        del _shared[key]
+        shared.undo()
+
+
+def _with_apply(held: Any, function: Any) -> Any:
+    """What held the `apply` of `function`, with the one that it has now."""
+    if isinstance(held, functools.partial):
+        return functools.partial(_with_apply(held.func, function), *held.args, **held.keywords)
+    if isinstance(held, staticmethod):
+        return staticmethod(_with_apply(held.__func__, function))
+    return copy.copy(function.apply)

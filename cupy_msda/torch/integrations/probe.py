@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from .patch import uncounted
 N, M, D, Q = 2, 3, 5, 7
 LEVELS = ((6, 9), (4, 5))
 EVEN_POINTS, UNEVEN_POINTS = (4, 4), (1, 3)
+# The second level comes first.
+STARTS = (LEVELS[1][0] * LEVELS[1][1], 0)
 # Options of the operator that a candidate may have built in. Nearest is what the method "discrete" means.
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -32,9 +35,31 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 TOLERANCE = 1e-9
 
 
+# What a candidate raises that was found by the parameters of the extension and cannot run on a CPU.
+_NOT_ON_A_CPU = (RuntimeError, NotImplementedError, AssertionError, AttributeError, NameError, ImportError)
+
+
+class Meaning(NamedTuple):
+    """What a call of one layout computes.
+
+    Attributes
+    ----------
+    options : dict
+        Of the operator.
+    uses_starts : bool
+        Whether it respects level_start_index; otherwise each level follows the one before it.
+    has_gradient : bool
+        Whether its output requires a gradient where its inputs do.
+    """
+
+    options: dict[str, Any]
+    uses_starts: bool
+    has_gradient: bool
+
+
 @dataclass
 class Finding:
-    """The layouts in which a candidate computes the operator, with the options of each.
+    """The layouts in which a candidate computes the operator, and what it computes in each.
 
     Attributes
     ----------
@@ -48,25 +73,29 @@ class Finding:
         Why there are no layouts.
     """
 
-    layouts: dict[Layout, dict[str, Any]] = field(default_factory=dict)
+    layouts: dict[Layout, Meaning] = field(default_factory=dict)
     of_tensors: str = PIXELS_FIRST
     gradients: bool = True
     is_verified: bool = True
     problem: str = ""
 
 
-def probe(candidate: Callable[..., Any], signature: Signature) -> Finding:
-    """Call a candidate by keyword in every documented layout that its parameters allow.
+def probe(candidate: Callable[..., Any], signature: Signature, receiver: Any = None) -> Finding:
+    """Call a candidate in every documented layout that its parameters allow; a method with a copy of `receiver`.
 
     Random generators, inputs and the modes of torch are afterwards as they were before.
     """
     found = Finding()
-    with _undisturbed():
-        inputs = _Inputs(UNEVEN_POINTS if "num_points" in signature.roles else EVEN_POINTS)
-        for layout in _layouts(signature):
-            if layout.value == HEADS_FIRST and any(one.value == PIXELS_FIRST for one in found.layouts):
-                continue
-            _try(candidate, signature, layout, inputs, found)
+    try:
+        with _undisturbed():
+            inputs = _Inputs(UNEVEN_POINTS if "num_points" in signature.roles else EVEN_POINTS)
+            calls = _Calls(candidate, signature, inputs, receiver)
+            for layout in _layouts(signature):
+                if layout.value == HEADS_FIRST and any(one.value == PIXELS_FIRST for one in found.layouts):
+                    continue
+                _try(calls, layout, found)
+    except Exception as error:  # in a mode of torch that has no numbers, such as that of fake tensors
+        return Finding(problem=f"it could not be compared: {type(error).__name__}: {error}")
     return found
 
 
@@ -82,44 +111,58 @@ def _layouts(signature: Signature) -> Iterator[Layout]:
                 yield Layout(value, *samples, chosen)
 
 
-def _try(candidate: Callable[..., Any], signature: Signature, layout: Layout, inputs: _Inputs, found: Finding) -> None:
+@dataclass(frozen=True)
+class _Calls:
+    """Calls of a candidate with drawn inputs."""
+
+    candidate: Callable[..., Any]
+    signature: Signature
+    inputs: _Inputs
+    receiver: Any
+
+    def call(self, layout: Layout, leaves: list[Tensor]) -> Any:
+        """With level sizes in a tensor, and with numbers where that fails."""
+        try:
+            return self._call(layout, leaves, torch.tensor(LEVELS))
+        except Exception:
+            return self._call(layout, leaves, list(LEVELS))
+
+    def _call(self, layout: Layout, leaves: list[Tensor], shapes: Any) -> Any:
+        named = self.inputs.named(self.signature, layout, [leaf * 1 for leaf in leaves], shapes)
+        if self.receiver is not None:
+            named[self.signature.names[0]] = copy.deepcopy(self.receiver)
+        return self.signature.call(self.candidate, named)
+
+
+def _try(calls: _Calls, layout: Layout, found: Finding) -> None:
     """Add the layout to what is found if the results are the operator's in one of its variants."""
-    leaves = inputs.leaves()
+    leaves = calls.inputs.leaves()
     try:
-        output = _call(candidate, signature, layout, inputs, leaves)
+        output = calls.call(layout, leaves)
     except Exception as error:
         found.problem = found.problem or f"it raised {type(error).__name__}: {error}"
-        if signature.is_extension:
-            found.layouts[layout], found.gradients, found.is_verified = {}, False, False
+        if calls.signature.is_extension and isinstance(error, _NOT_ON_A_CPU):
+            found.layouts[layout], found.gradients, found.is_verified = Meaning({}, True, True), False, False
         return
     if not isinstance(output, Tensor) or output.shape != (N, Q, M * D):
         found.problem = found.problem or "its output is not [N, Q, M*D]"
         return
-    grads = _gradients(output, leaves, inputs.grad_output)
-    for options in VARIANTS:
-        exact, exact_grads = inputs.expected(options)
+    grads = _gradients(output, leaves, calls.inputs.grad_output)
+    for uses_starts, options in itertools.product(
+        (True, False) if "starts" in calls.signature.roles else (False,), VARIANTS
+    ):
+        exact, exact_grads = calls.inputs.expected(options, uses_starts)
         if not _close(output.detach(), exact):
             continue
         if grads is not None and not all(map(_close, grads, exact_grads)):
             found.problem = "its output is the operator's, its gradients are not"
             return
-        found.layouts[layout] = options
+        found.layouts[layout] = Meaning(options, uses_starts, output.requires_grad)
         found.gradients = found.gradients and grads is not None
         if layout.value != PER_LEVEL:
             found.of_tensors = layout.value
         return
-    found.problem = found.problem or "it computes something else"
-
-
-def _call(
-    candidate: Callable[..., Any], signature: Signature, layout: Layout, inputs: _Inputs, leaves: list[Tensor]
-) -> Any:
-    """Call with level sizes in a tensor, and with numbers where that fails."""
-    shapes = torch.tensor(LEVELS)
-    try:
-        return candidate(**inputs.named(signature, layout, [leaf * 1 for leaf in leaves], shapes))
-    except Exception:
-        return candidate(**inputs.named(signature, layout, [leaf * 1 for leaf in leaves], list(LEVELS)))
+    found.problem = "it computes something else"
 
 
 def _gradients(output: Tensor, leaves: list[Tensor], grad_output: Tensor) -> list[Tensor] | None:
@@ -128,7 +171,7 @@ def _gradients(output: Tensor, leaves: list[Tensor], grad_output: Tensor) -> lis
         grads = torch.autograd.grad(output, leaves, grad_output, allow_unused=True)
     except Exception:
         return None
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
+    return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves, strict=True)]
 
 
 def _close(have: Tensor, want: Tensor) -> bool:
@@ -163,7 +206,7 @@ class _Inputs:
             "value": _value_in(layout.value, value),
             "shapes": shapes,
             "sizes": list(LEVELS),
-            "starts": torch.tensor([0, LEVELS[0][0] * LEVELS[0][1]]),
+            "starts": torch.tensor(STARTS),
             "locations": locations.unflatten(3, (len(LEVELS), -1)) if layout.locations_by_level else locations,
             "weights": weights.unflatten(3, (len(LEVELS), -1)) if layout.weights_by_level else weights,
             "num_points": list(self.points),
@@ -172,15 +215,16 @@ class _Inputs:
         named = {signature.roles[role]: part for role, part in arguments.items() if role in signature.roles}
         return named | dict(zip(signature.choices, layout.choices, strict=True)) | dict(signature.others)
 
-    def expected(self, options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    def expected(self, options: dict[str, Any], with_starts: bool) -> tuple[Tensor, list[Tensor]]:
         """Output and gradients of the operator."""
-        key = str(options)
+        key = f"{options}, {with_starts}"
         if key not in self._expected:
             leaves = self.leaves()
             value, locations, weights = leaves
             if "interpolation" in options:
                 locations = locations.detach()
-            output = ms_deform_attn(value, LEVELS, None, locations, weights, num_points=self.points, **options)
+            starts = STARTS if with_starts else None
+            output = ms_deform_attn(value, LEVELS, starts, locations, weights, num_points=self.points, **options)
             grads = _gradients(output, leaves, self.grad_output)
             assert grads is not None
             self._expected[key] = output.detach(), grads

@@ -15,6 +15,8 @@ from typing import Any
 _POSITIONAL, _NAMED = 0x04, 0x08  # flags of code: *arguments, **named
 _numbers = itertools.count()
 _redirected: set[FunctionType] = set()
+#: Where calls go, by the number of the redirection. The original, once that is undone: a call may be on its way.
+targets: dict[int, Callable[..., Any]] = {}
 
 
 class Redirection:
@@ -30,18 +32,18 @@ class Redirection:
 
     def __init__(self, function: FunctionType) -> None:
         self.function, self.original = function, _copy(function)
-        self._name = f"_cupy_msda_{next(_numbers)}"
+        self._number = next(_numbers)
 
     def to(self, target: Callable[..., Any]) -> None:
         """From now on, calls go to `target`."""
-        self.function.__globals__[self._name] = target
-        self.function.__code__ = _calling(self._name, self.original.__code__)
+        targets[self._number] = target
+        self.function.__code__ = _calling(self._number, self.original.__code__)
         _redirected.add(self.function)
 
     def undo(self) -> None:
         """Restore the function."""
         self.function.__code__ = self.original.__code__
-        del self.function.__globals__[self._name]
+        targets[self._number] = self.original
         _redirected.discard(self.function)
 
 
@@ -60,8 +62,8 @@ def _copy(function: FunctionType) -> FunctionType:
     return copy
 
 
-def _calling(name: str, code: CodeType) -> CodeType:
-    """Code with the parameters and the number of free variables of `code` that calls the global `name`.
+def _calling(number: int, code: CodeType) -> CodeType:
+    """Code with the parameters and the number of free variables of `code` that calls a target.
 
     Python demands that the number of free variables stays, and torch's compiler keeps what it knows of the parameters.
     """
@@ -79,10 +81,12 @@ def _calling(name: str, code: CodeType) -> CodeType:
     call = [*positional[:by_position], *([f"*{several}"] if several else [])]
     call += [f"{name}={name}" for name in (*positional[by_position:], *keywords)] + ([f"**{named}"] if named else [])
     free = code.co_freevars
+    # The target is not a global of the function, whose module would then have a name that is not its own.
     lines = (
         f"def outer({', '.join(free)}):",
         f" def function({', '.join(parameters)}):",
-        f"  return {name}({', '.join(call)})",
+        f"  from {__name__} import targets as _cupy_msda_targets",
+        f"  return _cupy_msda_targets[{number}]({', '.join(call)})",
         f"  {'; '.join(free)}",
         " return function",
     )

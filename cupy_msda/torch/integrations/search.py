@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
-from types import FunctionType, MethodType, ModuleType
+from importlib.util import _LazyModule  # type: ignore[attr-defined]
+from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class Candidate:
         An object of that class.
     holder : tuple or None
         Who holds the ``apply`` of an autograd function, and under which name.
+    is_compiled : bool
+        Whether it was found in what ``torch.compile`` has made of it.
     """
 
     name: str
@@ -42,20 +45,23 @@ class Candidate:
     cls: type | None = None
     instance: Any = None
     holder: tuple[Any, str] | None = None
+    is_compiled: bool = False
 
 
 def in_module(module: ModuleType) -> Iterator[Candidate]:
     """Candidates that a module has, its own or those of other modules."""
+    if type(module) is _LazyModule:  # a look at it would import it
+        return
     for name, found in list(vars(module).items()):
         yield from _of(found, name, module)
-        if isinstance(found, type) and found.__module__ == module.__name__:
+        if issubclass(type(found), type) and found.__module__ == module.__name__:
             yield from _in_class(found)
 
 
 def in_loaded_modules() -> Iterator[Candidate]:
     """Candidates of all modules that are imported."""
     for name, module in list(sys.modules.items()):
-        if isinstance(module, ModuleType) and name.partition(".")[0] not in _SKIPPED:
+        if issubclass(type(module), ModuleType) and name.partition(".")[0] not in _SKIPPED:
             yield from in_module(module)
 
 
@@ -90,7 +96,7 @@ def _in_class(cls: type, instance: Any = None) -> Iterator[Candidate]:
         return
     for name, found in list(vars(cls).items()):
         if isinstance(found, staticmethod):
-            yield from _of(found.__func__, name)
+            yield from _of(found.__func__, name, cls)
         elif isinstance(found, FunctionType) and NAME.search(found.__name__):
             yield Candidate(_name_of(found), found, cls, instance)
 
@@ -107,29 +113,41 @@ def _of_class(cls: type, instance: Any = None) -> Iterator[Candidate]:
         yield Candidate(_name_of(cls), method, cls, instance)
 
 
-def _of(found: Any, name: str, owner: Any = None) -> Iterator[Candidate]:
-    """The candidate that an attribute of `owner` is or keeps."""
-    while isinstance(found, functools.partial):
+def _of(held: Any, name: str, owner: Any) -> Iterator[Candidate]:
+    """The candidate that an attribute of `owner` is or keeps.
+
+    Only types are looked at: an object may answer any question with an error.
+    """
+    found: Any = held
+    while issubclass(type(found), functools.partial):
         found = found.func
-    # A compiled function keeps what it was made of, and torch's compiler sees that change.
-    found = getattr(found, "_torchdynamo_orig_callable", found) if isinstance(found, FunctionType) else found
-    receiver = getattr(found, "__self__", None)
-    if isinstance(receiver, type) and issubclass(receiver, Function):  # a kept `apply`
-        if NAME.search(receiver.__name__):
-            yield Candidate(_name_of(receiver), receiver, holder=(owner, name))
-    elif isinstance(found, MethodType):
-        if isinstance(found.__func__, FunctionType) and NAME.search(found.__name__) and not _is_skipped(found):
-            yield Candidate(_name_of(found), found.__func__, type(receiver), receiver)
-    elif isinstance(found, FunctionType):
-        if NAME.search(found.__name__) and not _is_skipped(found):
-            yield Candidate(_name_of(found), found)
-    elif isinstance(found, torch.jit.ScriptFunction):
+    kind: type = type(found)
+    if kind in (MethodType, BuiltinMethodType):
+        yield from _of_method(found, name, owner)
+    elif kind is FunctionType:
+        # A compiled function keeps what it was made of, and torch's compiler sees that change.
+        inner = vars(found).get("_torchdynamo_orig_callable", found)
+        if type(inner) is FunctionType and NAME.search(inner.__name__) and not _is_skipped(inner):
+            yield Candidate(_name_of(inner), inner, is_compiled=inner is not found)
+    elif kind is torch.jit.ScriptFunction:
         if NAME.search(name):
             yield Candidate(name, found)
-    elif isinstance(found, type):
+    elif issubclass(kind, type):
         yield from _of_class(found)
-    elif callable(found) and not isinstance(found, nn.Module):
-        yield from _of_class(type(found), found)
+    elif not issubclass(kind, nn.Module):
+        yield from _of_class(kind, found)
+
+
+def _of_method(found: Any, name: str, owner: Any) -> Iterator[Candidate]:
+    """A method that is kept, such as the `apply` of an autograd function."""
+    receiver = found.__self__
+    if issubclass(type(receiver), type) and issubclass(receiver, Function):
+        if NAME.search(receiver.__name__):
+            yield Candidate(_name_of(receiver), receiver, holder=(owner, name))
+        return
+    function = getattr(found, "__func__", None)
+    if type(function) is FunctionType and NAME.search(function.__name__) and not _is_skipped(found):
+        yield Candidate(_name_of(found), function, type(receiver), receiver)
 
 
 def _name_of(found: Any) -> str:
@@ -174,6 +192,7 @@ class ImportWatch(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            self._seen(module)
+            if self in sys.meta_path:
+                self._seen(module)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]

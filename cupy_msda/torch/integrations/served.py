@@ -15,13 +15,15 @@ from ..dtypes import agreed_dtypes
 from ..functional import ms_deform_attn
 from .conventions import Layout, Signature
 from .patch import count_call
-from .probe import Finding
+from .probe import Finding, Meaning
+from .receivers import Receivers
 from .report import Line
 
 # How far the first call of a function that only runs on a GPU may be from the operator, by the norm of the output. The
 # extension computes coordinates in value's dtype.
 FIRST_CALL_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 TOLERANCE_16_BIT = 5e-2
+DIFFERS = "its first call had another result"
 
 
 class Served:
@@ -41,8 +43,16 @@ class Served:
         False after the patch is undone: whoever has kept this calls the original.
     """
 
-    def __init__(self, name: str, original: Callable[..., Any], signature: Signature, finding: Finding) -> None:
+    def __init__(
+        self,
+        name: str,
+        original: Callable[..., Any],
+        signature: Signature,
+        finding: Finding,
+        receivers: Receivers | None = None,
+    ) -> None:
         self.name, self.original, self.signature, self.finding = name, original, signature, finding
+        self.receivers = receivers
         self.calls = 0
         self.left: Counter[str] = Counter()
         self.is_verified = finding.is_verified
@@ -51,27 +61,28 @@ class Served:
 
     # A redirected method hands its own `self` over by name.
     def __call__(served, /, *arguments: Any, **named: Any) -> Any:  # pyright: ignore[reportSelfClsParameterName]
-        signature = served.signature
-        named = signature.by_name(arguments, named)
-        if reason := served._reason_to_leave(named):
+        signature, given = served.signature, named
+        named = signature.by_name(arguments, given)
+        finding = served.finding
+        if served.receivers is not None:
+            finding = served.receivers.finding(named[signature.names[0]])
+        if reason := served._reason_to_leave(arguments, named, finding):
             if not torch.compiler.is_compiling():
                 served.left[reason] += 1
-            return served.original(**named)
-        layout = signature.layout(named, served.finding.of_tensors)
-        if torch.compiler.is_compiling():
-            return _operator(signature, named, layout, served.finding.layouts[layout])
-        if not served.is_verified and not _is_capturing():
+            return served.original(*arguments, **given)
+        layout = signature.layout(named, finding.of_tensors)
+        if not served.is_verified:
             return served._first_call(named, layout)
         served._count()
-        return _operator(signature, named, layout, served.finding.layouts[layout])
+        return _operator(signature, named, layout, finding.layouts[layout])
 
-    def line(self) -> Line:
-        """Its line of a report."""
+    def line(self, before: int = 0) -> Line:
+        """Its line of a report, with the calls after the first `before` ones."""
         if self.differs:
-            return Line(self.name, "kept", reason="its first call had another result")
+            return Line(self.name, "kept", reason=DIFFERS)
         layouts = " or ".join(
-            ", ".join([str(layout), *(f"{option}={value!r}" for option, value in options.items())])
-            for layout, options in self.finding.layouts.items()
+            ", ".join([str(layout), *(f"{option}={value!r}" for option, value in meaning.options.items())])
+            for layout, meaning in self.finding.layouts.items()
         )
         remarks = [f"{count} calls went to the original: {reason}" for reason, count in self.left.items()]
         if not self.is_verified:
@@ -80,47 +91,60 @@ class Served:
             remarks.append(self.finding.problem or "compared at its first call")
         elif not self.finding.gradients:
             remarks.append("its gradients could not be compared")
-        return Line(self.name, "served", layouts, self.calls, "; ".join(remarks))
+        return Line(self.name, "served", layouts, self.calls - before, "; ".join(remarks))
 
     def _count(self) -> None:
-        self.calls += count_call()
+        if count_call():
+            self.calls += 1
 
-    def _reason_to_leave(self, named: Mapping[str, Any]) -> str:
+    def _reason_to_leave(self, arguments: tuple[Any, ...], named: Mapping[str, Any], finding: Finding) -> str:
         """Why the original has to answer a call, or nothing."""
+        signature = self.signature
         if not self.is_active:
             return "the patch is undone"
         if self.differs:
-            return "its first call had another result"
-        signature = self.signature
+            return DIFFERS
+        if len(arguments) > len(signature.names) or any(name not in named for name in signature.names):
+            return "it is called with other arguments"
         for name, default in signature.others.items():
             if named[name] is not default and not _equal(named[name], default):
                 return f"{name} is given"
-        value = named[signature.roles["value"]]
-        if not serves(value[0] if isinstance(value, list | tuple) else value):
+        value, locations, weights = (named[signature.roles[role]] for role in ("value", "locations", "weights"))
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        if not all(hasattr(tensor, "ndim") for tensor in (first, locations, weights)):
+            return "it is called with what is no tensor"
+        if not serves(first):
             return "its device has no kernels"
-        layout = signature.layout(named, self.finding.of_tensors)
-        return "" if layout in self.finding.layouts else f"unknown layout: {layout}"
+        layout = signature.layout(named, finding.of_tensors)
+        if layout not in finding.layouts:
+            return f"unknown layout: {layout}" if finding.layouts else finding.problem
+        if not self.is_verified and (torch.compiler.is_compiling() or _is_capturing()):
+            return "to be compared at its first call, outside of torch.compile and CUDA graphs"
+        return ""
 
     def _first_call(self, named: Mapping[str, Any], layout: Layout) -> Any:
         """Compare with the original, which could not run where it was found."""
         ours = _operator(self.signature, named, layout, self.finding.layouts[layout])
-        self.is_verified = True
         try:
             with torch.no_grad():
-                theirs = self.original(**named)
+                theirs = self.signature.call(self.original, named)
         except Exception as error:
             self.finding.problem = f"the original raised {type(error).__name__}: {error}"
+            self.is_verified = True
             self._count()
             return ours
+        if not ours.norm() > 0:  # nothing can be seen there
+            return self.signature.call(self.original, named)
+        self.is_verified = True
         tolerance = FIRST_CALL_TOLERANCE.get(ours.dtype, TOLERANCE_16_BIT)
         if theirs.shape == ours.shape and (theirs - ours).norm() <= tolerance * ours.norm():
             self.finding.problem = ""
             self._count()
             return ours
         self.differs = True
-        self.left["its first call had another result"] += 1
-        warnings.warn(f"cupy_msda does not serve {self.name}: its first call had another result", stacklevel=3)
-        return self.original(**named)
+        self.left[DIFFERS] += 1
+        warnings.warn(f"cupy_msda does not serve {self.name}: {DIFFERS}", stacklevel=3)
+        return self.signature.call(self.original, named)
 
 
 class CompiledOperator:
@@ -135,31 +159,34 @@ class CompiledOperator:
     def __init__(self, name: str, ours: Callable[..., Any], original: Callable[..., Any]) -> None:
         self.name, self.ours, self.original = name, ours, original
         self.calls = 0
+        self.is_active = True
 
-    def function(self) -> Callable[..., Any]:
-        """What takes its place."""
+    def __call__(self, value: Tensor, *arguments: Any, **named: Any) -> Any:
+        if not self.is_active or not serves(value):
+            return self.original(value, *arguments, **named)
+        if count_call():
+            self.calls += 1
+        return self.ours(value, *arguments, **named)
 
-        def chosen(value: Tensor, *arguments: Any, **named: Any) -> Any:
-            if not serves(value):
-                return self.original(value, *arguments, **named)
-            self.calls += count_call()
-            return self.ours(value, *arguments, **named)
-
-        return chosen
-
-    def line(self) -> Line:
+    def line(self, before: int = 0) -> Line:
         """Its line of a report."""
-        return Line(self.name, "served", "the compiled operator, by its parameters", self.calls)
+        return Line(self.name, "served", "the compiled operator, by its parameters", self.calls - before)
 
 
-def _operator(signature: Signature, named: Mapping[str, Any], layout: Layout, options: dict[str, Any]) -> Tensor:
+def _operator(signature: Signature, named: Mapping[str, Any], layout: Layout, meaning: Meaning) -> Tensor:
     call = signature.samples(named, layout)
     locations, weights = agreed_dtypes(call.value, call.locations, call.weights)
-    if "interpolation" in options:  # the nearest pixel has no gradient for locations
+    if "interpolation" in meaning.options:  # the nearest pixel has no gradient for locations
         locations = locations.detach()
-    return ms_deform_attn(
-        call.value, call.shapes, call.starts, locations, weights, num_points=call.num_points, **options
-    )
+    starts = call.starts if meaning.uses_starts else None
+    if meaning.has_gradient:
+        return ms_deform_attn(
+            call.value, call.shapes, starts, locations, weights, num_points=call.num_points, **meaning.options
+        )
+    with torch.no_grad():
+        return ms_deform_attn(
+            call.value, call.shapes, starts, locations, weights, num_points=call.num_points, **meaning.options
+        )
 
 
 def _equal(given: Any, default: Any) -> bool:
