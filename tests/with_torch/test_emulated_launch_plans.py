@@ -174,6 +174,25 @@ METADATA = {
 }
 
 
+@pytest.mark.parametrize("place", ["shapes", "starts"])
+def test_one_number_of_another_type_is_refused_although_its_plan_is_known(torch_gpu, place):
+    """42.0 == 42, but not for the contract."""
+    calls = Checked(torch_gpu, Case("types", levels=((42, 1), (1, 12)), starts=(0, 42)))
+    for _ in REPEATED:
+        calls.check(change=lambda tensors: setattr(tensors, "metadata", METADATA["lists"](tensors)))
+
+    def change(tensors):
+        shapes, starts = METADATA["lists"](tensors)
+        if place == "shapes":
+            shapes[0] = [42.0, 1]
+        else:
+            starts[1] = 42.0
+        tensors.metadata = shapes, starts
+
+    with pytest.raises((TypeError, ValueError), match=r"spatial_shapes|level_start_index"):
+        calls.check(change=change)
+
+
 def of_cupy(tensors, device):
     """Metadata as arrays of another library on a device."""
     put = tensors.torch_gpu.gpu.put
