@@ -77,6 +77,23 @@ def test_what_cannot_run_on_a_cpu_is_compared_at_its_first_call(module):
         assert (line(patch).calls, line(patch).reason) == (1, "compared at its first call")
 
 
+@pytest.mark.gpu
+def test_what_runs_on_a_gpu_alone_is_compared_there(module):
+    function = put(module, stand_ins.autograd_function(forward_fails=lambda value: value.is_cuda))
+    value, locations, weights, grad_output = (tensor.detach().cuda() for tensor in samples())
+    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    arguments = (value, SHAPES.cuda(), EXTENSION[1].cuda(), by_level(locations), by_level(weights), 64)
+
+    def run():
+        output = function.apply(*arguments)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+
+    want = run()
+    with cupy_msda.torch.patch() as patch:
+        assert_same(run(), want, 1e-9)
+        assert (line(patch).calls, line(patch).reason) == (1, "compared at its first call")
+
+
 def test_another_result_at_the_first_call_keeps_the_original(module, monkeypatch):
     runs = []
     function = put(module, stand_ins.autograd_function(forward_fails=lambda value: runs))
