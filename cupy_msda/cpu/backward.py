@@ -124,7 +124,7 @@ class _Block(NamedTuple):
     """
 
     planes: _Planes
-    input_index: tuple[int, slice, slice, slice]
+    queries: slice
     variant: Variant
     x: Coordinate
     y: Coordinate
@@ -139,24 +139,23 @@ def _read_block(task: Task, inputs: Inputs, planes: _Planes, queries: slice) -> 
     assert inputs.grad_output is not None
     dtype, bfloat16 = np.dtype(problem.accumulator_dtype), problem.location_dtype == "bfloat16"
     B, levels, P = task.head_count, planes.level_count, problem.points[planes.levels.start]
-    index = (task.image, queries, task.heads, planes.points)
-    locations = to_accumulator(inputs.locations[index], dtype, bfloat16)
+    locations = to_accumulator(task.read(inputs.locations, queries, planes.points), dtype, bfloat16)
     by_plane = locations.reshape(-1, B, levels, P, 2).transpose(4, 1, 2, 0, 3)
     x, y = (
         to_pixels(by_plane[axis].reshape(B * levels, -1), size, dtype, problem.variant)
         for axis, size in ((0, planes.W), (1, planes.H))
     )
-    weights = to_accumulator(inputs.weights[index], dtype, bfloat16).reshape(-1, B, levels, P)
+    weights = to_accumulator(task.read(inputs.weights, queries, planes.points), dtype, bfloat16)
     vectors = ChannelVectors(inputs.grad_output[:, queries], task, uses=P)
     of_query = np.repeat(np.arange(queries.stop - queries.start) * vectors.pixel_stride, P)
     of_plane = np.repeat(vectors.head_offset, levels)
     return _Block(
         planes=planes,
-        input_index=index,
+        queries=queries,
         variant=problem.variant,
         x=x,
         y=y,
-        weights=weights.transpose(1, 2, 0, 3).reshape(-1),
+        weights=weights.reshape(-1, B, levels, P).transpose(1, 2, 0, 3).reshape(-1),
         grad_output=vectors,
         grad_output_index=(of_plane[:, None] + of_query).reshape(-1),
     )
@@ -169,8 +168,7 @@ def _store_sample_gradients(sample_gradients: np.ndarray, block: _Block, gradien
     dtype = task.problem.location_dtype
     for grad, part in ((gradients.locations, by_query[..., :2]), (gradients.weights, by_query[..., 2])):
         if grad is not None:
-            target = grad[block.input_index]
-            target[...] = from_accumulator(part.reshape(target.shape), grad.dtype, dtype)
+            task.write(grad, from_accumulator(part, grad.dtype, dtype), block.queries, block.planes.points)
 
 
 class _Sums(NamedTuple):

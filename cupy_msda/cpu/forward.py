@@ -30,7 +30,7 @@ def plain_forward(inputs: Inputs) -> np.ndarray:
 
 def forward_task(task: Task, inputs: Inputs, output: np.ndarray) -> None:
     """Fill the part of `output` [N, Q, M, D] that belongs to this task."""
-    problem, image, heads = task
+    problem = task.problem
     K, D, dtype = problem.K, problem.D, np.dtype(problem.accumulator_dtype)
     value = ChannelVectors(inputs.value, task, uses=problem.Q * K * 4 // problem.S)
     levels = _levels_of_samples(task, value)
@@ -44,7 +44,7 @@ def forward_task(task: Task, inputs: Inputs, output: np.ndarray) -> None:
         if not np.isfinite(result.sum()):
             _exclude_absent_corners(result, value, corners, step)
         cast = from_accumulator(result, output.dtype, problem.value_dtype)
-        output[image, queries, heads] = cast.reshape(-1, task.head_count, D)
+        task.write(output, cast.reshape(-1, task.head_count, D), queries)
 
 
 class _Levels(NamedTuple):
@@ -89,12 +89,12 @@ class _Corners(NamedTuple):
 
 
 def _locate_corners(task: Task, inputs: Inputs, queries: slice, levels: _Levels) -> _Corners:
-    problem, image, heads = task
+    problem = task.problem
     assert inputs.weights is not None
     K, dtype, bfloat16 = problem.K, np.dtype(problem.accumulator_dtype), problem.location_dtype == "bfloat16"
     samples = task.head_count * K
-    locations = to_accumulator(inputs.locations[image, queries, heads], dtype, bfloat16)
-    weights = to_accumulator(inputs.weights[image, queries, heads], dtype, bfloat16).reshape(-1, samples)
+    locations = to_accumulator(task.read(inputs.locations, queries), dtype, bfloat16)
+    weights = to_accumulator(task.read(inputs.weights, queries), dtype, bfloat16).reshape(-1, samples)
     x, y = (
         to_pixels(locations[..., axis].reshape(-1, samples), size, dtype, problem.variant)
         for axis, size in ((0, levels.W), (1, levels.H))

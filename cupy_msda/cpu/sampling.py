@@ -18,7 +18,7 @@ USES_FOR_COPY = 4
 
 
 class ChannelVectors:
-    """The D channels of each pixel (or query) of a task's image and heads, gathered by index in the accumulator dtype.
+    """The D channels of each pixel (or query) of a task's images and heads, gathered by index in the accumulator dtype.
 
     Where vectors are used often, the heads are copied first: neighbours then share cache lines and pages. Otherwise
     vectors are read from the caller's array.
@@ -28,16 +28,17 @@ class ChannelVectors:
         """`array` is [N, pixels or queries, M, D]; each of its vectors is gathered about `uses` times."""
         self.dtype = np.dtype(task.problem.accumulator_dtype)
         self.bfloat16 = task.problem.value_dtype == "bfloat16"
-        of_image = array[task.image]
-        count, M, D = of_image.shape
-        self.copied = uses >= USES_FOR_COPY or not of_image.flags.c_contiguous
+        of_images = array[task.images]
+        N, count, M, D = of_images.shape
+        self.copied = uses >= USES_FOR_COPY or not of_images.flags.c_contiguous
         if self.copied:
-            heads = to_accumulator(of_image[:, task.heads], self.dtype, self.bfloat16)
-            self.flat = np.ascontiguousarray(heads.transpose(1, 0, 2)).reshape(-1, D)
+            heads = to_accumulator(of_images[:, :, task.heads], self.dtype, self.bfloat16)
+            self.flat = np.ascontiguousarray(heads.transpose(0, 2, 1, 3)).reshape(-1, D)
             self.pixel_stride, self.head_offset = 1, np.arange(task.head_count) * count
         else:
-            self.flat = of_image.reshape(count * M, D)
-            self.pixel_stride, self.head_offset = M, np.arange(task.heads.start, task.heads.stop)
+            self.flat = of_images.reshape(-1, D)
+            first = np.arange(N)[:, None] * (count * M)
+            self.pixel_stride, self.head_offset = M, (first + np.arange(M)[task.heads]).reshape(-1)
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """Vectors [..., D] at `indices`, which are ``pixel * pixel_stride + head_offset[head]``."""

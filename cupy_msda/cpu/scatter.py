@@ -20,7 +20,7 @@ class ValueGradient:
             self.flat = np.zeros((task.head_count * problem.S, problem.D), value.dtype)
         else:
             self.pixel_stride, self.head_offset = value.pixel_stride, value.head_offset
-            self.flat = grad_value[task.image].reshape(-1, problem.D)
+            self.flat = grad_value[task.images].reshape(-1, problem.D)
         self.items = as_items(self.flat)
         self.block = 0
         self.first_pass: tuple[int, int] | None = None
@@ -45,7 +45,7 @@ class ValueGradient:
         if self.buffered:
             by_head = self.flat.reshape(self.task.head_count, -1, self.flat.shape[1])
             cast = from_accumulator(by_head.transpose(1, 0, 2), self.grad_value.dtype, self.task.problem.value_dtype)
-            self.grad_value[self.task.image, :, self.task.heads] = cast
+            self.task.write(self.grad_value, cast, slice(None))
 
 
 def as_items(array: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..call import Problem
 
-# Heads share a task up to this many samples: below it, NumPy's calls cost more than their arithmetic
+# Heads and images share a task up to this many samples: below it, NumPy's calls cost more than their arithmetic
 # (docs/performance/decisions.md#cpu-work-units).
 TASK_SAMPLES = 1 << 15
 # Bytes that the sums of grad_value of one task may take where they need a buffer (16-bit dtypes).
@@ -44,27 +44,48 @@ class Gradients(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Some heads of one image. In a ragged call, Q of `problem` is the query length of that image."""
+    """Some heads of one image, or all heads of some images. In a ragged call, Q of `problem` is that of the image."""
 
     problem: Problem
-    image: int
+    images: slice
     heads: slice
 
     @property
+    def image_count(self) -> int:
+        return self.images.stop - self.images.start
+
+    @property
     def head_count(self) -> int:
-        return self.heads.stop - self.heads.start
+        """Heads of all images of the task, which are worked on alike: image by image."""
+        return self.image_count * (self.heads.stop - self.heads.start)
+
+    def read(self, array: np.ndarray, queries: slice, *rest: slice) -> np.ndarray:
+        """[queries, head_count, ...] of `array` [N, Q, M, ...]."""
+        chosen = array[(self.images, queries, self.heads, *rest)]
+        if self.image_count == 1:
+            return chosen[0]
+        by_query = chosen.swapaxes(0, 1)
+        return by_query.reshape(by_query.shape[0], self.head_count, *by_query.shape[3:])
+
+    def write(self, array: np.ndarray, found: np.ndarray, queries: slice, *rest: slice) -> None:
+        """Store `found` [queries, head_count, ...] in `array` [N, Q, M, ...]."""
+        target = array[(self.images, queries, self.heads, *rest)].swapaxes(0, 1)
+        target[...] = found.reshape(target.shape)
 
 
 def divide(problem: Problem, lengths: Sequence[int] | None) -> list[Task]:
     """The tasks of a call that is not empty: at least two where possible, so that threads share a single image too."""
-    M = problem.M
+    N, M = problem.N, problem.M
     by_samples = -(-TASK_SAMPLES // (problem.Q * problem.K))
     sum_bytes = problem.S * problem.D * np.dtype(problem.accumulator_dtype).itemsize
     by_memory = max(1, TASK_SUM_BYTES // sum_bytes)
-    heads_per_task = min(by_samples, by_memory, -(-M * problem.N // 2), M)
-    per_image = [problem] * problem.N if lengths is None else [replace(problem, Q=length) for length in lengths]
+    images = min(by_samples // M, by_memory // M, -(-N // 2))
+    if images > 1 and lengths is None:
+        return [Task(problem, part, slice(0, M)) for part in ranges(N, images)]
+    heads_per_task = min(by_samples, by_memory, -(-M * N // 2), M)
+    per_image = [problem] * N if lengths is None else [replace(problem, Q=length) for length in lengths]
     return [
-        Task(of_image, image, heads)
+        Task(of_image, slice(image, image + 1), heads)
         for image, of_image in enumerate(per_image)
         for heads in ranges(M, heads_per_task)
         if of_image.Q

@@ -11,8 +11,8 @@ import torch
 
 import cupy_msda
 from cupy_msda import api
-from cupy_msda.call import Wanted
-from cupy_msda.cpu import backward, cells
+from cupy_msda.call import PLAIN, Wanted
+from cupy_msda.cpu import backward, cells, tasks
 from cupy_msda.cpu import forward as forward_module
 from cupy_msda.torch.reference import gather_attention
 from tests.helpers import cases, non_finite
@@ -62,7 +62,47 @@ CASES = {
     "everything outside": {"levels": ((4, 4),), "spread": 0.0, "Q": 50},
     "five heads": {"M": 5, "Q": 40},
     "odd channels": {"D": 7},
+    "images of one query": {"N": 600, "Q": 1, "levels": ((4, 5), (2, 3))},
+    "images whose value is copied": {"N": 5, "Q": 40, "levels": ((3, 4), (2, 2))},
+    "images whose value is read in place": {"N": 5, "Q": 2, "levels": ((9, 11), (5, 4))},
+    "images of several blocks": {"N": 5, "Q": 300, "M": 1, "levels": ((9, 11),)},
+    "images with overlapping levels": {"N": 5, "Q": 3, "starts": (0, 40), "S": 110},
 }
+
+
+@pytest.mark.parametrize(("N", "M", "found"), [(5, 2, [2, 2, 1]), (4, 2, [2, 2]), (2, 2, [1, 1]), (1, 2, [1, 1])])
+def test_small_images_share_a_task(monkeypatch, N, M, found):
+    """As many images as have the samples of one task; where one task would have all of them, half of the heads."""
+    monkeypatch.setattr(tasks, "TASK_SAMPLES", 2 * M * 7 * 4)
+    problem = call_of(*inputs(N=N, M=M)).problem
+    divided = tasks.divide(problem, None)
+    assert [task.image_count for task in divided] == found
+    assert {(image, head) for task in divided for image in range(N)[task.images] for head in range(M)[task.heads]} == {
+        (image, head) for image in range(N) for head in range(M)
+    }
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(locations=False), Wanted(value=False), Wanted(weights=False)])
+@pytest.mark.parametrize("pair", [("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16")], ids=str)
+@pytest.mark.parametrize("variant", [{}, {"num_points": (1, 4)}, {"padding_mode": "border"}], ids=str)
+def test_images_of_one_task_do_not_mix(monkeypatch, pair, variant, wanted):
+    """Each image gives the bits that it gives alone, whatever NaN is in the others."""
+    case = cases.Case("images", levels=((5, 6), (3, 3)), N=5, M=3, D=4, queries=6, variant=variant)
+    whole = case.inputs(*pair, seed=5)
+    whole.value[1:4:2] = np.nan
+
+    def run(inputs):
+        call = call_of(*inputs[:6], wanted=wanted, variant=PLAIN._replace(**variant))
+        return [api.forward(call), *(grad for grad in api.backward(call) if grad is not None)]
+
+    together = run(whole)
+    for image in range(5):
+        alone = whole._replace(**{
+            name: np.ascontiguousarray(getattr(whole, name)[image : image + 1])
+            for name in ("value", "locations", "weights", "grad_output")
+        })  # fmt: skip
+        for have, want in zip(together, run(alone), strict=True):
+            np.testing.assert_array_equal(have[image : image + 1].astype(np.float64), want.astype(np.float64))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -118,7 +158,7 @@ def test_calls_from_a_thread_pool_are_right():
 @pytest.mark.parametrize("count", ["1", "3"])
 def test_error_of_a_thread_reaches_the_caller(monkeypatch, count):
     def fail(task, inputs, output):
-        raise MemoryError(f"image {task.image}")
+        raise MemoryError(f"image {task.images.start}")
 
     monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", count)
     monkeypatch.setattr(forward_module, "forward_task", fail)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cupy_msda
-from cupy_msda.cpu import threads
+from cupy_msda.cpu import tasks, threads
 from tests.helpers.backends import NumPyBackend
 from tests.helpers.cases import Case
 from tests.helpers.checks import run_operator
@@ -53,6 +53,7 @@ def assert_equal(got, want):
 
 @pytest.mark.parametrize("started", [0, 1])
 def test_the_caller_does_the_work_of_a_thread_that_does_not_start(monkeypatch, started):
+    monkeypatch.setattr(tasks, "TASK_SAMPLES", 1)
     want, start, asked = results(monkeypatch, "1"), threading.Thread.start, []
 
     def limited(thread):
