@@ -42,6 +42,10 @@ class Framework:
         """Whether the framework's own switch asks for deterministic algorithms."""
         return False
 
+    def threads(self) -> int | None:
+        """How many threads the framework would use on the CPU, where it has a setting of its own."""
+        return None
+
     def contiguous(self, view: View) -> View:
         """A C-contiguous copy of `view` on its own device, made on the caller's current stream."""
         cupy = require_cupy("this array")
@@ -171,6 +175,9 @@ class TorchFramework(Framework):
 
     def wants_determinism(self) -> bool:
         return _torch().are_deterministic_algorithms_enabled()
+
+    def threads(self) -> int | None:
+        return _torch().get_num_threads()
 
     # Memory comes from torch's own allocator, which is correct on side streams and inside CUDA graphs.
     def contiguous(self, view: View) -> View:

@@ -47,7 +47,7 @@ def plain_backward(inputs: Inputs, wanted: Wanted) -> Gradients:
         by_head = inputs.grad_output.reshape(problem.N, problem.Q, problem.M, problem.D)
         inputs = replace(inputs, grad_output=by_head)
         tasks = divide(problem, inputs.lengths)
-        threads.run_tasks(tasks, lambda task: backward_task(task, inputs, gradients))
+        threads.run_tasks(tasks, lambda task: backward_task(task, inputs, gradients), inputs.threads)
     return gradients
 
 

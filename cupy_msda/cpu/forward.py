@@ -24,7 +24,7 @@ def plain_forward(inputs: Inputs) -> np.ndarray:
     output = np.zeros((problem.N, problem.Q, problem.M, problem.D), inputs.value.dtype)
     if not problem.empty:
         tasks = divide(problem, inputs.lengths)
-        threads.run_tasks(tasks, lambda task: forward_task(task, inputs, output))
+        threads.run_tasks(tasks, lambda task: forward_task(task, inputs, output), inputs.threads)
     return output.reshape(problem.output_shape)
 
 

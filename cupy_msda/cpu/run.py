@@ -48,6 +48,7 @@ def _inputs(call: Call) -> Inputs:
         references=None if operands.references is None else arrays.to_numpy(operands.references),
         grad_output=None if operands.grad_output is None else arrays.to_numpy(operands.grad_output),
         lengths=None if operands.lengths is None else arrays.to_numpy(operands.lengths).tolist(),
+        threads=operands.value.framework.threads(),
     )
 
 

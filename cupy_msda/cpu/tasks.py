@@ -22,7 +22,7 @@ class Inputs:
     """The NumPy arrays of one call, in the contract's shapes; bfloat16 arrays as their uint16 bits.
 
     In a fused call, `locations` are offsets and `weights` are logits, or None where `locations` holds both. `lengths`
-    are the query lengths of a ragged call.
+    are the query lengths of a ragged call, `threads` how many the framework of the arrays would use.
     """
 
     problem: Problem
@@ -32,6 +32,7 @@ class Inputs:
     references: np.ndarray | None = None
     grad_output: np.ndarray | None = None
     lengths: Sequence[int] | None = None
+    threads: int | None = None
 
 
 class Gradients(NamedTuple):

@@ -6,28 +6,64 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import numpy as np
 
 from .tasks import Task
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
-def num_threads() -> int:
-    """Threads that the NumPy path uses: ``CUPY_MSDA_NUM_THREADS``, or the cores this process may use."""
+
+def num_threads(of_framework: int | None = None) -> int:
+    """Threads of a call on the CPU.
+
+    ``CUPY_MSDA_NUM_THREADS`` decides. Without it, what the arrays' framework uses (``torch.set_num_threads``), or
+    ``OMP_NUM_THREADS``; and no more than the cores that the process may use, by its affinity and its control group.
+    """
     setting = os.environ.get("CUPY_MSDA_NUM_THREADS")
     if setting is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        count = int(setting)
-    except ValueError:
-        count = 0
-    if count < 1:
+        return min(of_framework or _omp_threads() or _cores(), _cores())
+    count = _positive(setting)
+    if count is None:
         raise ValueError(f"CUPY_MSDA_NUM_THREADS: expected a positive int, got {setting!r}")
     return count
 
 
-def run_tasks(tasks: Sequence[Task], work: Callable[[Task], None]) -> None:
+def _omp_threads() -> int | None:
+    """Of the outermost level of ``OMP_NUM_THREADS``, which may list several."""
+    return _positive(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0])
+
+
+def _positive(setting: str) -> int | None:
+    try:
+        count = int(setting)
+    except ValueError:
+        return None
+    return count if count > 0 else None
+
+
+def _cores() -> int:
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(found, _quota() or found)
+
+
+@functools.cache
+def _quota() -> int | None:
+    """Cores that the control group of a container grants, by either version of Linux' interface; None: no limit."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((CONTROL_GROUP / file).read_text() for file in files).split()
+            quota, period = int(words[0]), int(words[1])
+        except (OSError, ValueError, IndexError):  # not there, or "max"
+            continue
+        if quota > 0 and period > 0:
+            return -(-quota // period)
+    return None
+
+
+def run_tasks(tasks: Sequence[Task], work: Callable[[Task], None], of_framework: int | None = None) -> None:
     """Call `work` with every task; the first exception of any thread reaches the caller."""
     _keep_freed_memory()
     waiting: SimpleQueue[Task] = SimpleQueue()
@@ -49,7 +85,7 @@ def run_tasks(tasks: Sequence[Task], work: Callable[[Task], None]) -> None:
 
     # The caller's thread works too, and there is no pool: threads that are made anew in each call leave nothing in a
     # forked child (docs/performance/decisions.md#cpu-threads).
-    helpers = _started(min(num_threads(), len(tasks)) - 1, run_until_empty)
+    helpers = _started(min(num_threads(of_framework), len(tasks)) - 1, run_until_empty)
     run_until_empty()
     for helper in helpers:
         helper.join()

@@ -1,5 +1,6 @@
 """Threads of the NumPy path: how many, and what happens where they cannot start."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -63,7 +64,7 @@ def test_the_caller_does_the_work_of_a_thread_that_does_not_start(monkeypatch, s
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
-    monkeypatch.setattr(threads, "num_threads", lambda: 4)
+    monkeypatch.setattr(threads, "num_threads", lambda of_framework: 4)
     output = cupy_msda.ms_deform_attn(*INPUTS[:5])
     np.testing.assert_array_equal(output, want[0])
     assert len(asked) == started + 1
@@ -99,3 +100,79 @@ def test_number_of_threads_must_be_a_positive_int(monkeypatch, setting):
 def test_spellings_of_a_positive_int_are_accepted(monkeypatch, setting, count):
     monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", setting)
     assert threads.num_threads() == count
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Eight cores, and no other limit than a test sets."""
+    for name in ("CUPY_MSDA_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.setattr(threads, "_quota", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("ours", "of_framework", "omp", "expected"),
+    [
+        (None, None, None, 8),
+        (None, None, "3", 3),
+        (None, None, "3,2", 3),
+        (None, None, "all", 8),
+        (None, None, "0", 8),
+        (None, None, "99", 8),
+        (None, 2, "3", 2),
+        (None, 99, None, 8),
+        ("5", 2, "3", 5),
+        ("99", 2, "3", 99),
+    ],
+)
+def test_settings_of_threads(cores, monkeypatch, ours, of_framework, omp, expected):
+    for name, setting in (("CUPY_MSDA_NUM_THREADS", ours), ("OMP_NUM_THREADS", omp)):
+        if setting is not None:
+            monkeypatch.setenv(name, setting)
+    assert threads.num_threads(of_framework) == expected
+
+
+def test_cores_without_affinity(cores, monkeypatch):
+    """As on macOS and Windows."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert threads.num_threads() == 5
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "100000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+    ],
+    ids=str,
+)
+def test_the_quota_of_a_container(monkeypatch, tmp_path, files, expected):
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(threads, "CONTROL_GROUP", tmp_path)
+    assert threads._quota.__wrapped__() == expected
+
+
+def test_a_quota_limits_the_cores(cores, monkeypatch):
+    monkeypatch.setattr(threads, "_quota", lambda: 2)
+    assert threads.num_threads() == threads.num_threads(6) == 2
+
+
+def test_torch_decides_for_its_tensors(cores, monkeypatch):
+    torch = pytest.importorskip("torch")
+    asked, before = [], torch.get_num_threads()
+    monkeypatch.setattr(threads, "num_threads", lambda of_framework: asked.append(of_framework) or 1)
+    torch.set_num_threads(2)
+    try:
+        cupy_msda.ms_deform_attn(*(torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in INPUTS[:5]))
+        cupy_msda.ms_deform_attn(*INPUTS[:5])
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [2, None]
