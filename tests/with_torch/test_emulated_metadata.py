@@ -6,7 +6,7 @@ import torch
 from tests.helpers import emulated_torch, emulator
 from tests.helpers.cases import Case
 from tests.helpers.emulated_calls import GAPS, PLAIN
-from tests.helpers.emulated_torch_calls import Checked, Tensors, assert_results, reference
+from tests.helpers.emulated_torch_calls import Checked, Tensors, assert_results, reference, unaligned
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 torch_gpu = pytest.fixture(emulated_torch.fixture)
