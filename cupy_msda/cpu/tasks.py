@@ -13,6 +13,9 @@ from ..call import Problem
 # Heads and images share a task up to this many samples: below it, NumPy's calls cost more than their arithmetic
 # (docs/performance/decisions.md#cpu-work-units).
 TASK_SAMPLES = 1 << 15
+# A call of so many samples is one task: another one, and its thread, would take longer than they save
+# (docs/performance/decisions.md#cpu-work-units).
+ONE_TASK_SAMPLES = 1 << 12
 # Bytes that the sums of grad_value of one task may take where they need a buffer (16-bit dtypes).
 TASK_SUM_BYTES = 12 << 20
 
@@ -75,12 +78,14 @@ class Task(NamedTuple):
 
 
 def divide(problem: Problem, lengths: Sequence[int] | None) -> list[Task]:
-    """The tasks of a call that is not empty: at least two where possible, so that threads share a single image too."""
+    """The tasks of a call that is not empty: one of a small call, otherwise at least two, for threads to share."""
     N, M = problem.N, problem.M
     by_samples = -(-TASK_SAMPLES // (problem.Q * problem.K))
     sum_bytes = problem.S * problem.D * np.dtype(problem.accumulator_dtype).itemsize
     by_memory = max(1, TASK_SUM_BYTES // sum_bytes)
     images = min(by_samples // M, by_memory // M, -(-N // 2))
+    if N * M * problem.Q * problem.K <= ONE_TASK_SAMPLES and lengths is None and by_memory >= N * M:
+        return [Task(problem, slice(0, N), slice(0, M))]
     if images > 1 and lengths is None:
         return [Task(problem, part, slice(0, M)) for part in ranges(N, images)]
     heads_per_task = min(by_samples, by_memory, -(-M * N // 2), M)

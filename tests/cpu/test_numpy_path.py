@@ -74,12 +74,25 @@ CASES = {
 def test_small_images_share_a_task(monkeypatch, N, M, found):
     """As many images as have the samples of one task; where one task would have all of them, half of the heads."""
     monkeypatch.setattr(tasks, "TASK_SAMPLES", 2 * M * 7 * 4)
+    monkeypatch.setattr(tasks, "ONE_TASK_SAMPLES", 0)
     problem = call_of(*inputs(N=N, M=M)).problem
     divided = tasks.divide(problem, None)
     assert [task.image_count for task in divided] == found
     assert {(image, head) for task in divided for image in range(N)[task.images] for head in range(M)[task.heads]} == {
         (image, head) for image in range(N) for head in range(M)
     }
+
+
+@pytest.mark.parametrize(("Q", "count"), [(127, 1), (128, 1), (129, 2)])
+def test_a_small_call_is_one_task(Q, count):
+    problem = call_of(*inputs(N=4, M=2, Q=Q)).problem
+    assert tasks.ONE_TASK_SAMPLES == 4 * 2 * 128 * problem.K
+    assert len(tasks.divide(problem, None)) == count
+
+
+def test_a_small_call_whose_sums_take_much_memory_is_several_tasks():
+    problem = call_of(*inputs(N=4, M=2, Q=1, levels=((600, 400),), D=8)).problem
+    assert len(tasks.divide(problem, None)) == 8
 
 
 @pytest.mark.parametrize("wanted", [Wanted(), Wanted(locations=False), Wanted(value=False), Wanted(weights=False)])
@@ -90,6 +103,8 @@ def test_images_of_one_task_do_not_mix(monkeypatch, pair, variant, wanted):
     case = cases.Case("images", levels=((5, 6), (3, 3)), N=5, M=3, D=4, queries=6, variant=variant)
     whole = case.inputs(*pair, seed=5)
     whole.value[1:4:2] = np.nan
+    monkeypatch.setattr(tasks, "ONE_TASK_SAMPLES", 0)
+    monkeypatch.setattr(tasks, "TASK_SAMPLES", 3 * 3 * 6 * 5)
 
     def run(inputs):
         call = call_of(*inputs[:6], wanted=wanted, variant=PLAIN._replace(**variant))
@@ -136,6 +151,7 @@ def test_sixteen_bit_dtypes_agree_with_torch(dtypes, Q):
 
 @pytest.mark.parametrize("Q", [7, MANY // 4], ids=["all levels at once", "level by level"])
 def test_result_does_not_depend_on_the_number_of_threads(monkeypatch, Q):
+    monkeypatch.setattr(tasks, "ONE_TASK_SAMPLES", 0)
     drawn = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in inputs(N=2, Q=Q)]
     runs = []
     for threads in ("1", "2", "3", "7"):
@@ -146,7 +162,8 @@ def test_result_does_not_depend_on_the_number_of_threads(monkeypatch, Q):
             np.testing.assert_array_equal(have, want)
 
 
-def test_calls_from_a_thread_pool_are_right():
+def test_calls_from_a_thread_pool_are_right(monkeypatch):
+    monkeypatch.setattr(tasks, "ONE_TASK_SAMPLES", 0)
     drawn = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in inputs()]
     want = results(*drawn)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -161,6 +178,7 @@ def test_error_of_a_thread_reaches_the_caller(monkeypatch, count):
         raise MemoryError(f"image {task.images.start}")
 
     monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", count)
+    monkeypatch.setattr(tasks, "ONE_TASK_SAMPLES", 0)
     monkeypatch.setattr(forward_module, "forward_task", fail)
     with pytest.raises(MemoryError, match="image"):
         cupy_msda.ms_deform_attn(*inputs(N=3)[:5])

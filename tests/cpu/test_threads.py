@@ -12,18 +12,20 @@ import pytest
 import cupy_msda
 from cupy_msda.cpu import tasks, threads
 from tests.helpers.backends import NumPyBackend
+from tests.helpers.calls import call_of
 from tests.helpers.cases import Case
 from tests.helpers.checks import run_operator
 
 ROOT = Path(__file__).parent.parent.parent
-INPUTS = Case("tasks", N=3).inputs(seed=2)
+INPUTS = Case("tasks", N=6, queries=2000).inputs(seed=2)  # several tasks
 # At the end of a process: the operator, by a program that has no thread left or may start none.
 PROGRAM = """
 import atexit, threading, time
 import numpy as np
 import cupy_msda
 
-arguments = (np.ones((3, 6, 2, 4)), [(2, 3)], None, np.full((3, 5, 2, 1, 2, 2), 0.5), np.ones((3, 5, 2, 1, 2)))
+locations, weights = np.full((3, 500, 2, 1, 2, 2), 0.5), np.ones((3, 500, 2, 1, 2))
+arguments = (np.ones((3, 6, 2, 4)), [(2, 3)], None, locations, weights)
 
 def total():
     return cupy_msda.ms_deform_attn(*arguments).sum()
@@ -52,9 +54,12 @@ def assert_equal(got, want):
         np.testing.assert_array_equal(one, other)
 
 
+def test_the_inputs_are_several_tasks():
+    assert len(tasks.divide(call_of(*INPUTS[:6]).problem, None)) == 3
+
+
 @pytest.mark.parametrize("started", [0, 1])
 def test_the_caller_does_the_work_of_a_thread_that_does_not_start(monkeypatch, started):
-    monkeypatch.setattr(tasks, "TASK_SAMPLES", 1)
     want, start, asked = results(monkeypatch, "1"), threading.Thread.start, []
 
     def limited(thread):
