@@ -1,10 +1,12 @@
 """The drawn changes: which there are, that each is a change of the code, and that no line is preferred."""
 
 import ast
+import subprocess
 from collections import Counter
 
 import pytest
 
+from tests.mutation import __main__ as command_line
 from tests.mutation import cuda_operators, python_operators
 from tests.mutation.mutant import ROOT, Mutant, draw
 
@@ -98,3 +100,24 @@ def test_a_mutant_of_another_text_is_refused():
     (mutant,) = (m for m in python_operators.mutants_of("file", PYTHON) if m.operator == "min and max")
     with pytest.raises(LookupError, match="is not the file"):
         mutant.applied(f"#{PYTHON}")
+
+
+def test_mutants_of_changed_lines(tmp_path, monkeypatch):
+    """Against the revision before a line was added, changed or removed."""
+
+    def git(*arguments):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a", *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    source = tmp_path / "cupy_msda/a.py"
+    source.parent.mkdir()
+    (tmp_path / "cuda_src").mkdir()
+    source.write_text("a = 1\nb = 2\nc = 3\nd = 4\n")
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", "before")
+    source.write_text("a = 1\nb = 5\nc = 3\nnew = 6\nd = 4\n")
+    monkeypatch.setattr(command_line, "ROOT", tmp_path)
+    assert command_line.changed_lines("HEAD") == {"cupy_msda/a.py": {2, 4}}
+    found = command_line.drawn("python", 1, "HEAD")
+    assert {mutant.line for mutant in found} == {2, 4}
