@@ -3,7 +3,7 @@
 Half of the mutants are of the CUDA sources, run in the emulator, and half of the Python sources. A change that compiles
 to the same code is not counted, nor is a survivor whose verdict in the report, which is written by hand, begins with
 "neutral": after it every result and every launch is still right.
-The report says which test killed each mutant and which survive; "@" is the place in the file, and what is "invalid" does
+The report says which test killed each mutant and which survive. "@" is the place in the file; what is "invalid" does
 not compile. The same command goes on where it was stopped. To run a mutant again, delete its entry of the report.
 
 Which tests reach a line is recorded by one run of all tests, `--record`, which takes twice as long as the tests.
