@@ -1,0 +1,180 @@
+"""python -m benchmarks.cpu_grid: the CPU path against a composition of torch's grid_sample, on drawn cells.
+
+The seed is the hash of the measured commit, so that nothing is tuned for the cells. Each cell is measured in this
+process with the same threads; both implementations are checked against each other first. The command goes on where it
+was stopped: cells of the file named by `--out` are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cupy_msda.torch import ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.torch.exportable import grid_sample_attention
+
+from .provenance import provenance
+
+LEVELS = (
+    ((8, 8),),
+    ((36, 36),),
+    ((16, 16), (8, 8)),
+    ((80, 80), (40, 40), (20, 20)),
+    ((100, 134), (50, 67), (25, 34), (13, 17)),
+    ((48, 64), (24, 32), (12, 16), (6, 8), (3, 4)),
+)
+HEADS = ((8, 32), (16, 16), (4, 64), (8, 16), (1, 8))
+DTYPES = {"float32": 6, "float64": 1, "bfloat16": 2, "float16": 1}  # how often
+GRADIENTS = ("all", "value", "locations", "weights")
+# Most elements of a value, and most samples, so that a cell takes seconds.
+MAX_ELEMENTS, MAX_SAMPLES = 1 << 25, 1 << 22
+# A call may take longer than the composition by a tenth, or by so many seconds.
+MARGIN = {"forward": 100e-6, "backward": 300e-6}
+LEAST_SECONDS, MOST_REPEATS = 0.15, 200
+COUNTED_SECONDS = 1e-3
+TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem. `gradient` says which gradient the backward computes."""
+
+    levels: tuple[tuple[int, int], ...]
+    N: int
+    Q: int
+    M: int
+    D: int
+    P: int
+    dtype: str
+    fused: bool
+    gradient: str
+
+
+def drawn(count: int, seed: str) -> list[Cell]:
+    """Cells of the space: logarithmic in N and Q, Q = S in a fifth of them."""
+    pick, found = random.Random(seed), []
+    while len(found) < count:
+        levels, (M, D) = pick.choice(LEVELS), pick.choice(HEADS)
+        S, P = sum(h * w for h, w in levels), pick.randint(1, 8)
+        N = round(math.exp(pick.uniform(0, math.log(3000))))
+        Q = S if pick.random() < 0.2 else round(math.exp(pick.uniform(0, math.log(22223))))
+        dtype = pick.choices(list(DTYPES), list(DTYPES.values()))[0]
+        cell = Cell(levels, N, Q, M, D, P, dtype, pick.random() < 0.3, pick.choice(GRADIENTS))
+        if N * S * M * D <= MAX_ELEMENTS and N * Q * M * len(levels) * P <= MAX_SAMPLES:
+            found.append(cell)
+    return found
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """Medians of both implementations in seconds, by direction."""
+    ours, theirs, leaves, grad_output = calls_of(cell)
+    record: dict[str, Any] = {"cell": asdict(cell)}
+    for name, call in (("ours", ours), ("grid_sample", theirs)):
+        with torch.no_grad():
+            record[f"{name} forward"] = median_seconds(call)
+        output = call()
+
+        def backward(output: Tensor = output) -> Any:
+            return torch.autograd.grad(output, leaves, grad_output, retain_graph=True, allow_unused=True)
+
+        record[f"{name} backward"] = median_seconds(backward)
+        record[name] = output.detach().double()
+    error = float((record.pop("ours") - (want := record.pop("grid_sample"))).norm() / want.norm())
+    return record | {"error": error, "valid": error < TOLERANCE[cell.dtype]}
+
+
+def calls_of(cell: Cell) -> tuple[Callable[[], Tensor], Callable[[], Tensor], list[Tensor], Tensor]:
+    """Ours, the composition, the tensors that require a gradient, and the gradient of the output."""
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, cell.dtype)
+    L, S = len(cell.levels), sum(h * w for h, w in cell.levels)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator).to(dtype)
+
+    value = uniform(cell.N, S, cell.M, cell.D)
+    shape = (cell.N, cell.Q, cell.M, L, cell.P)
+    weights, samples, references = uniform(*shape), uniform(*shape, 2), uniform(cell.N, cell.Q, L, 2)
+    if cell.fused:
+        samples = (samples - 0.5) * 8  # pixels
+    named = {"value": value, "locations": samples, "weights": weights}
+    leaves = [tensor.requires_grad_() for name, tensor in named.items() if cell.gradient in ("all", name)]
+    sizes = torch.tensor([(w, h) for h, w in cell.levels], dtype=dtype)
+
+    def ours() -> Tensor:
+        if cell.fused:
+            return ms_deform_attn_fused(value, cell.levels, None, references, samples, weights)
+        return ms_deform_attn(value, cell.levels, None, samples, weights)
+
+    def theirs() -> Tensor:
+        if not cell.fused:
+            return grid_sample_attention(value, cell.levels, samples, weights)
+        locations = references[:, :, None, :, None] + samples / sizes[:, None]
+        attention = weights.flatten(3).softmax(-1).view(weights.shape)
+        return grid_sample_attention(value, cell.levels, locations, attention)
+
+    return ours, theirs, leaves, uniform(cell.N, cell.Q, cell.M * cell.D)
+
+
+def median_seconds(call: Callable[[], Any]) -> float:
+    """The median of calls that take `LEAST_SECONDS` together, three at least, after one that is not counted."""
+    call()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < LEAST_SECONDS and len(times) < MOST_REPEATS):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By direction: geometric mean of the speed-up where the composition takes more than 1 ms, and the slower cells."""
+    found: dict[str, Any] = {}
+    for direction, margin in MARGIN.items():
+        pairs = [(row[f"ours {direction}"], row[f"grid_sample {direction}"], row["cell"]) for row in rows]
+        ratios = [theirs / ours for ours, theirs, _ in pairs if theirs > COUNTED_SECONDS]
+        slower = [cell for ours, theirs, cell in pairs if ours > max(1.1 * theirs, theirs + margin)]
+        found[direction] = {
+            "cells": len(pairs),
+            "counted": len(ratios),
+            "geometric_mean": round(math.exp(statistics.mean(map(math.log, ratios))), 2) if ratios else None,
+            "slower": len(slower),
+            "worst": round(min((theirs / ours for ours, theirs, _ in pairs), default=math.nan), 3),
+        }
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_grid", description=__doc__)
+    parser.add_argument("--cells", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=480, help="stop after so many")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    where = provenance("cpu")
+    result = {"provenance": where, "rows": []}
+    if options.out.exists():
+        result = json.loads(options.out.read_text())
+    seed, begin = result["provenance"]["commit"], time.perf_counter()
+    for cell in drawn(options.cells, seed)[len(result["rows"]) :]:
+        if time.perf_counter() - begin > options.seconds:
+            break
+        result["rows"].append(measure(cell))
+        result["summary"] = summary(result["rows"])
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["summary"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
