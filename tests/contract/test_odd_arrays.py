@@ -209,3 +209,17 @@ def test_a_producer_that_cannot_export_is_refused_by_name():
 )
 def test_every_type_of_dlpack_has_a_name(given, name):
     assert dlpack._dtype_name(dlpack._DataType(*given)) == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "device"),
+    [(1, 0, ("cpu", 0)), (1, 3, ("cpu", 0)), (2, 0, ("cuda", 0)), (2, 3, ("cuda", 3))],
+)
+def test_the_device_of_a_capsule(kind, number, device):
+    """Its number counts on a GPU alone."""
+    array = np.arange(3.0)
+    capsule = array.__dlpack__()
+    tensor = dlpack._Tensor.from_address(dlpack._get_pointer(capsule, b"dltensor"))
+    tensor.device.type, tensor.device.id = kind, number
+    assert dlpack.read_capsule(capsule).device == device
+    tensor.device.type, tensor.device.id = 1, 0
