@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import cupy_msda
+from cupy_msda.cuda.gpu import H100
 from tests.helpers import cases, emulator
 from tests.helpers.cases import Inputs
 from tests.helpers.tolerance import assert_close
@@ -64,3 +65,18 @@ def test_each_sample_computes_the_reference(variant, compute):
     assert_close(grads[0], want_grads[0], "float32")
     np.testing.assert_allclose(grads[1], want_grads[1], rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(grads[2], want_grads[2], atol=1e-5)
+
+
+@pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
+@pytest.mark.parametrize("gpu", [emulator.SMALL_GPU, H100], ids=["throughput", "latency"])
+@pytest.mark.parametrize("shape", [(1, 30_000), (30_000, 1)], ids=str)
+def test_the_fraction_keeps_its_bits_on_a_wide_level(shape, gpu):
+    """px - floor(px) would have lost log2(W) bits: a thousandth of the value here."""
+    for D, pair in ((4, ("float32", "float32")), (32, ("float16", "float32"))):
+        case = cases.Case("wide", levels=(shape,), N=1, M=1, D=D, P=2, queries=80)
+        inputs = case.inputs(*pair, seed=71)
+        want_output, want_grads = cases.expected(inputs)
+        assert_close(emulator.forward(inputs, gpu=gpu), want_output, pair[0])
+        grads = emulator.backward(inputs, gpu=gpu)
+        assert_close(grads[2], want_grads[2], pair[1], "grad_weights")
+        assert_close(emulator.summation(inputs), want_grads[0], pair[0])

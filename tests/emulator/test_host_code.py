@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import cupy_msda
-from cupy_msda.cuda import plan_backward, sorted_heuristics
+from cupy_msda.arrays import frameworks
+from cupy_msda.cuda import plan_backward, session, sorted_heuristics
 from tests.helpers import cases, emulated_gpu, emulator
 from tests.helpers.cases import Case
 from tests.helpers.emulated_calls import (
@@ -315,6 +316,46 @@ class Exporter:
     def __dlpack__(self, stream=None):
         assert stream is not None
         return self.array.host.__dlpack__()
+
+
+def test_the_null_stream_has_a_number_of_its_own_in_dlpack(gpu, monkeypatch):
+    """1, the legacy default stream: DLPack does not allow 0 on CUDA."""
+    asked = []
+
+    class Producer(Exporter):
+        def __dlpack__(self, stream=None):
+            asked.append(stream)
+            return super().__dlpack__(stream)
+
+    monkeypatch.setattr(frameworks.Framework, "stream", lambda self, device: 0)
+    for number in (0, 5):
+        monkeypatch.setattr(frameworks.Framework, "stream", lambda self, device, number=number: number)
+        frameworks.Framework().view(Producer(gpu.put(PLAIN.inputs().value)))
+    assert asked == [1, 5]
+
+
+@pytest.mark.parametrize("failing", ["a copy", "metadata"])
+def test_the_device_of_the_caller_is_current_after_a_call_that_fails(gpu, monkeypatch, failing):
+    """The failure is on another device."""
+    gpu.home = gpu.device = 1
+    inputs = PLAIN.inputs()
+    if failing == "a copy":
+        monkeypatch.setattr(session, "_contiguous", lambda view: 1 / 0)
+    else:
+        monkeypatch.setattr(session.Session, "metadata", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(gpu, inputs, device=0)
+    assert gpu.device == 1
+
+
+def test_transposed_arrays_of_another_library(gpu):
+    """A copy in the order of the strides, which is CuPy's default, would not be contiguous."""
+    inputs = PLAIN.inputs()
+    transposed = [gpu.put(np.ascontiguousarray(part.swapaxes(1, 2))).transpose(0, 2, 1, *range(3, part.ndim))
+                  for part in inputs[3:5]]  # fmt: skip
+    value, locations, weights = map(Exporter, (gpu.put(inputs.value), *transposed))
+    output = cupy_msda.ms_deform_attn(value, gpu.put(inputs.shapes), None, locations, weights)
+    np.testing.assert_allclose(output.get(), wanted(inputs)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_arrays_of_another_library(gpu):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cupy_msda.call import Wanted
-from cupy_msda.cuda import heuristics
+from cupy_msda.cuda import heuristics, kernels
 from tests.helpers import cases, emulator
 from tests.helpers.cases import Case
 from tests.helpers.tolerance import assert_close
@@ -21,6 +21,22 @@ def test_gradients_of_samples(D, aggregated, location, monkeypatch):
     got = emulator.backward(inputs, wanted=Wanted(value=aggregated), sanitize=D == 64)
     for grad, want in zip(got[1:], cases.expected(inputs)[1][1:], strict=True):
         assert_close(grad, want, location)
+
+
+@pytest.mark.parametrize("aggregated", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
+def test_without_tensor_cores(D, dtype, aggregated, monkeypatch):
+    """As on sm_75, where 16-bit products take other instructions."""
+    text = kernels.source("backward")
+    without = text.replace("has_mma = true", "has_mma = false")
+    assert without != text
+    case = Case("fma", levels=((5, 6), (2, 2)), N=1, M=2, D=D, P=4, queries=70)
+    inputs = case.inputs(dtype, "float32", seed=35)
+    monkeypatch.setattr(heuristics, "AGGREGATED_SAMPLES", 1)
+    got = emulator.backward(inputs, wanted=Wanted(value=aggregated), text=without)
+    for grad, want in zip(got[1:], cases.expected(inputs)[1][1:], strict=True):
+        assert_close(grad, want, "float32")
 
 
 @pytest.mark.parametrize("D", [32, 128])

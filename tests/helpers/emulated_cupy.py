@@ -137,9 +137,11 @@ def module(gpu):
     def empty(shape, dtype):
         return ndarray.over(gpu.empty(shape, dtype, gpu.device), gpu.device)
 
-    def array(source, dtype=None, order="C"):
+    def array(source, dtype=None, order="K"):
         host = source.host if isinstance(source, ndarray) else np.asarray(source)
-        made = empty(host.shape, dtype or host.dtype)
+        axes = np.argsort(np.abs(host.strides), kind="stable")[::-1] if order == "K" else range(host.ndim)
+        made = empty(tuple(host.shape[axis] for axis in axes), dtype or host.dtype)
+        made = made.transpose(*(list(axes).index(axis) for axis in range(host.ndim)))
         made.host[...] = host
         return made
 
@@ -148,14 +150,14 @@ def module(gpu):
 
     def contiguous(source, dtype):
         unchanged = source.dtype == dtype and source.host.flags.c_contiguous
-        return source if unchanged else array(source, dtype)
+        return source if unchanged else array(source, dtype, "C")
 
     cuda = SimpleNamespace(
         runtime=_runtime(gpu),
         driver=SimpleNamespace(launchKernel=gpu.launch),
         Device=lambda number: _Device(gpu, number),
         Stream=lambda non_blocking: _Stream(gpu),
-        get_current_stream=lambda device: SimpleNamespace(ptr=gpu.streams.current(device)),
+        get_current_stream=lambda device: SimpleNamespace(ptr=gpu.streams.current_of_cupy(device)),
         MemoryPointer=MemoryPointer,
         UnownedMemory=UnownedMemory,
     )

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 # Streams of the caller have these addresses, and the number of their device is added.
 _CALLER, _SECOND_CALLER = 0x7000, 0x7100
+_OF_CUPY = 0x6000
 
 
 # Streams that are created have addresses from here on; a caller's have smaller ones.
@@ -25,6 +26,8 @@ class Streams:
         self._thread = threading.local()
         self.devices = {}
         self.capturing = set()
+        # Whether CuPy's current stream is another than that of the caller, whose arrays are another framework's.
+        self.cupy_is_apart = False
 
     @property
     def _arrived(self):
@@ -37,9 +40,20 @@ class Streams:
         self.devices[stream] = device
         return stream
 
+    def current_of_cupy(self, device):
+        """CuPy's current stream of a device."""
+        if not self.cupy_is_apart:
+            return self.current(device)
+        self.devices[_OF_CUPY + device] = device
+        return _OF_CUPY + device
+
     def use_second(self):
         """The caller's current streams of this thread are others from now on."""
-        self._thread.first = _SECOND_CALLER
+        self.use(second=True)
+
+    def use(self, second):
+        """The caller's current streams of this thread are the second ones, or the first ones."""
+        self._thread.first = _SECOND_CALLER if second else _CALLER
 
     def create(self, device):
         if self.capturing:

@@ -175,6 +175,7 @@ def _view(torch_gpu):
 def install(monkeypatch, **options):
     """An :class:`EmulatedTorch`; its `gpu` takes the place of CuPy, and `options` are those of the GPU."""
     gpu = emulated_gpu.install(monkeypatch, **options)
+    gpu.streams.cupy_is_apart = True
     torch_gpu = EmulatedTorch(gpu)
     for name, method in _methods(torch_gpu).items():
         monkeypatch.setattr(torch.Tensor, name, method)

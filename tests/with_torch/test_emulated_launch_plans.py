@@ -49,6 +49,18 @@ def test_repeated_calls_of_each_form(torch_gpu, form, device):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
+def test_launches_are_on_the_current_stream_of_torch(torch_gpu, form):
+    """Which may change between calls of one layout, before and after there is a plan."""
+    calls, streams = Checked(torch_gpu, PLAIN, form=form), torch_gpu.gpu.streams
+    for use_second in (False, True, False, True, True):
+        streams.use(use_second)
+        torch_gpu.gpu.launches.clear()
+        calls.check()
+        assert streams.current(0) in {launch.stream for launch in torch_gpu.gpu.launches}
+    streams.use(False)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_recent_call_is_not_validated(torch_gpu, monkeypatch, form):
     calls = Checked(torch_gpu, PLAIN, form=form)
     for _ in REPEATED:

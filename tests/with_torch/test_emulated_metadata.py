@@ -1,5 +1,6 @@
 """Metadata of every kind in calls of torch on an emulated GPU, each held to the reference."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ METADATA = {
     "tensors on another device": lambda tensors: tensors.metadata_on_device(torch.int64, device=1),
     "CuPy's on the device": lambda tensors: of_cupy(tensors, 0),
     "CuPy's on another device": lambda tensors: of_cupy(tensors, 1),
+    "CuPy's int32 on the device": lambda tensors: of_cupy(tensors, 0, np.int32),
 }
 
 
@@ -46,10 +48,10 @@ def test_one_number_of_another_type_is_refused_although_its_plan_is_known(torch_
         calls.check(change=change)
 
 
-def of_cupy(tensors, device):
+def of_cupy(tensors, device, dtype=np.int64):
     """Metadata as arrays of another library on a device."""
     put = tensors.torch_gpu.gpu.put
-    return put(tensors.inputs.shapes, device), put(tensors.inputs.starts, device)
+    return put(tensors.inputs.shapes.astype(dtype), device), put(tensors.inputs.starts.astype(dtype), device)
 
 
 def test_every_kind_of_metadata_of_one_layout(torch_gpu):
