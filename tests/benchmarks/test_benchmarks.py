@@ -112,6 +112,7 @@ def test_inputs_have_the_sizes_and_sampling_of_their_workload(name):
         assert 0 <= inputs.sampling_locations.min() <= inputs.sampling_locations.max() <= 1
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_a_patched_model_agrees_with_the_original(tmp_path):
     models = pytest.importorskip("benchmarks.models", reason="needs transformers", exc_type=ImportError)

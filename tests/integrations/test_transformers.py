@@ -68,7 +68,7 @@ def test_a_patched_model_gives_the_same_outputs_and_gradients(name, monkeypatch)
     assert not calls, "the model still uses the operator"
 
 
-@pytest.mark.parametrize("name", ["deformable_detr", "d_fine", "mask2former"])
+@pytest.mark.parametrize("name", ["deformable_detr", pytest.param("mask2former", marks=pytest.mark.long), "d_fine"])
 def test_the_general_patch_serves_them_too(name):
     model, inputs = build(name)
     want = run(model, inputs)
@@ -273,7 +273,7 @@ def test_kernels_package_takes_the_layer(monkeypatch):
             assert torch.equal(output, ms_deform_attn(value, shapes, starts, locations, weights))
 
 
-@pytest.mark.parametrize("name", ["rt_detr", "d_fine"])
+@pytest.mark.parametrize("name", ["d_fine", pytest.param("rt_detr", marks=pytest.mark.long)])
 def test_a_patched_model_compiles(name):
     torch._dynamo.reset()
     model, inputs = build(name)
