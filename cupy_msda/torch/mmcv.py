@@ -28,7 +28,7 @@ _WITHOUT = WithoutOperators(_COMPILED, "pip install mmcv, compiled for this torc
 
 
 class MultiScaleDeformableAttnFunction:
-    """Stands in for mmcv's autograd function of this name."""
+    """mmcv's autograd function of this name, for code that imports it from here; :func:`patch` does not need it."""
 
     @staticmethod
     def apply(
@@ -49,7 +49,7 @@ class MultiScaleDeformableAttnFunction:
 def multi_scale_deformable_attn_pytorch(
     value: Tensor, value_spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """:func:`ms_deform_attn` by the signature of mmcv's CPU path; each level follows the one before it."""
+    """:func:`ms_deform_attn` by the signature of mmcv's CPU path, for code that imports it from here."""
     locations, weights = agreed_dtypes(value, sampling_locations, attention_weights)
     return ms_deform_attn(value, value_spatial_shapes, None, locations, weights)
 

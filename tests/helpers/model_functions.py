@@ -108,14 +108,14 @@ def either_value():
     return deformable_attention_core_func_v2
 
 
-def autograd_function(forward_fails=False, has_backward=True):
+def autograd_function(can_run=None, has_backward=True):
     """Deformable DETR's; without a backward dinov2's, and dinov3's, whose backward needs the extension."""
 
     class MSDeformAttnFunction(torch.autograd.Function):
         @staticmethod
         def forward(ctx, value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights,
                     im2col_step):  # fmt: skip
-            if forward_fails and not forward_fails(value):
+            if can_run is not None and not can_run(value):
                 raise RuntimeError("Not implemented on the CPU")
             inputs = (value, sampling_locations, attention_weights)
             ctx.save_for_backward(*inputs)

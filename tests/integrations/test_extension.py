@@ -389,3 +389,10 @@ def test_a_folder_that_cannot_be_written_is_named(environment, monkeypatch, tmp_
     with pytest.raises(SystemExit):
         extension.main(["MultiScaleDeformableAttention"])
     assert "use a virtual environment" in capsys.readouterr().err
+
+
+def test_a_name_that_a_stub_has_imported_is_not_blocked_afterwards(monkeypatch):
+    monkeypatch.setitem(sys.modules, "stubbed_extension", extension)
+    extension.install("stubbed_extension")
+    extension.uninstall("stubbed_extension")
+    assert sys.modules.get("stubbed_extension", extension) is not None

@@ -69,7 +69,7 @@ def test_an_autograd_function_without_backward_gets_one(module):
 
 def test_what_cannot_run_on_a_cpu_is_compared_at_its_first_call(module):
     runs = []
-    function = put(module, stand_ins.autograd_function(forward_fails=lambda value: runs))
+    function = put(module, stand_ins.autograd_function(can_run=lambda value: runs))
     with cupy_msda.torch.patch() as patch:
         assert "to be compared at its first call" in line(patch).reason
         runs.append("as if on a GPU")
@@ -79,7 +79,7 @@ def test_what_cannot_run_on_a_cpu_is_compared_at_its_first_call(module):
 
 @pytest.mark.gpu
 def test_what_runs_on_a_gpu_alone_is_compared_there(module):
-    function = put(module, stand_ins.autograd_function(forward_fails=lambda value: value.is_cuda))
+    function = put(module, stand_ins.autograd_function(can_run=lambda value: value.is_cuda))
     value, locations, weights, grad_output = (tensor.detach().cuda() for tensor in samples())
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
     arguments = (value, SHAPES.cuda(), EXTENSION[1].cuda(), by_level(locations), by_level(weights), 64)
@@ -96,7 +96,7 @@ def test_what_runs_on_a_gpu_alone_is_compared_there(module):
 
 def test_another_result_at_the_first_call_keeps_the_original(module, monkeypatch):
     runs = []
-    function = put(module, stand_ins.autograd_function(forward_fails=lambda value: runs))
+    function = put(module, stand_ins.autograd_function(can_run=lambda value: runs))
     with cupy_msda.torch.patch() as patch:
         runs.append("as if on a GPU")
         composition = stand_ins.composition
@@ -108,7 +108,7 @@ def test_another_result_at_the_first_call_keeps_the_original(module, monkeypatch
 
 
 def test_where_the_original_never_runs_the_operator_does(module):
-    function = put(module, stand_ins.autograd_function(forward_fails=lambda value: False))
+    function = put(module, stand_ins.autograd_function(can_run=lambda value: False))
     with cupy_msda.torch.patch() as patch:
         assert_same(apply(function), apply(stand_ins.autograd_function()), 1e-9)
         assert "the original raised RuntimeError: Not implemented on the CPU" in line(patch).reason

@@ -130,7 +130,7 @@ def test_level_starts_are_used_as_the_original_uses_them(module, starts):
 
 def test_a_first_call_in_which_nothing_can_be_seen_is_not_the_comparison(module):
     runs = []
-    function = put(module, stand_ins.autograd_function(forward_fails=lambda value: runs))
+    function = put(module, stand_ins.autograd_function(can_run=lambda value: runs))
     value, locations, weights, _ = samples()
     with cupy_msda.torch.patch() as patch:
         runs.append("as if on a GPU")
@@ -237,6 +237,59 @@ def test_a_patch_among_fake_tensors_keeps_what_it_cannot_compare(module):
     with FakeTensorMode(), cupy_msda.torch.patch() as patch:
         assert line(patch).status == "kept"
     call(function)
+
+
+def test_a_kept_apply_is_served_until_the_last_patch_is_undone(module):
+    function = put(module, stand_ins.autograd_function())
+    module.kept = function.apply
+    value, locations, weights, _ = samples()
+    arguments = (value, SHAPES, STARTS, by_level(locations), by_level(weights), 64)
+    before, first, second = dict(vars(module)), cupy_msda.torch.patch(), cupy_msda.torch.patch()
+    first.undo()
+    module.kept(*arguments)
+    assert line(second).calls == 1
+    second.undo()
+    assert dict(vars(module)) == before
+
+
+def test_an_apply_of_its_own_is_restored(module):
+    base = stand_ins.autograd_function()
+
+    class MSDeformAttnFunction(base):
+        @classmethod
+        def apply(cls, *arguments):
+            return super().apply(*arguments)
+
+    function = put(module, MSDeformAttnFunction)
+    own = vars(function)["apply"]
+    with cupy_msda.torch.patch() as patch:
+        apply(function)
+        assert line(patch).calls == 1
+    assert vars(function)["apply"] is own
+
+
+class Reflected(PaddedDeformableAttention):
+    def __init__(self, padding_mode):
+        super().__init__()
+        self.padding_mode = padding_mode
+
+
+def test_an_object_after_one_that_is_kept_is_served():
+    layers = nn.ModuleList([Reflected("reflection"), Reflected("border")])
+    want = [call(layer) for layer in layers]
+    with cupy_msda.torch.patch(layers) as patch:
+        assert_same([call(layer) for layer in layers], want, 1e-9)
+        assert sum(line.calls for line in patch.report()) == 1
+
+
+def test_calls_that_were_left_before_a_patch_are_not_its(module):
+    function = put(module, scaled_by_keyword(stand_ins.pixels_first()))
+    value, locations, weights, _ = samples()
+    with cupy_msda.torch.patch() as outer:
+        function(value, SHAPES, by_level(locations), by_level(weights), scale=2.0)
+        with cupy_msda.torch.patch() as inner:
+            assert "1 calls went to the original" in line(outer).reason
+            assert line(inner).reason == ""
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------

@@ -225,6 +225,16 @@ def test_a_model_that_is_made_while_patched_is_restored_too():
     assert patches.served_calls() == before
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_patches_are_undone_in_any_order(first):
+    code = modeling("d_fine").multi_scale_deformable_attention_v2.__code__
+    patches_of_both = [serve.patch("d_fine"), serve.patch("d_fine")]
+    patches_of_both[first].undo()
+    assert modeling("d_fine").multi_scale_deformable_attention_v2.__code__ is not code
+    patches_of_both[1 - first].undo()
+    assert modeling("d_fine").multi_scale_deformable_attention_v2.__code__ is code
+
+
 def test_unknown_family_is_refused():
     with pytest.raises(ModuleNotFoundError, match="no_such_detr"):
         serve.patch("no_such_detr")

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.provenance import provenance
 
-from .agreement import compare, perturb
+from .agreement import compare, prepared
 from .models import LINES, PACKAGES, models_of
 
 TOLERANCE = 1e-9
@@ -28,8 +28,10 @@ def row_of(model):
     """What the table says of a model."""
     torch.manual_seed(0)
     made, call = model.make()
-    agreement = compare(perturb(made), call, model.patch)
+    agreement = compare(prepared(made), call, model.patch)
+    where = provenance("cpu")
     row = {"package": model.package, "version": model.version, "model": model.name, "line": LINES[model.package]}
+    row |= {name: where[name] for name in ("date", "commit")}
     if agreement.calls != model.calls:
         raise SystemExit(f"{model.name}: expected {model.calls} calls of the operator, got {agreement.calls}")
     return row | dataclasses.asdict(agreement)

@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Agreement:
-    """The largest difference, relative to the largest norm, of outputs and of gradients; and the calls served."""
+    """The largest relative difference of outputs and of gradients, and the calls served."""
 
     outputs: float
     gradients: float
@@ -34,8 +34,8 @@ def run(model, call):
     return [t.detach().masked_fill(~t.isfinite(), 0) for t in outputs], gradients
 
 
-def perturb(model):
-    """What starts at zero must not hide a difference."""
+def prepared(model):
+    """In float64, without dropout, and with other numbers where parameters start at zero, which hides differences."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim < 2:
@@ -59,6 +59,7 @@ def compare(model, call, patch):
 
 
 def _difference(have, want):
+    """Relative to the norm of each tensor; sums that cancel, to less than a millionth of the largest, are noise."""
     largest = max(tensor.norm() for tensor in want)
     assert largest > 0
-    return float(max((a - b).norm() for a, b in zip(have, want, strict=True)) / largest)
+    return float(max((a - b).norm() / max(b.norm(), 1e-6 * largest) for a, b in zip(have, want, strict=True)))

@@ -1,1 +1,1 @@
-"""What is behind the integrations with other libraries: replacing their attributes, and undoing it."""
+"""What is behind the integrations with other libraries: finding their functions, exchanging them, and undoing it."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType
 from typing import Any
@@ -48,10 +48,13 @@ class ModelPatch(Patch):
 
     def __init__(self) -> None:
         super().__init__()
-        # What is served, and its calls before that.
-        self._served: list[tuple[Served | CompiledOperator, int]] = []
+        # What is served, and its calls and those that were left before that.
+        self._served: list[tuple[Served | CompiledOperator, int, Counter[str]]] = []
         self._others: dict[str, Line] = {}
         self._seen: set[Any] = set()
+        # Whose `apply` this patch has exchanged, and what it serves.
+        self._held: set[Any] = set()
+        self._used: set[Any] = set()
         self._final: Report | None = None
         self._has_compiled = False
 
@@ -59,7 +62,7 @@ class ModelPatch(Patch):
         """What is served, how often it was called since, and what is not served and why."""
         if self._final is not None:
             return self._final
-        return Report([*(one.line(before) for one, before in self._served), *self._others.values()])
+        return Report([*(one.line(calls, left) for one, calls, left in self._served), *self._others.values()])
 
     def __repr__(self) -> str:
         return str(self.report())
@@ -75,8 +78,9 @@ class ModelPatch(Patch):
         with _lock:
             for candidate in candidates:
                 self._has_compiled |= candidate.is_compiled
-                if candidate.found not in self._seen:
-                    self._seen.add(candidate.found)
+                key = (candidate.found, id(candidate.instance))
+                if key not in self._seen:
+                    self._seen.add(key)
                     self._serve(candidate)
                 if candidate.holder is not None:
                     self._serve_holder(*candidate.holder, candidate.found)
@@ -153,7 +157,7 @@ class ModelPatch(Patch):
             except Exception as error:
                 self._leave(candidate, f"its class raised {type(error).__name__}: {error}")
                 return
-        if not finding.layouts:
+        if not finding.layouts or (receivers is not None and not finding.is_verified):
             self._leave(candidate, finding.problem)
             return
         served = Served(candidate.name, redirection.original, signature, finding, receivers)
@@ -161,7 +165,7 @@ class ModelPatch(Patch):
         self._share(candidate, served, redirection.undo)
 
     def _serve_autograd_function(self, candidate: Candidate) -> None:
-        """Its graph would hide the operator from the transformations of torch, so not its parts are replaced."""
+        """Its `apply` is replaced, not its forward: its graph would hide the operator from torch's transformations."""
         function, original = candidate.found, candidate.found.apply
         has_context = function.setup_context is Function.setup_context
         signature = read_signature(function.forward, has_context)
@@ -180,21 +184,29 @@ class ModelPatch(Patch):
                 return served(*arguments)
             return original.__func__(cls, *arguments)  # a subclass, which may compute something else
 
-        patch = Patch()
-        replace = patch.replace if "apply" in vars(function) else patch.add
-        replace(function, "apply", classmethod(mark_stand_in(apply, served)))
-        self._share(candidate, served, patch.undo)
+        before = vars(function).get("apply")
+        function.apply = classmethod(mark_stand_in(apply, served))
+
+        def undo() -> None:
+            if before is None:
+                delattr(function, "apply")
+            else:
+                function.apply = own
+
+        self._share(candidate, served, undo)
 
     def _serve_holder(self, owner: Any, name: str, function: Any) -> None:
         """Give one who kept the `apply` of an autograd function the one that it has now."""
-        held = vars(owner)[name]
-        if function not in _shared:
+        key = (id(owner), name)
+        if function not in _shared or key in self._held:
             return
-        if isinstance(owner, type):
+        if key not in _shared:
+            held = vars(owner)[name]
             setattr(owner, name, _with_apply(held, function))
-            self.at_undo(lambda: setattr(owner, name, held))
-        else:
-            self.replace(owner, name, _with_apply(held, function))
+            _shared[key] = _Shared(_shared[function].served, lambda: setattr(owner, name, held), users=0)
+        self._held.add(key)
+        _shared[key].users += 1
+        self.at_undo(functools.partial(_release, key))
 
     def _share(self, candidate: Candidate, served: Served, undo: Callable[[], None]) -> None:
         def undo_all() -> None:
@@ -206,9 +218,13 @@ class ModelPatch(Patch):
 
     def _use(self, key: Any, name: str) -> None:
         """One more patch that serves it."""
+        if key in self._used:
+            return
+        self._used.add(key)
+        self._others.pop(name, None)  # another object of the class was kept
         shared = _shared[key]
         shared.users += 1
-        self._served.append((shared.served, shared.served.calls))
+        self._served.append((shared.served, shared.served.calls, shared.served.left.copy()))
         self.served.append(name)
         self.at_undo(functools.partial(_release, key))
 
@@ -231,4 +247,4 @@ def _with_apply(held: Any, function: Any) -> Any:
         return functools.partial(_with_apply(held.func, function), *held.args, **held.keywords)
     if isinstance(held, staticmethod):
         return staticmethod(_with_apply(held.__func__, function))
-    return copy.copy(function.apply)
+    return function.apply

@@ -23,8 +23,8 @@ class ModuleName(MetaPathFinder, Loader):
     def __init__(self, name: str, module: ModuleType) -> None:
         self.name, self.module = name, module
         self._package, _, self._attribute = name.rpartition(".")
-        # What `sys.modules` had under the name: nothing, or None, which blocks its import.
-        self._blocked = name in sys.modules
+        # Whether `sys.modules` had None under the name, which blocks its import.
+        self._blocked = name in sys.modules and sys.modules[name] is None
         # Packages that have the attribute, and what it was before.
         self._before: list[tuple[ModuleType, Any]] = []
 

@@ -1,4 +1,4 @@
-"""Replacing attributes of other packages, and putting them back."""
+"""Exchanging functions and attributes of other packages, and putting them back."""
 
 from __future__ import annotations
 
@@ -76,6 +76,24 @@ def is_stand_in(function: Any) -> bool:
     return hasattr(function, _OURS)
 
 
+# Functions that :meth:`Patch.redirect` has redirected, and how many patches serve each.
+_users: dict[FunctionType, tuple[Redirection, int]] = {}
+
+
+def _release(function: FunctionType) -> None:
+    """One patch less; the last one restores the function."""
+    redirection, users = _users.pop(function)
+    if users > 1:
+        _users[function] = (redirection, users - 1)
+    else:
+        redirection.undo()
+
+
+def is_shared(function: Any) -> bool:
+    """Whether :meth:`Patch.redirect` has redirected it, so that another patch can serve it too."""
+    return function in _users
+
+
 # An attribute of the functions of :func:`standing_in`.
 _OURS = "_cupy_msda_function"
 
@@ -107,9 +125,13 @@ class Patch:
 
     def redirect(self, function: FunctionType, ours: Callable[..., Any], value_at: int = 0) -> None:
         """Let `ours` answer the calls of a function, wherever it is held, except on devices without kernels."""
-        redirection = Redirection(function)
-        redirection.to(standing_in(ours, redirection.original, value_at))
-        self._undo.append(redirection.undo)
+        if function not in _users:
+            redirection = Redirection(function)
+            redirection.to(standing_in(ours, redirection.original, value_at))
+            _users[function] = (redirection, 0)
+        redirection, users = _users[function]
+        _users[function] = (redirection, users + 1)
+        self._undo.append(lambda: _release(function))
 
     def at_undo(self, action: Callable[[], None]) -> None:
         """Do this, too, when everything is restored."""

@@ -16,7 +16,7 @@ from .probe import Finding
 class Receivers:
     """What is found of each object. Objects of a class that takes no arguments are alike; others are probed one by one.
 
-    In code that ``torch.compile`` compiles, an object that is not known is left to the original.
+    In code that ``torch.compile`` compiles, objects that are probed one by one are left to the original.
     """
 
     def __init__(self, probe: Callable[[Any], Finding]) -> None:
@@ -30,7 +30,7 @@ class Receivers:
         if cls in self._of_types:
             return self._of_types[cls]
         if torch.compiler.is_compiling():
-            return Finding(problem="an object that has not been compared")
+            return Finding(problem="in compiled code, its class takes arguments")
         return self.learn(receiver)
 
     def learn(self, receiver: Any) -> Finding:

@@ -76,22 +76,23 @@ class Served:
         served._count()
         return _operator(signature, named, layout, finding.layouts[layout])
 
-    def line(self, before: int = 0) -> Line:
-        """Its line of a report, with the calls after the first `before` ones."""
+    def line(self, calls: int, left: Counter[str]) -> Line:
+        """Its line of a report, without so many calls and calls that were left."""
         if self.differs:
             return Line(self.name, "kept", reason=DIFFERS)
         layouts = " or ".join(
             ", ".join([str(layout), *(f"{option}={value!r}" for option, value in meaning.options.items())])
             for layout, meaning in self.finding.layouts.items()
         )
-        remarks = [f"{count} calls went to the original: {reason}" for reason, count in self.left.items()]
+        since = self.left - left
+        remarks = [f"{count} calls went to the original: {reason}" for reason, count in since.items()]
         if not self.is_verified:
             remarks.append("to be compared at its first call")
         elif not self.finding.is_verified:
             remarks.append(self.finding.problem or "compared at its first call")
         elif not self.finding.gradients:
             remarks.append("its gradients could not be compared")
-        return Line(self.name, "served", layouts, self.calls - before, "; ".join(remarks))
+        return Line(self.name, "served", layouts, self.calls - calls, "; ".join(remarks))
 
     def _count(self) -> None:
         if count_call():
@@ -116,6 +117,8 @@ class Served:
         if not serves(first):
             return "its device has no kernels"
         layout = signature.layout(named, finding.of_tensors)
+        if self.receivers is not None and not finding.is_verified:
+            return "an object that could not be compared"
         if layout not in finding.layouts:
             return f"unknown layout: {layout}" if finding.layouts else finding.problem
         if not self.is_verified and (torch.compiler.is_compiling() or _is_capturing()):
@@ -159,18 +162,22 @@ class CompiledOperator:
     def __init__(self, name: str, ours: Callable[..., Any], original: Callable[..., Any]) -> None:
         self.name, self.ours, self.original = name, ours, original
         self.calls = 0
+        self.left: Counter[str] = Counter()
         self.is_active = True
 
     def __call__(self, value: Tensor, *arguments: Any, **named: Any) -> Any:
         if not self.is_active or not serves(value):
+            self.left["its device has no kernels"] += 1
             return self.original(value, *arguments, **named)
         if count_call():
             self.calls += 1
         return self.ours(value, *arguments, **named)
 
-    def line(self, before: int = 0) -> Line:
-        """Its line of a report."""
-        return Line(self.name, "served", "the compiled operator, by its parameters", self.calls - before)
+    def line(self, calls: int, left: Counter[str]) -> Line:
+        """As of :class:`Served`."""
+        since = self.left - left
+        remarks = "; ".join(f"{count} calls went to the original: {reason}" for reason, count in since.items())
+        return Line(self.name, "served", "the compiled operator, by its parameters", self.calls - calls, remarks)
 
 
 def _operator(signature: Signature, named: Mapping[str, Any], layout: Layout, meaning: Meaning) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .patch import Patch
+from .patch import Patch, is_shared
 from .redirect import is_redirected
 
 
@@ -25,7 +25,7 @@ def serve_function(done: Patch, module: ModuleType, ours: Callable[..., Tensor])
 
 def _serve(done: Patch, original: Any, ours: Callable[..., Any], name: str, value_at: int = 0) -> None:
     done.served.append(name)
-    if not is_redirected(original):
+    if not is_redirected(original) or is_shared(original):
         _check_signature(original, ours)
         done.redirect(original, ours, value_at)
 
