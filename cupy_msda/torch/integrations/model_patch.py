@@ -191,7 +191,7 @@ class ModelPatch(Patch):
             if before is None:
                 delattr(function, "apply")
             else:
-                function.apply = own
+                function.apply = before
 
         self._share(candidate, served, undo)
 
