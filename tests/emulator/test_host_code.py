@@ -1,5 +1,6 @@
 """The host code of the CUDA path, from arrays to launches, on an emulated GPU: results against the reference."""
 
+import ctypes
 import threading
 from dataclasses import replace
 
@@ -8,7 +9,8 @@ import pytest
 
 import cupy_msda
 from cupy_msda.arrays import frameworks
-from cupy_msda.cuda import plan_backward, session, sorted_heuristics
+from cupy_msda.cuda import plan, plan_backward, session, sorted_heuristics
+from cupy_msda.cuda.launch import PreparedLaunch
 from tests.helpers import cases, emulated_gpu, emulator
 from tests.helpers.cases import Case
 from tests.helpers.emulated_calls import (
@@ -366,3 +368,26 @@ def test_arrays_of_another_library(gpu):
     for locations in (put[1], strided):
         output = cupy_msda.ms_deform_attn(put[0], gpu.put(inputs.shapes), None, locations, put[2])
         np.testing.assert_allclose(output.get(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_launch_during_another_has_words_of_its_own(gpu, monkeypatch):
+    """As of another thread, between the time that a launch packs its words and the time that the driver reads them."""
+    planned = plan.cast_gradient("float16", 8)
+    sizes = planned.spec.words()
+    outer, inner = (list(range(first, first + sum(sizes))) for first in (100, 200))
+    read, during = [], []
+
+    def launch_kernel(*arguments):
+        if during:
+            prepared.run(0, *during.pop())
+        pointers = (ctypes.c_void_p * len(sizes)).from_address(arguments[-2])
+        read.append([word for at, size in zip(pointers, sizes, strict=True)
+                     for word in (ctypes.c_int64 * size).from_address(at)])  # fmt: skip
+
+    monkeypatch.setattr(gpu.cupy.cuda.driver, "launchKernel", launch_kernel)
+    prepared = PreparedLaunch(planned, 0)
+    prepared.run(0, *outer)  # leaves a block
+    during.append(inner)
+    prepared.run(0, *outer)
+    prepared.run(0, *inner)
+    assert read == [outer, inner, outer, inner]
