@@ -142,3 +142,10 @@ def test_the_report_names_the_array(fault):
         emulator.EmulatorError, match=f"data race on byte .*{array}.* thread .* at line .* thread .* at line"
     ):
         COVERING[name].run(texts={planted.kernel: planted.planted()}, log=Log())
+
+
+def test_a_read_by_ldg_of_what_the_launch_writes_is_caught():
+    """Its cache does not see what other multiprocessors write meanwhile; the emulator's memory does."""
+    planted = Fault("block_reduce", "__ldcg(", "__ldg(")
+    with pytest.raises(emulator.EmulatorError, match=r"of .*sums.* is read by __ldg and written in the same launch"):
+        COVERING["summation: block, chunks"].run(texts={"block_reduce": planted.planted()}, log=Log())

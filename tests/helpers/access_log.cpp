@@ -43,6 +43,7 @@ struct Accesses {
 struct Cell {
     Moment write;
     Accesses reads, atomics;
+    bool constant;      // some thread has read it by __ldg
 };
 
 // An atomic addition that other blocks may see, and the accesses of its block that a fence puts before it: those before
@@ -163,6 +164,13 @@ struct Access {
     }
 };
 
+static void report_constant(const Region& region, size_t byte) {
+    char text[200];
+    snprintf(text, sizeof text, "byte %zu of array %d is read by __ldg and written in the same launch", byte,
+             (int)(&region - arrays.data()));
+    report(text);
+}
+
 static const Region* region_of(const char* address) {
     if (address < lowest || address >= highest) return nullptr;
     if ((size_t)(address - shared.begin) < shared.bytes) return &shared;
@@ -183,6 +191,7 @@ static void log(const void* address, size_t bytes, Kind kind, const void* code) 
         const Access access = {*region, byte, kind, now};
         if (kind != WRITE && region == &shared && !cell.write.block && !cell.atomics.newest.block) access.report_unwritten();
         access.check(cell.write, WRITE);
+        if (kind != READ && cell.constant) report_constant(*region, byte);
         if (kind != READ) access.check(cell.reads, READ);
         if (kind != ATOMIC) access.check(cell.atomics, ATOMIC);
         if (kind == READ) cell.reads.add(now);
@@ -199,6 +208,17 @@ static Region region(const void* begin, size_t bytes) {
     lowest = std::min(lowest, (const char*)begin);
     highest = std::max(highest, (const char*)begin + bytes);
     return {(const char*)begin, bytes, (Cell*)calloc(bytes ? bytes : 1, sizeof(Cell))};
+}
+
+void constant_read(const void* address, size_t bytes) {
+    const Region* region = region_of((const char*)address);
+    if (!region) return;
+    const size_t first = (const char*)address - region->begin;
+    for (size_t byte = first; byte < std::min(first + bytes, region->bytes); ++byte) {
+        Cell& cell = region->cells[byte];
+        if (cell.write.block || cell.atomics.newest.block) report_constant(*region, byte);
+        cell.constant = true;
+    }
 }
 
 void watch(const void* array, size_t bytes) { arrays.push_back(region(array, bytes)); }

@@ -330,7 +330,10 @@ inline const char* launch(void (*entry)(void*), void* arguments, const long long
 
 // These are part of their caller, so that the access log names its line.
 #define CUDA_FUNCTION template <typename T> __attribute__((always_inline)) inline
-CUDA_FUNCTION T __ldg(const T* p) { return *p; }
+CUDA_FUNCTION T __ldg(const T* p) {
+    access_log::constant_read(p, sizeof(T));
+    return *p;
+}
 CUDA_FUNCTION T __ldcg(const T* p) { return *p; }
 CUDA_FUNCTION T __ldcs(const T* p) { return *p; }
 CUDA_FUNCTION void __stcs(T* p, T x) { *p = x; }
