@@ -24,7 +24,8 @@ def num_threads(of_framework: int | None = None) -> int:
     """
     setting = os.environ.get("CUPY_MSDA_NUM_THREADS")
     if setting is None:
-        return min(of_framework or _omp_threads() or _cores(), _cores())
+        cores = _cores()
+        return min(of_framework or _omp_threads() or cores, cores)
     count = _positive(setting)
     if count is None:
         raise ValueError(f"CUPY_MSDA_NUM_THREADS: expected a positive int, got {setting!r}")

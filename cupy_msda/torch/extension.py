@@ -179,9 +179,13 @@ def uninstall(*names: str) -> None:
         _mended.clear()
 
 
-def _check(name: str, ours: ModuleType) -> None:
+def _check_name(name: str) -> None:
     if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(f"name: expected the name of a module, such as 'groundingdino._C', got {name!r}")
+
+
+def _check(name: str, ours: ModuleType) -> None:
+    _check_name(name)
     found = sys.modules.get(name)
     if found is not None and found is not ours:
         raise RuntimeError(
@@ -203,9 +207,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.names and not options.remove:
         print(f"installed: {', '.join(before) or 'no name'}")
         return 0
-    for name in options.names:
-        if not all(part.isidentifier() for part in name.split(".")):
-            parser.error(f"expected the name of a module, such as 'groundingdino._C', got {name!r}")
+    try:
+        for name in options.names:
+            _check_name(name)
+    except ValueError as error:
+        parser.error(str(error))
     if options.remove:
         names = tuple(name for name in before if options.names and name not in options.names)
     else:

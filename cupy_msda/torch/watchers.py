@@ -19,11 +19,6 @@ watchers: list[Callable[[Arguments], None]] = []
 def call_watched(function: Callable[[Arguments], Tensor], arguments: Arguments) -> Tensor:
     """``function(arguments)``, and then every watcher."""
     output = function(arguments)
-    notify(arguments)
-    return output
-
-
-def notify(arguments: Arguments) -> None:
-    """Call every watcher."""
     for watcher in tuple(watchers):
         watcher(arguments)
+    return output

@@ -55,7 +55,7 @@ def test_a_device_is_current_again_after_a_call_on_another(gpu):
 
 
 def test_launches_are_on_the_current_stream_of_the_caller(gpu):
-    gpu.streams.use_second()
+    gpu.streams.use(second=True)
     check(gpu, PLAIN.inputs())
     assert {launch.stream for launch in gpu.launches} == {gpu.streams.current(0)}
 

@@ -47,10 +47,6 @@ class Streams:
         self.devices[_OF_CUPY + device] = device
         return _OF_CUPY + device
 
-    def use_second(self):
-        """The caller's current streams of this thread are others from now on."""
-        self.use(second=True)
-
     def use(self, second):
         """The caller's current streams of this thread are the second ones, or the first ones."""
         self._thread.first = _SECOND_CALLER if second else _CALLER

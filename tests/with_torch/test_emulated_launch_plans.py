@@ -291,7 +291,7 @@ def test_threads_with_the_same_layout(torch_gpu):
     results = {}
 
     def work(seed):
-        torch_gpu.gpu.streams.use_second()
+        torch_gpu.gpu.streams.use(second=True)
         tensors = [Tensors(torch_gpu, inputs[seed]) for _ in range(4)]
         results[seed] = [one.results(deterministic=bool(seed % 2)) for one in tensors]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 # In names of functions, autograd functions and layers.
 NAME = re.compile(r"deform\w*att", re.IGNORECASE)
-# What a parameter is, by its names in the code bases. `sizes` are level sizes as numbers, beside those in a tensor.
+# What a parameter is, by its names in the code bases. `sizes` are level sizes as numbers, `shapes` may be a tensor.
 ROLES = {
     "value": ("value",),
     "shapes": ("value_spatial_shapes", "spatial_shapes", "input_spatial_shapes", "value_shapes"),

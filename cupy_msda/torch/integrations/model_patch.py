@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType
@@ -14,30 +13,19 @@ import torch
 from torch import nn
 from torch.autograd import Function
 
-from . import search
+from . import exchanges, search
 from .conventions import NAME, read_signature
 from .layer_watch import LayerWatch
-from .patch import Patch, is_stand_in, mark_stand_in
+from .patch import Patch
 from .probe import probe
 from .receivers import Receivers, takes_no_arguments
-from .redirect import Redirection, is_redirected
+from .redirect import Redirection
 from .report import Line, Report
 from .search import Candidate
 from .served import CompiledOperator, Served
 
-
-@dataclasses.dataclass
-class _Shared:
-    """What is served, how many patches serve it, and how it is undone after the last of them."""
-
-    served: Served | CompiledOperator
-    undo: Callable[[], None]
-    users: int = 1
-
-
-# By what has been exchanged: a function, an autograd function, or the name of a compiled one.
-_shared: dict[Any, _Shared] = {}
-_lock = threading.RLock()
+# An attribute of the `apply` that takes the place of that of an autograd function. A subclass has it too.
+_STANDS_IN = "_cupy_msda_stands_in"
 
 
 class ModelPatch(Patch):
@@ -69,13 +57,13 @@ class ModelPatch(Patch):
 
     def undo(self) -> None:
         """Restore everything. The report stays as it is."""
-        with _lock:
+        with exchanges.lock:
             self._final = self.report()
             super().undo()
 
     def serve(self, candidates: Iterable[Candidate]) -> None:
         """Replace those that compute the operator, and note the others."""
-        with _lock:
+        with exchanges.lock:
             for candidate in candidates:
                 self._has_compiled |= candidate.is_compiled
                 key = (candidate.found, id(candidate.instance))
@@ -87,17 +75,12 @@ class ModelPatch(Patch):
 
     def serve_compiled(self, module: ModuleType, name: str, ours: Callable[..., Any]) -> None:
         """Replace a function of a compiled extension: who calls it holds the module."""
-        with _lock:
+        with exchanges.lock:
             key, original = f"{module.__name__}.{name}", getattr(module, name)
-            if key not in _shared:
+            if exchanges.answer_of(key) is None:
                 served = CompiledOperator(key, ours, original)
                 setattr(module, name, served)
-
-                def undo() -> None:
-                    served.is_active = False
-                    setattr(module, name, original)
-
-                _shared[key] = _Shared(served, undo, users=0)
+                self._add(key, served, lambda: setattr(module, name, original))
             self._use(key, key)
 
     def watch_imports(self) -> None:
@@ -124,11 +107,11 @@ class ModelPatch(Patch):
 
     def _serve(self, candidate: Candidate) -> None:
         found = candidate.found
-        if found in _shared:
+        if isinstance(exchanges.answer_of(found), Served):
             self._use(found, candidate.name)
         elif isinstance(found, torch.jit.ScriptFunction):
             self._leave(candidate, "torch.jit has fixed its code", "compiled already")
-        elif is_redirected(found) or is_stand_in(found if isinstance(found, FunctionType) else found.apply):
+        elif exchanges.answer_of(found) is not None or hasattr(getattr(found, "apply", None), _STANDS_IN):
             self._leave(candidate, "another patch serves it")
         elif isinstance(found, FunctionType):
             self._serve_function(candidate)
@@ -162,7 +145,8 @@ class ModelPatch(Patch):
             return
         served = Served(candidate.name, redirection.original, signature, finding, receivers)
         redirection.to(served)
-        self._share(candidate, served, redirection.undo)
+        self._add(candidate.found, served, redirection.undo)
+        self._use(candidate.found, candidate.name)
 
     def _serve_autograd_function(self, candidate: Candidate) -> None:
         """Its `apply` is replaced, not its forward: its graph would hide the operator from torch's transformations."""
@@ -185,7 +169,8 @@ class ModelPatch(Patch):
             return original.__func__(cls, *arguments)  # a subclass, which may compute something else
 
         before = vars(function).get("apply")
-        function.apply = classmethod(mark_stand_in(apply, served))
+        setattr(apply, _STANDS_IN, True)
+        function.apply = classmethod(apply)
 
         def undo() -> None:
             if before is None:
@@ -193,28 +178,29 @@ class ModelPatch(Patch):
             else:
                 function.apply = before
 
-        self._share(candidate, served, undo)
+        self._add(function, served, undo)
+        self._use(function, candidate.name)
 
     def _serve_holder(self, owner: Any, name: str, function: Any) -> None:
         """Give one who kept the `apply` of an autograd function the one that it has now."""
         key = (id(owner), name)
-        if function not in _shared or key in self._held:
+        if exchanges.answer_of(function) is None or key in self._held:
             return
-        if key not in _shared:
+        if exchanges.answer_of(key) is None:
             held = vars(owner)[name]
             setattr(owner, name, _with_apply(held, function))
-            _shared[key] = _Shared(_shared[function].served, lambda: setattr(owner, name, held), users=0)
+            exchanges.add(key, exchanges.answer_of(function), lambda: setattr(owner, name, held))
         self._held.add(key)
-        _shared[key].users += 1
-        self.at_undo(functools.partial(_release, key))
+        self.at_undo(exchanges.use(key))
 
-    def _share(self, candidate: Candidate, served: Served, undo: Callable[[], None]) -> None:
-        def undo_all() -> None:
+    def _add(self, key: Any, served: Served | CompiledOperator, undo: Callable[[], None]) -> None:
+        """Note an exchange; whoever has kept what answers gets the original after its end."""
+
+        def undo_and_end() -> None:
             served.is_active = False
             undo()
 
-        _shared[candidate.found] = _Shared(served, undo_all, users=0)
-        self._use(candidate.found, candidate.name)
+        exchanges.add(key, served, undo_and_end)
 
     def _use(self, key: Any, name: str) -> None:
         """One more patch that serves it."""
@@ -222,23 +208,13 @@ class ModelPatch(Patch):
             return
         self._used.add(key)
         self._others.pop(name, None)  # another object of the class was kept
-        shared = _shared[key]
-        shared.users += 1
-        self._served.append((shared.served, shared.served.calls, shared.served.left.copy()))
+        served = exchanges.answer_of(key)
+        self._served.append((served, served.calls, served.left.copy()))
         self.served.append(name)
-        self.at_undo(functools.partial(_release, key))
+        self.at_undo(exchanges.use(key))
 
     def _leave(self, candidate: Candidate, reason: str, status: str = "kept") -> None:
         self._others[candidate.name] = Line(candidate.name, status, reason=reason)
-
-
-def _release(key: Any) -> None:
-    """One patch less; the last one restores the original."""
-    shared = _shared[key]
-    shared.users -= 1
-    if not shared.users:
-        del _shared[key]
-        shared.undo()
 
 
 def _with_apply(held: Any, function: Any) -> Any:

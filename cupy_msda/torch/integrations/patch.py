@@ -1,4 +1,4 @@
-"""Exchanging functions and attributes of other packages, and putting them back."""
+"""Exchanging functions of other packages, putting them back, and counting what is served."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..devices import serves
+from . import exchanges
 from .redirect import Redirection
 
 # Calls that what stands in for functions of models has served, in this process and outside of compiled code.
@@ -62,40 +63,7 @@ def standing_in(ours: Callable[..., Any], original: Callable[..., Any], value_at
         count_call()
         return ours(*arguments, **named)
 
-    return mark_stand_in(chosen, ours)
-
-
-def mark_stand_in(function: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """Note in `function` what it calls instead of the original."""
-    function.__dict__[_OURS] = ours
-    return function
-
-
-def is_stand_in(function: Any) -> bool:
-    """Whether a patch has put it there."""
-    return hasattr(function, _OURS)
-
-
-# Functions that :meth:`Patch.redirect` has redirected, and how many patches serve each.
-_users: dict[FunctionType, tuple[Redirection, int]] = {}
-
-
-def _release(function: FunctionType) -> None:
-    """One patch less; the last one restores the function."""
-    redirection, users = _users.pop(function)
-    if users > 1:
-        _users[function] = (redirection, users - 1)
-    else:
-        redirection.undo()
-
-
-def is_shared(function: Any) -> bool:
-    """Whether :meth:`Patch.redirect` has redirected it, so that another patch can serve it too."""
-    return function in _users
-
-
-# An attribute of the functions of :func:`standing_in`.
-_OURS = "_cupy_msda_function"
+    return chosen
 
 
 class Patch:
@@ -119,31 +87,20 @@ class Patch:
 
     def undo(self) -> None:
         """Restore the package as it was before."""
-        while self._undo:
-            self._undo.pop()()
+        with exchanges.lock:
+            while self._undo:
+                self._undo.pop()()
         self.served.clear()
 
     def redirect(self, function: FunctionType, ours: Callable[..., Any], value_at: int = 0) -> None:
         """Let `ours` answer the calls of a function, wherever it is held, except on devices without kernels."""
-        if function not in _users:
-            redirection = Redirection(function)
-            redirection.to(standing_in(ours, redirection.original, value_at))
-            _users[function] = (redirection, 0)
-        redirection, users = _users[function]
-        _users[function] = (redirection, users + 1)
-        self._undo.append(lambda: _release(function))
+        with exchanges.lock:
+            if exchanges.answer_of(function) is None:
+                redirection = Redirection(function)
+                redirection.to(standing_in(ours, redirection.original, value_at))
+                exchanges.add(function, ours, redirection.undo)
+            self.at_undo(exchanges.use(function))
 
     def at_undo(self, action: Callable[[], None]) -> None:
         """Do this, too, when everything is restored."""
         self._undo.append(action)
-
-    def replace(self, owner: Any, name: str, new: Any) -> None:
-        """Replace an attribute that `owner` has."""
-        old = getattr(owner, name)
-        setattr(owner, name, new)
-        self._undo.append(lambda: setattr(owner, name, old))
-
-    def add(self, owner: Any, name: str, new: Any) -> None:
-        """Add an attribute that `owner` does not have itself."""
-        setattr(owner, name, new)
-        self._undo.append(lambda: delattr(owner, name))

@@ -14,7 +14,6 @@ from typing import Any
 
 _POSITIONAL, _NAMED = 0x04, 0x08  # flags of code: *arguments, **named
 _numbers = itertools.count()
-_redirected: set[FunctionType] = set()
 #: Where calls go, by the number of the redirection. The original, once that is undone: a call may be on its way.
 targets: dict[int, Callable[..., Any]] = {}
 
@@ -38,18 +37,11 @@ class Redirection:
         """From now on, calls go to `target`."""
         targets[self._number] = target
         self.function.__code__ = _calling(self._number, self.original.__code__)
-        _redirected.add(self.function)
 
     def undo(self) -> None:
         """Restore the function."""
         self.function.__code__ = self.original.__code__
         targets[self._number] = self.original
-        _redirected.discard(self.function)
-
-
-def is_redirected(function: Any) -> bool:
-    """Whether calls of `function` go elsewhere."""
-    return isinstance(function, FunctionType) and function in _redirected
 
 
 def _copy(function: FunctionType) -> FunctionType:

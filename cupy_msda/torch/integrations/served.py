@@ -84,8 +84,7 @@ class Served:
             ", ".join([str(layout), *(f"{option}={value!r}" for option, value in meaning.options.items())])
             for layout, meaning in self.finding.layouts.items()
         )
-        since = self.left - left
-        remarks = [f"{count} calls went to the original: {reason}" for reason, count in since.items()]
+        remarks = _left_calls(self.left - left)
         if not self.is_verified:
             remarks.append("to be compared at its first call")
         elif not self.finding.is_verified:
@@ -175,25 +174,26 @@ class CompiledOperator:
 
     def line(self, calls: int, left: Counter[str]) -> Line:
         """As of :class:`Served`."""
-        since = self.left - left
-        remarks = "; ".join(f"{count} calls went to the original: {reason}" for reason, count in since.items())
+        remarks = "; ".join(_left_calls(self.left - left))
         return Line(self.name, "served", "the compiled operator, by its parameters", self.calls - calls, remarks)
 
 
 def _operator(signature: Signature, named: Mapping[str, Any], layout: Layout, meaning: Meaning) -> Tensor:
+    if not meaning.has_gradient and torch.is_grad_enabled():
+        with torch.no_grad():
+            return _operator(signature, named, layout, meaning)
     call = signature.samples(named, layout)
     locations, weights = agreed_dtypes(call.value, call.locations, call.weights)
     if "interpolation" in meaning.options:  # the nearest pixel has no gradient for locations
         locations = locations.detach()
     starts = call.starts if meaning.uses_starts else None
-    if meaning.has_gradient:
-        return ms_deform_attn(
-            call.value, call.shapes, starts, locations, weights, num_points=call.num_points, **meaning.options
-        )
-    with torch.no_grad():
-        return ms_deform_attn(
-            call.value, call.shapes, starts, locations, weights, num_points=call.num_points, **meaning.options
-        )
+    return ms_deform_attn(
+        call.value, call.shapes, starts, locations, weights, num_points=call.num_points, **meaning.options
+    )
+
+
+def _left_calls(since: Counter[str]) -> list[str]:
+    return [f"{count} calls went to the original: {reason}" for reason, count in since.items()]
 
 
 def _equal(given: Any, default: Any) -> bool:

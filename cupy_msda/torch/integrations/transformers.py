@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .patch import Patch, is_shared
-from .redirect import is_redirected
+from .patch import Patch
 
 
 def serve_layer(done: Patch, layer: type[nn.Module], ours: type[nn.Module]) -> None:
@@ -25,9 +24,8 @@ def serve_function(done: Patch, module: ModuleType, ours: Callable[..., Tensor])
 
 def _serve(done: Patch, original: Any, ours: Callable[..., Any], name: str, value_at: int = 0) -> None:
     done.served.append(name)
-    if not is_redirected(original) or is_shared(original):
-        _check_signature(original, ours)
-        done.redirect(original, ours, value_at)
+    _check_signature(original, ours)
+    done.redirect(original, ours, value_at)
 
 
 def _check_signature(theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
