@@ -104,3 +104,9 @@ class Patch:
     def at_undo(self, action: Callable[[], None]) -> None:
         """Do this, too, when everything is restored."""
         self._undo.append(action)
+
+    def replace(self, owner: Any, name: str, new: Any) -> None:
+        """Replace an attribute that `owner` has."""
+        old = getattr(owner, name)
+        setattr(owner, name, new)
+        self.at_undo(lambda: setattr(owner, name, old))
