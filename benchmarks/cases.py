@@ -89,14 +89,14 @@ def on_cpu(workload: Workload) -> Workload:
 
 def make_inputs(workload: Workload, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     """Random inputs as the workload file describes them, all in `dtype`."""
-    draw = _Draw(device, seed)
+    draw = Draw(device, seed)
     N, Q, M, P, L = workload.N, workload.Q, workload.M, workload.P, len(workload.levels)
     shapes = torch.tensor(workload.levels, device=device)
     if workload.sampling == "uniform":
         locations = draw.uniform(N, Q, M, L, P, 2)
     else:
         reference = _reference_points(workload, draw)
-        locations = reference[..., None, None, None, :] + _offsets(workload, draw) / shapes.flip(-1)[:, None, :]
+        locations = reference[..., None, None, None, :] + local_offsets(workload, draw) / shapes.flip(-1)[:, None, :]
     weights = draw.normal(N, Q, M, L * P).softmax(-1).view(N, Q, M, L, P)
     value, grad_output = draw.normal(N, workload.S, M, workload.D), draw.normal(N, Q, M * workload.D)
     samples = locations.to(dtype), weights.to(dtype)
@@ -107,14 +107,14 @@ def make_fused_inputs(
     workload: Workload, dtype: torch.dtype, device: str, seed: int = 0, *, boxes: bool = False
 ) -> FusedInputs:
     """Samples like those of `make_inputs` as a model's projections give them: offsets and logits, all in `dtype`."""
-    draw = _Draw(device, seed)
+    draw = Draw(device, seed)
     N, Q, M, P, L = workload.N, workload.Q, workload.M, workload.P, len(workload.levels)
     shapes = torch.tensor(workload.levels, device=device)
     if workload.sampling == "uniform":
         references, offsets = draw.uniform(N, Q, 2), draw.uniform(N, Q, M, L, P, 2) - 0.5
         offsets = offsets * shapes.flip(-1)[:, None, :]
     else:
-        references, offsets = _reference_points(workload, draw).expand(N, Q, 2), _offsets(workload, draw)
+        references, offsets = _reference_points(workload, draw).expand(N, Q, 2), local_offsets(workload, draw)
     references = references[:, :, None].expand(N, Q, L, 2)
     if boxes:
         sizes = (0.05 + 0.2 * draw.uniform(N, Q, 1, 2)).expand(N, Q, L, 2)
@@ -125,7 +125,7 @@ def make_fused_inputs(
     return FusedInputs(value.to(dtype), shapes, _starts(shapes), *samples, grad_output.to(dtype))
 
 
-class _Draw:
+class Draw:
     """Random numbers on a device, from a seed."""
 
     def __init__(self, device: str, seed: int) -> None:
@@ -139,13 +139,13 @@ class _Draw:
         return torch.rand(shape, generator=self._generator, device=self.device)
 
 
-def _reference_points(workload: Workload, draw: _Draw) -> Tensor:
+def _reference_points(workload: Workload, draw: Draw) -> Tensor:
     if workload.queries is None:
         return pixel_centres(workload.levels, draw.device)
     return draw.uniform(workload.N, workload.Q, 2)
 
 
-def _offsets(workload: Workload, draw: _Draw) -> Tensor:
+def local_offsets(workload: Workload, draw: Draw) -> Tensor:
     """Offsets of local sampling in pixels."""
     N, Q, M, P, L = workload.N, workload.Q, workload.M, workload.P, len(workload.levels)
     angle = torch.arange(M, device=draw.device) * (2 * math.pi / M)

@@ -96,6 +96,21 @@ def torch_ms_deform_attn() -> Autograd:
     return Autograd(name, ms_deform_attn)
 
 
+def deformops(*, float32_sums: bool = False) -> Autograd:
+    """The PyPI package deformops, in its own choice of backend, or with float32 sums of 16-bit gradients."""
+    name = "deformops, float32 sums" if float32_sums else "deformops"
+    if importlib.util.find_spec("deformops") is None:
+        return Autograd(name, None, "deformops is not installed")
+    from deformops.registry import Backend, msda
+
+    options = {"backend": Backend.TRITON, "fp32acc": True} if float32_sums else {}
+
+    def call(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return msda(value, shapes, starts, locations, weights.flatten(-2), **options)
+
+    return Autograd(name, call)
+
+
 def load_adapter(path: str) -> list[Implementation]:
     """The ``IMPLEMENTATIONS`` of an adapter file."""
     spec = importlib.util.spec_from_file_location(f"adapter_{Path(path).stem}", path)

@@ -7,6 +7,17 @@ namespace msda {
 // Bytes from a value vector of grad_value, in the dtype of its sums, to that of the next pixel.
 enum : address_t { grad_value_pitch = config::M * config::D * sizeof(acc_t) };
 
+// What other blocks may change by atomic additions.
+__device__ __forceinline__ unsigned atomic_load(unsigned* source) {
+#if MSDA_PTX
+    unsigned x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(source) : "memory");
+    return x;
+#else
+    return atomicAdd(source, 0u);
+#endif
+}
+
 // Adds contiguous channels: from sm_90 on by one vector reduction, elsewhere by an atomic addition per channel. (Predicated in
 // inline PTX or not, the compiler jumps around it.)
 template <typename T, int N>

@@ -68,7 +68,8 @@ struct config {
                                                 // with so many times `vec` channels; 1 or 2
 
     // ---- sorted backward
-    enum : int { bucket_size = 32 };            // value vectors of a bucket: a power of two
+    enum : int { bucket_size = 32 };            // value vectors of a bucket, at most: a power of two
+    enum : int { smallest_bucket = 4 };         // and at least
 };
 
 }  // namespace msda

@@ -22,15 +22,13 @@
 //     contributions  [head][run][capacity]      the end of a run is unused
 //     segment_starts [head][run][2B + 2]        16 bits each; the last one is where segment 2B ends
 //
-// The kernels: bucket_sort.cu writes the runs, split_buckets.cu lists the chunks of very large buckets, and warp_reduce.cu
-// or block_reduce.cu sums each bucket.
+// The kernels: bucket_sort.cu writes the runs, and reduce_buckets.cu sums each bucket.
 #pragma once
 #include "common/config.cuh"
 
 namespace msda {
 
-// Segments of a run, and elements from one run to the next in `segment_starts`.
-__device__ __forceinline__ int segments_of(int buckets) { return 2 * buckets + 1; }
+// Elements of `segment_starts` from one run to the next: a run has 2 * buckets + 1 segments.
 __device__ __forceinline__ int segments_pitch(int buckets) { return 2 * buckets + 2; }
 
 // Where the contributions to a bucket lie in a run. Of those in [begin, inside) the first pixel is in the bucket before.
@@ -46,21 +44,39 @@ __device__ __forceinline__ bucket_slice load_slice(const unsigned short* segment
     return {starts & 0xffff, starts >> 16, ends >> 16};
 }
 
-// A bucket of many contributions is summed in chunks, by a block each. The block that ends last adds up their sums.
+// Buckets of a slab come in regions of buckets of one size: where a level has many contributions per pixel, its buckets are
+// small, so that all have about as many contributions (docs/performance/decisions.md#sorted-bucket-size).
+enum : int { max_regions = 32 };
+enum : int { no_bucket = 0x7fffffff };
+
+__device__ constexpr int log2_of(int power_of_two) { return power_of_two > 1 ? 1 + log2_of(power_of_two / 2) : 0; }
+
+struct alignas(16) bucket_region {
+    int first_bucket;
+    int first_pixel, end_pixel;     // in the slab
+    int shift;                      // a bucket has 1 << shift pixels, the last one of a region maybe fewer
+};
+struct bucket_table {
+    bucket_region region[max_regions];      // by their first pixel; unused ones begin after all buckets
+    unsigned buckets, padding[3];           // of all regions
+};
+
+// A chunk of a bucket of very many contributions. Its sums in global memory have the number that it has in the queue.
 struct alignas(16) bucket_chunk {
-    unsigned bucket;            // head_in_launch * buckets + number of the bucket
+    unsigned bucket;            // head in the launch * buckets + number of the bucket
     unsigned number, chunks;    // of this chunk in its bucket, and of all chunks of the bucket
-    unsigned first;             // position of the bucket's chunk 0 in the list, and of its sums
+    unsigned first;             // place of the bucket's chunk 0 in the queue
+    unsigned ready, claimed;    // whether what is above is written; how many warps have asked for the chunk
+    unsigned done, padding;     // in chunk 0: chunks of the bucket whose sums are written
 };
 
-// What the list of chunks says of all buckets of a launch.
-struct chunk_counts {
-    unsigned listed, padding[3];    // chunks in the list
-    struct {
-        unsigned chunks, done;
-    } of_bucket[1];                 // as many as the launch has buckets
+// Chunks that warps have listed and that other warps may take, in this order.
+struct chunk_queue {
+    unsigned listed, taken, padding[2];
+    bucket_chunk chunk[1];      // as many as there can be
 };
 
-static_assert(sizeof(bucket_chunk) == 16 && sizeof(chunk_counts) == 16 + 8, "the planner and the kernels disagree");
+static_assert(sizeof(bucket_table) == 528 && sizeof(bucket_chunk) == 32 && sizeof(chunk_queue) == 16 + 32,
+              "the planner and the kernels disagree");
 
 }  // namespace msda

@@ -9,47 +9,70 @@ namespace msda {
 constexpr int vector_pitch = config::M * config::D;                 // elements from a pixel or query to the next
 constexpr int padded_channels = channel_tiles * channel_tile;       // D, rounded up to whole channel tiles
 
-using sum_vector = vector<acc_t, config::vec>;
-
-struct bucket_view {
-    const contribution* contributions;      // of run 0
-    const unsigned short* segment_starts;   // of run 0, at the bucket's first segment
-    int pitch;                              // of segment_starts
-    long long runs, capacity;               // sorted runs of the head; contributions from one run to the next
-    const value_t* grad_output;             // of query 0, of this image and head
-    value_t* grad_value;                    // of the bucket's pixel 0, at this head
-    int pixels;                             // that value has; 0 where there is no such bucket
-};
-
-// Bucket `number` of the slab and of head `head_in_launch`, from the parameters of a kernel. A launch works on some of the
-// `heads` of all images, from `first_head` on, and on the slab of `pixels` from `first_pixel` on: a multiple of
-// config::bucket_size, which may go beyond S.
-__device__ __forceinline__ bucket_view bucket_at(
-        const value_t* grad_output, const contribution* contributions, const unsigned short* segment_starts,
-        value_t* grad_value, long long S, long long Q, long long runs, long long capacity, long long first_head,
-        long long heads, long long first_pixel, long long pixels, unsigned head_in_launch, unsigned number) {
-    const unsigned buckets = (unsigned)(pixels / config::bucket_size);
-    const long long head = first_head + head_in_launch;
-    const long long first = first_pixel + (long long)number * config::bucket_size;
-    const long long image = head / config::M, m = head % config::M;
-    bucket_view bucket;
-    bucket.pitch = segments_pitch((int)buckets);
-    bucket.contributions = contributions + head_in_launch * runs * capacity;
-    bucket.segment_starts = segment_starts + head_in_launch * runs * bucket.pitch + 2 * number;
-    bucket.runs = runs;
-    bucket.capacity = capacity;
-    bucket.grad_output = grad_output + (image * Q * config::M + m) * config::D;
-    bucket.grad_value = grad_value + ((image * S + first) * config::M + m) * config::D;
-    bucket.pixels = head < heads && number < buckets && first < S
-                        ? (int)min(S - first, (long long)config::bucket_size)
-                        : 0;
-    return bucket;
+// The region of bucket `number`, to all lanes of a warp.
+__device__ __forceinline__ bucket_region region_of_bucket(const bucket_table* __restrict__ table, unsigned number) {
+    const uint4* word = reinterpret_cast<const uint4*>(table->region + threadIdx.x % 32);
+    union { uint4 word; bucket_region region; } mine;
+    mine.word = __ldg(word);
+    // The last one that begins at the bucket or before.
+    const int lane = __popc(__ballot_sync(0xffffffffu, mine.region.first_bucket <= (int)number)) - 1;
+    bucket_region found;
+    found.first_bucket = __shfl_sync(0xffffffffu, mine.region.first_bucket, lane);
+    found.first_pixel = __shfl_sync(0xffffffffu, mine.region.first_pixel, lane);
+    found.end_pixel = __shfl_sync(0xffffffffu, mine.region.end_pixel, lane);
+    found.shift = __shfl_sync(0xffffffffu, mine.region.shift, lane);
+    return found;
 }
 
-// The bucket's slice of a run; an empty one past the last run.
-__device__ __forceinline__ bucket_slice slice_of(const bucket_view& bucket, long long run) {
-    bucket_slice empty = {0, 0, 0};
-    return run < bucket.runs ? load_slice(bucket.segment_starts + run * bucket.pitch) : empty;
+// What a reduction reads and writes: the parameters of its kernel. A launch works on some of the `heads` of all images, from
+// `first_head` on, and on the slab of `pixels` from `first_pixel` on: a multiple of config::bucket_size, which may go beyond S.
+struct reduction_arrays {
+    const value_t* grad_output;
+    const contribution* contributions;
+    const unsigned short* segment_starts;
+    value_t* grad_value;
+    const bucket_table* table;
+    long long S, Q, runs, capacity, first_head, heads, first_pixel, pixels;
+
+    __device__ __forceinline__ unsigned buckets() const { return (unsigned)(pixels / config::bucket_size); }
+};
+
+// A bucket of the slab and of head number `head` of the launch. Addresses are computed where they are needed, from the
+// parameters: kept, they would take the registers of the sums.
+struct bucket_view {
+    unsigned head, number;
+    int first, shift;       // its first pixel in the slab; 1 << shift pixels
+    int pixels;             // that value has; 0 where there is no such bucket
+
+    // The bucket's slice of a run; an empty one past the last run.
+    __device__ __forceinline__ bucket_slice slice(const reduction_arrays& arrays, unsigned run) const {
+        bucket_slice empty = {0, 0, 0};
+        if (run >= arrays.runs) return empty;
+        const long long row = head * arrays.runs + run;
+        return load_slice(arrays.segment_starts + row * segments_pitch((int)arrays.buckets()) + 2 * number);
+    }
+    __device__ __forceinline__ const contribution* of_run(const reduction_arrays& arrays, unsigned run) const {
+        return arrays.contributions + (head * arrays.runs + run) * arrays.capacity;
+    }
+    // At this head: of query 0, and of the bucket's pixel 0.
+    __device__ __forceinline__ const value_t* grad_output(const reduction_arrays& arrays) const {
+        const long long of_all = arrays.first_head + head;
+        return arrays.grad_output + (of_all / config::M * arrays.Q * config::M + of_all % config::M) * config::D;
+    }
+    __device__ __forceinline__ value_t* grad_value(const reduction_arrays& arrays) const {
+        const long long of_all = arrays.first_head + head, pixel = of_all / config::M * arrays.S + arrays.first_pixel + first;
+        return arrays.grad_value + (pixel * config::M + of_all % config::M) * config::D;
+    }
+};
+
+// By all lanes of a warp.
+__device__ __forceinline__ bucket_view bucket_at(const reduction_arrays& arrays, unsigned head, unsigned number) {
+    const bucket_region region = region_of_bucket(arrays.table, number);
+    bucket_view bucket = {head, number, region.first_pixel + ((int)(number - region.first_bucket) << region.shift), region.shift, 0};
+    const long long left = arrays.S - arrays.first_pixel - bucket.first;
+    if (arrays.first_head + head < arrays.heads && number < arrays.table->buckets && left > 0)
+        bucket.pixels = (int)min(left, (long long)min(region.end_pixel - bucket.first, 1 << region.shift));
+    return bucket;
 }
 
 // Asks for a vector of grad_output before it is needed (docs/performance/decisions.md#sorted-prefetch-grad-output).
@@ -59,14 +82,12 @@ __device__ __forceinline__ void prefetch([[maybe_unused]] const value_t* address
 #endif
 }
 
-// Writes a lane's channels of a pixel. As a streaming store, so that grad_value does not push what is still read out of the
-// L2 cache (docs/performance/decisions.md#sorted-streaming-stores).
-__device__ __forceinline__ void store_value_vector(
-        const bucket_view& bucket, int pixel, int channel, const acc_t (&sum)[config::vec]) {
+// Writes a lane's channels of a value vector. As a streaming store, so that grad_value does not push what is still read out
+// of the L2 cache (docs/performance/decisions.md#sorted-streaming-stores).
+__device__ __forceinline__ void store_value_vector(value_t* target, const acc_t (&sum)[config::vec]) {
     channel_vector out;
 #pragma unroll
     for (int v = 0; v < config::vec; ++v) narrow(sum[v], out.element[v]);
-    value_t* target = bucket.grad_value + (long long)pixel * vector_pitch + channel;
     __stcs(reinterpret_cast<decltype(out.word)*>(target), out.word);
 }
 

@@ -291,16 +291,18 @@ def aggregates(problem: Problem) -> bool:
     return problem.Q * problem.K >= AGGREGATED_SAMPLES * problem.S
 
 
-def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> BackwardSpec:
+def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, aggregated: bool) -> BackwardSpec:
     """The backward kernel, for the gradients that are wanted.
 
     A block that aggregates works on a part of the image, in the tiles of all levels.
     docs/performance/decisions.md#backward-cross-level-tiles
     """
-    return narrowest(lambda wide_index: _backward(problem, alignment, gpu, wanted, wide_index), problem)
+    return narrowest(lambda wide_index: _backward(problem, alignment, gpu, wanted, aggregated, wide_index), problem)
 
 
-def _backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, wide_index: bool) -> BackwardSpec:
+def _backward(
+    problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, aggregated: bool, wide_index: bool
+) -> BackwardSpec:
     table = table_of(gpu).backward
     channels = backward_channels(problem, alignment, wanted.value)
     tiles = channels.channel_tiles
@@ -308,7 +310,7 @@ def _backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, wide_i
         entry = table.many_channel_tiles
     elif not wanted.value:
         entry = _samples_entry(problem, tiles, table)
-    elif aggregates(problem):
+    elif aggregated:
         spec = _aggregated(problem, alignment, gpu, wanted, wide_index)
         if spec is not None:
             return spec

@@ -30,17 +30,16 @@ class Index(NamedTuple):
 class Sizes(NamedTuple):
     """Sizes of a launch that its specialisation does not know.
 
-    `side` is the largest H and W, 0 where levels are not known. A launch of a sorted sum has `buckets`, and at most
-    `listed` chunks of large buckets; `last_chunk` is the largest number of a chunk in its bucket.
+    `side` is the largest H and W, 0 where levels are not known. In a sorted sum a pixel gets `contributions` at
+    most, and there is room for `queued` chunks of large buckets.
     """
 
     N: int
     S: int
     Q: int
     side: int = 0
-    buckets: int = 0
-    listed: int = 0
-    last_chunk: int = 0
+    contributions: int = 0
+    queued: int = 0
 
 
 def sizes_of(problem: Problem) -> Sizes:

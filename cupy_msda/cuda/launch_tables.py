@@ -69,8 +69,7 @@ class BackwardTable:
 @dataclass(frozen=True)
 class SortedTable:
     bucket_sort: Bounds
-    block_reduce: Block
-    warp_reduce: Block
+    reduce_buckets: Block
 
 
 @dataclass(frozen=True)
@@ -133,12 +132,9 @@ HOPPER = Table(
     sorted=SortedTable(
         # A sorted run of eight warps fits into the shared memory of every architecture.
         bucket_sort=Bounds(warps=8, min_blocks=4),
-        # More resident blocks hide the latency better than more loads in flight.
-        # docs/performance/decisions.md#sorted-block-reduction-launch
-        block_reduce=Block(warps=8, min_blocks=5, unroll=2),
-        # A load of each channel tile is in flight: the tiles of a value vector share `unroll`.
-        # docs/performance/decisions.md#sorted-warp-reduction-launch
-        warp_reduce=Block(warps=4, min_blocks=8, unroll=4),
+        # Fewer resident blocks without spills are faster than more with them.
+        # docs/performance/decisions.md#sorted-reduction-launch
+        reduce_buckets=Block(warps=4, min_blocks=5, unroll=4),
     ),
 )
 

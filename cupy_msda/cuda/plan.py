@@ -64,9 +64,9 @@ def launch_of(problem: Problem, spec: ForwardSpec, gpu: Gpu) -> Launch:
     return _accepted(problem, Launch(spec, _grid(problem, queries, rows), spec.shared_bytes))
 
 
-def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted = ALL) -> Launch:
+def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted = ALL, aggregated: bool = False) -> Launch:
     """Launch of the backward kernel, for the gradients that are wanted."""
-    spec = heuristics.backward(problem, alignment, gpu, wanted)
+    spec = heuristics.backward(problem, alignment, gpu, wanted, aggregated)
     queries = spec.block.warps * spec.queries.query_tiles * spec.queries_per_tile
     return _accepted(problem, Launch(spec, _grid(problem, queries, problem.N * problem.M), spec.shared_bytes))
 

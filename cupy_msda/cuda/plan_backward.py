@@ -20,19 +20,19 @@ from ..call import ALL, SIXTEEN_BIT, Problem, Wanted
 from . import heuristics, plan, sorted_heuristics
 from .axes import aligned, contribution_bytes
 from .gpu import Gpu
-from .index_width import Sizes, sizes_of
+from .index_width import sizes_of
 from .plan import Launch
-from .sorted_specs import segment_starts_bytes
-from .specs import BlockReduceSpec, WarpReduceSpec
+from .sorted_specs import CHUNK_BYTES, QUEUE_BYTES, TABLE_BYTES, segment_starts_bytes
 
+SORTED, ATOMICS, AGGREGATED = "sorted", "atomics", "aggregated"
 # Value vectors, of all images and heads, from which on the sorted way pays for its launches: of 32 bits and more, and
 # of 16, which atomics have to cast as well. docs/performance/decisions.md#sorted-threshold
 SORTED_VECTORS = (2**18, 2**17)
 # Slabs up to which the sorted way is chosen for its speed: each slab reads all samples again.
 MAX_SLABS = 4
-# Contributions that a block reduces. A larger bucket is reduced in chunks of so many, a multiple of what a block sorts
-# at a time. docs/performance/decisions.md#sorted-chunks-of-a-bucket
-BUCKET_CHUNK = 8 * 1024
+# Contributions of a chunk of a bucket, at least, and chunks that those of all heads fill, at most.
+# docs/performance/decisions.md#sorted-chunks-of-a-bucket
+CHUNK, MAX_CHUNKS = 1024, 1024
 # Bytes of contributions between the launches, unless one head needs more: heads are done in groups.
 WORKSPACE = 256 << 20
 
@@ -43,28 +43,30 @@ class Summation:
 
     `heads` of N * M and `pixels` of S are done at a time, a slab. Each head has `runs` sorted runs of at most
     `capacity` contributions, which are at byte `contributions` of the workspace of `nbytes`. The beginnings of their
-    segments come before. Where a bucket can have more than `bucket_chunk` contributions, `split` lists its chunks: the
-    kernels' counts are at byte `counts`, the list at `chunks`, and the sums of each chunk at `sums`.
+    segments come before, then, at `table`, the sizes of buckets, which have about `contributions_per_bucket`. Where a
+    bucket can have so many that several warps sum it, in chunks of `chunk_size`, there is room for `queued` chunks in
+    the queue at byte `queue`, and for their sums at byte `sums`.
     """
 
     sort: Launch
-    split: Launch | None
     reduce: Launch
     heads: int
     pixels: int
     runs: int
     capacity: int
-    bucket_chunk: int
+    contributions_per_bucket: int
+    chunk_size: int
+    queued: int
+    table: int
     contributions: int
-    counts: int
-    chunks: int
+    queue: int
     sums: int
     nbytes: int
 
     @property
     def launches(self) -> tuple[Launch, ...]:
         """In their order."""
-        return (self.sort, self.split, self.reduce) if self.split else (self.sort, self.reduce)
+        return (self.sort, self.reduce)
 
 
 @dataclass(frozen=True)
@@ -118,89 +120,79 @@ def _gradients(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> Ba
         samples = plan.backward(problem, alignment, gpu, wanted._replace(value=False))
     if not wanted.value:
         return Backward(samples)
-    if is_sorted(problem):
+    way = SORTED if problem.deterministic else way_of(problem, gpu)
+    if way == SORTED:
         summed = summation(problem, alignment, gpu)
         if not sorted_heuristics.is_materialised(problem):
             return Backward(samples, summation=summed, workspace=summed.nbytes)
         at = _aligned(summed.nbytes)
         nbytes = 3 * item_size(problem.accumulator_dtype) * problem.N * problem.Q * problem.M * problem.K
         return Backward(samples, plan.materialise(problem), summed, materialised=at, workspace=at + nbytes)
-    atomics = plan.backward(problem, alignment, gpu, wanted)
+    atomics = plan.backward(problem, alignment, gpu, wanted, aggregated=way == AGGREGATED)
     if problem.value_dtype not in SIXTEEN_BIT:
         return Backward(atomics=atomics)
     count = problem.N * problem.S * problem.M * problem.D
     return Backward(atomics=atomics, cast=plan.cast_gradient(problem.value_dtype, count), workspace=4 * count)
 
 
-def is_sorted(problem: Problem) -> bool:
-    """Whether grad_value is summed without atomics: where the caller wants a fixed order, and where it is faster."""
-    if problem.deterministic:
-        return True
+def way_of(problem: Problem, gpu: Gpu) -> str:
+    """The way to sum grad_value that is the fastest."""
     vectors = problem.N * problem.S * problem.M
     few_slabs = problem.S <= MAX_SLABS * sorted_heuristics.MAX_BUCKETS * sorted_heuristics.MAX_BUCKET_SIZE
-    return (
-        not heuristics.aggregates(problem)
-        and few_slabs
-        and vectors >= SORTED_VECTORS[problem.value_dtype in SIXTEEN_BIT]
-    )
+    if heuristics.aggregates(problem):
+        return AGGREGATED
+    return SORTED if few_slabs and vectors >= SORTED_VECTORS[problem.value_dtype in SIXTEEN_BIT] else ATOMICS
 
 
 def summation(problem: Problem, alignment: int, gpu: Gpu) -> Summation:
     """Launches and memory of a sorted sum."""
-    reduce = sorted_heuristics.reduction(problem, alignment, gpu)
+    reduce = sorted_heuristics.reduce_buckets(problem, alignment, gpu)
     sort = sorted_heuristics.bucket_sort(problem, reduce.bucket_size, gpu)
     in_run, in_launch = sort.bounds.warps * sort.chunk, problem.Q * problem.K
-    neighbours = len(problem.variant.neighbours)
-    buckets = min(-(-problem.S // reduce.bucket_size), sorted_heuristics.MAX_BUCKETS)
-    runs, capacity = -(-in_launch // in_run), in_run * neighbours
+    in_head = sorted_heuristics.contributions_of_head(problem)
+    per_bucket = sorted_heuristics.contributions_per_bucket(problem, gpu)
+    buckets = sorted_heuristics.buckets(problem, reduce.bucket_size, per_bucket)
+    runs, capacity = -(-in_launch // in_run), in_run * len(problem.variant.neighbours)
 
     contribution, starts = contribution_bytes(problem.value_dtype), segment_starts_bytes(buckets)
     heads = max(1, min(problem.N * problem.M, WORKSPACE // (runs * (starts + capacity * contribution))))
-    contributions = _aligned(heads * runs * starts)
-    counts = contributions + heads * runs * capacity * contribution
-    sizes = sizes_of(problem)._replace(buckets=heads * buckets)
-    split, of_chunk, bucket_chunk = None, 0, BUCKET_CHUNK
-    if isinstance(reduce, BlockReduceSpec) and 2 * neighbours * in_launch > BUCKET_CHUNK:
-        of_chunk = reduce.chunk_sum_size
-        bucket_chunk, sizes = _chunked(reduce, sizes, heads, neighbours * in_launch)
-        of_split = sorted_heuristics.split_buckets(reduce.bucket_size)
-        split = Launch(of_split, (heads * -(-buckets // 32), 1, 1), of_split.shared_bytes)
-    chunks = _aligned(counts + (16 + 8 * heads * buckets if split else 0))
-    sums = _aligned(chunks + 16 * sizes.listed)
-    buckets_of_block = reduce.block.warps if isinstance(reduce, WarpReduceSpec) else 1
+    table = _aligned(heads * runs * starts)
+    contributions = table + _aligned(TABLE_BYTES)
+    queue = contributions + heads * runs * capacity * contribution
+    chunk_size, queued = _chunks(heads, in_head)
+    sums = _aligned(queue + (QUEUE_BYTES + CHUNK_BYTES * queued if queued else 0))
     planned = Summation(
         Launch(sort, (heads * runs, 1, 1), sort.bytes_for(capacity, buckets)),
-        split,
-        Launch(reduce, (heads * -(-buckets // buckets_of_block), 1, 1), reduce.shared_bytes),
+        Launch(reduce, (heads * -(-buckets // reduce.block.warps), 1, 1), reduce.shared_bytes),
         heads=heads,
         pixels=buckets * reduce.bucket_size,
         runs=runs,
         capacity=capacity,
-        bucket_chunk=bucket_chunk,
+        contributions_per_bucket=per_bucket,
+        chunk_size=chunk_size,
+        queued=queued,
+        table=table,
         contributions=contributions,
-        counts=counts,
-        chunks=chunks,
+        queue=queue,
         sums=sums,
-        nbytes=sums + sizes.listed * of_chunk * item_size(problem.accumulator_dtype),
+        nbytes=sums + queued * reduce.chunk_sum_size * item_size(problem.accumulator_dtype),
     )
+    sizes = sizes_of(problem)._replace(contributions=in_head + chunk_size, queued=queued)
     for launch in planned.launches:
         plan.countable(problem, launch, sizes)
     return planned
 
 
-def _chunked(reduce: BlockReduceSpec, sizes: Sizes, heads: int, contributions: int) -> tuple[int, Sizes]:
-    """Contributions of a bucket chunk, and how many chunks there are at most: so few that the kernel counts their sums.
+def _chunks(heads: int, contributions: int) -> tuple[int, int]:
+    """Contributions of a chunk, and how many chunks there are at most.
 
-    A contribution that reaches into the next bucket is in both. A bucket of more than a chunk has less than twice as
-    many chunks as its contributions would fill.
+    A bucket is split from two chunks on, so that it has at most 3 / 2 times as many as its contributions would fill. A
+    contribution that reaches into the next bucket is in both.
     """
-    bucket_chunk = BUCKET_CHUNK
-    while True:
-        listed, last = 2 * heads * (2 * contributions // bucket_chunk), contributions // bucket_chunk
-        sizes = sizes._replace(listed=listed, last_chunk=last)
-        if "chunk_sums" not in reduce.exceeded(sizes):
-            return bucket_chunk, sizes
-        bucket_chunk *= 2
+    chunk_size = CHUNK
+    while heads * contributions > MAX_CHUNKS * chunk_size:
+        chunk_size *= 2
+    return chunk_size, heads * (3 * contributions // chunk_size) if contributions > 2 * chunk_size else 0
 
 
 def _aligned(nbytes: int) -> int:

@@ -15,49 +15,51 @@ from .heuristics import (
 )
 from .index_width import narrowest
 from .launch_tables import table_of
-from .specs import BlockReduceSpec, BucketSortSpec, MaterialiseSpec, SplitBucketsSpec, WarpReduceSpec
+from .sorted_specs import MAX_REGIONS
+from .specs import BucketSortSpec, MaterialiseSpec, ReduceBucketsSpec
 
-# Contributions per value vector from which on a block reduces a bucket, instead of a warp.
-# docs/performance/decisions.md#sorted-block-or-warp
-DENSE = 4
 # Sums of a bucket in shared memory, in bytes.
 BUCKET_BYTES = 8 * 1024
-# Value vectors of a bucket, at most, and buckets whose segments a block can count in shared memory. With more buckets
-# the image is done slab after slab. docs/performance/decisions.md#sorted-bucket-size
-MAX_BUCKET_SIZE, MAX_BUCKETS = 32, 1024
+# Value vectors of a bucket, at most and at least, and buckets whose segments a block can count in shared memory. With
+# more buckets the image is done slab after slab. docs/performance/decisions.md#sorted-bucket-size
+MAX_BUCKET_SIZE, SMALLEST_BUCKET, MAX_BUCKETS = 64, 4, 1536
+# Contributions that a bucket should have, at least and at most. Fewer leave a warp's batches empty, and more of them
+# need more warps of a multiprocessor than there are. docs/performance/decisions.md#sorted-bucket-size
+FEWEST_CONTRIBUTIONS, MOST_CONTRIBUTIONS, BUCKETS_PER_MULTIPROCESSOR = 128, 256, 16
+# Contributions that a warp sorts at a time: as many as its registers hold.
+BATCH = 128
 # Contributions of a sorted run in shared memory, in bytes: a size that every architecture has.
 RUN_BYTES = 48 * 1024
-# Warps of a block that splits buckets: they share the runs of 32 buckets.
-SPLIT_WARPS = 32
 
 
-def reduction(problem: Problem, alignment: int, gpu: Gpu) -> WarpReduceSpec | BlockReduceSpec:
-    """The reduction of a bucket.
-
-    A block sorts the contributions by value vector. A warp adds them one after the other: it needs all channels of its
-    vectors at once, in shared memory and in registers, so not for very many channels.
-    """
-    table = table_of(gpu).sorted
+def reduce_buckets(problem: Problem, alignment: int, gpu: Gpu) -> ReduceBucketsSpec:
+    """The reduction of a bucket by a warp."""
     channels = backward_channels(problem, alignment, True)
-    tiles, tile_bytes = channels.channel_tiles, channels.channel_tile * channels.accumulator_bytes
-    contributions = len(problem.variant.neighbours) * problem.Q * problem.K
-    if contributions > DENSE * problem.S or tiles > table.warp_reduce.unroll or tiles * tile_bytes > BUCKET_BYTES:
-        return BlockReduceSpec(
-            channels=channels,
-            block=block_axes(table.block_reduce, gpu),
-            chunk=512 if channels.accumulator_bytes == 4 else 256,
-            bucket_size=_bucket_size(BUCKET_BYTES // (2 * tile_bytes)),
-        )
-    return WarpReduceSpec(
+    in_bucket = BUCKET_BYTES // (channels.channel_tile * channels.accumulator_bytes)
+    return ReduceBucketsSpec(
         channels=channels,
-        block=block_axes(table.warp_reduce, gpu).with_axes(unroll=table.warp_reduce.unroll // tiles),
-        bucket_size=_bucket_size(BUCKET_BYTES // (tiles * tile_bytes)),
+        block=block_axes(table_of(gpu).sorted.reduce_buckets, gpu),
+        chunk=BATCH,
+        bucket_size=1 << max(0, min(in_bucket, MAX_BUCKET_SIZE).bit_length() - 1),
     )
 
 
-def _bucket_size(most: int) -> int:
-    """A power of two."""
-    return 1 << max(0, min(most, MAX_BUCKET_SIZE).bit_length() - 1)
+def contributions_of_head(problem: Problem) -> int:
+    """Contributions to the value vectors of one head and image."""
+    return len(problem.variant.neighbours) * problem.Q * problem.K
+
+
+def contributions_per_bucket(problem: Problem, gpu: Gpu) -> int:
+    """Contributions that a bucket should have: so few that the buckets fill the GPU, but not too few."""
+    filling = gpu.multiprocessors * BUCKETS_PER_MULTIPROCESSOR
+    found = problem.N * problem.M * contributions_of_head(problem) // filling
+    return max(FEWEST_CONTRIBUTIONS, min(found, MOST_CONTRIBUTIONS))
+
+
+def buckets(problem: Problem, bucket_size: int, contributions_per_bucket: int) -> int:
+    """Buckets of a head in a launch, at most: enough for small ones where levels are coarse."""
+    small = min(problem.S // SMALLEST_BUCKET, contributions_of_head(problem) // contributions_per_bucket)
+    return min(MAX_BUCKETS, -(-problem.S // bucket_size) + MAX_REGIONS + small)
 
 
 def bucket_sort(problem: Problem, bucket_size: int, gpu: Gpu) -> BucketSortSpec:
@@ -79,14 +81,10 @@ def bucket_sort(problem: Problem, bucket_size: int, gpu: Gpu) -> BucketSortSpec:
             bounds=bounds,
             chunk=min(fits, 256 if samples >= 2**20 else 128 if samples >= 2**18 else 64),
             bucket_size=bucket_size,
+            smallest_bucket=min(SMALLEST_BUCKET, bucket_size),
         )
 
     return narrowest(make, problem)
-
-
-def split_buckets(bucket_size: int) -> SplitBucketsSpec:
-    """The kernel that lists the chunks of large buckets."""
-    return SplitBucketsSpec(warps=SPLIT_WARPS, bucket_size=bucket_size)
 
 
 def is_materialised(problem: Problem) -> bool:

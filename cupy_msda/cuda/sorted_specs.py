@@ -26,6 +26,10 @@ from .axes import (
 from .index_width import INT, UNSIGNED, Index, Sizes
 from .kernel_spec import Axis, KernelSpec, Parameter, parameters
 
+# Regions of buckets of one size, at most, and the sizes of the kernels' `bucket_table`, of `chunk_queue` without its
+# chunks, and of `bucket_chunk`.
+MAX_REGIONS, TABLE_BYTES, QUEUE_BYTES, CHUNK_BYTES = 32, 528, 16, 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class BucketSortSpec(KernelSpec):
@@ -40,11 +44,14 @@ class BucketSortSpec(KernelSpec):
         *parameters("const location_t* locations"),
         METADATA,
         *SAMPLE_INPUTS,
-        *parameters("unsigned short* segment_starts", "contribution* contributions", "chunk_counts* counts"),
+        *parameters("unsigned short* segment_starts", "contribution* contributions"),
+        *parameters(
+            "bucket_table* table", "chunk_queue* queue", "long long queued", "long long contributions_per_bucket"
+        ),
         *parameters("long long S", "long long Q"),
         *SLAB,
     )
-    long_arrays: ClassVar[tuple[str, ...]] = ("lengths", "segment_starts", "contributions", "counts")
+    long_arrays: ClassVar[tuple[str, ...]] = ("lengths", "segment_starts", "contributions", "queue")
     fixed: ClassVar[dict[str, Axis]] = {"tile_rows": 0}
 
     value_dtype: str
@@ -54,6 +61,7 @@ class BucketSortSpec(KernelSpec):
     bounds: BoundAxes
     chunk: int
     bucket_size: int
+    smallest_bucket: int
 
     @property
     def threads(self) -> int:
@@ -73,7 +81,9 @@ class BucketSortSpec(KernelSpec):
         """Shared memory of a block that sorts so many contributions into so many buckets."""
         warps, pitch = self.bounds.warps, segment_starts_bytes(buckets)
         run = aligned(max(contributions * contribution_bytes(self.value_dtype), warps * pitch))
-        return run + self.samples.L * LEVEL_BYTES + 4 * warps + pitch
+        regions = 16 * (self.samples.L if self.samples.L < MAX_REGIONS else 1)
+        sizes = aligned(self.samples.L * LEVEL_BYTES + 4 * warps) + aligned(TABLE_BYTES + regions)
+        return run + sizes + pitch
 
 
 def contribution_index(sizes: Sizes) -> dict[str, Index]:
@@ -87,43 +97,11 @@ def segment_starts_bytes(buckets: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitBucketsSpec(KernelSpec):
-    """The chunks of large buckets."""
+class ReduceBucketsSpec(KernelSpec):
+    """The sum of a bucket by a warp, which sorts `chunk` contributions at a time by value vector."""
 
-    kernel: ClassVar[str] = "split_buckets"
-    file: ClassVar[str] = "sorted/split_buckets.cu"
-    parameters: ClassVar[tuple[Parameter, ...]] = parameters(
-        "const unsigned short* segment_starts",
-        "chunk_counts* counts",
-        "bucket_chunk* list",
-        "long long runs",
-        "long long pixels",
-        "long long contributions_per_chunk",
-    )
-    long_arrays: ClassVar[tuple[str, ...]] = ("segment_starts",)
-    fixed: ClassVar[dict[str, Axis]] = {"min_blocks": 1}
-
-    warps: int
-    bucket_size: int
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps
-
-    def indices(self, sizes: Sizes) -> dict[str, Index]:
-        return {"counts": Index(sizes.buckets, UNSIGNED), "list": Index(sizes.listed, UNSIGNED)}
-
-    @property
-    def shared_bytes(self) -> int:
-        return 8 * 32 * self.warps
-
-
-@dataclass(frozen=True, kw_only=True)
-class WarpReduceSpec(KernelSpec):
-    """The sum of a bucket by a warp, which adds its contributions one after the other."""
-
-    kernel: ClassVar[str] = "warp_reduce"
-    file: ClassVar[str] = "sorted/warp_reduce.cu"
+    kernel: ClassVar[str] = "reduce_buckets"
+    file: ClassVar[str] = "sorted/reduce_buckets.cu"
     leaves_l1: ClassVar[bool] = True
     parameters: ClassVar[tuple[Parameter, ...]] = (
         *parameters(
@@ -131,47 +109,17 @@ class WarpReduceSpec(KernelSpec):
             "const contribution* contributions",
             "const unsigned short* segment_starts",
             "value_t* grad_value",
+            "const bucket_table* table",
         ),
         *RUNS,
         *SLAB,
+        *parameters(
+            "chunk_queue* queue",
+            "acc_t* chunk_sums",
+            "long long chunk_size",
+        ),
     )
     long_arrays: ClassVar[tuple[str, ...]] = ("grad_output", "contributions", "segment_starts", "grad_value")
-
-    channels: ChannelAxes
-    block: BlockAxes
-    bucket_size: int
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.block.warps
-
-    def indices(self, sizes: Sizes) -> dict[str, Index]:
-        return self.channels.indices() | contribution_index(sizes)
-
-    @property
-    def shared_bytes(self) -> int:
-        accumulator = self.channels.accumulator_bytes
-        sums = self.bucket_size * self.channels.padded_channels * accumulator
-        return self.block.warps * (32 * 4 * accumulator + aligned(sums))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockReduceSpec(KernelSpec):
-    """The sum of a bucket by a block, which sorts `chunk` contributions at a time by value vector."""
-
-    kernel: ClassVar[str] = "block_reduce"
-    file: ClassVar[str] = "sorted/block_reduce.cu"
-    leaves_l1: ClassVar[bool] = True
-    parameters: ClassVar[tuple[Parameter, ...]] = (
-        *WarpReduceSpec.parameters,
-        *parameters(
-            "chunk_counts* counts",
-            "const bucket_chunk* list",
-            "acc_t* chunk_sums",
-            "long long contributions_per_chunk",
-        ),
-    )  # fmt: skip
-    long_arrays: ClassVar[tuple[str, ...]] = WarpReduceSpec.long_arrays
 
     channels: ChannelAxes
     block: BlockAxes
@@ -193,20 +141,16 @@ class BlockReduceSpec(KernelSpec):
             | contribution_index(sizes)
             | {
                 f"{self.bucket_size}*D": Index(self.chunk_sum_size, INT),
-                "counts": Index(sizes.buckets, UNSIGNED),
-                "list": Index(sizes.listed, UNSIGNED),
-                "chunk_sums": Index(sizes.last_chunk * self.chunk_sum_size, UNSIGNED),
+                "contributions to a pixel": Index(sizes.contributions, UNSIGNED),
+                "queue": Index(sizes.queued, UNSIGNED),
             }
         )
 
     @property
     def shared_bytes(self) -> int:
-        channels, warps, keys = self.channels, self.block.warps, self.bucket_size + 1
-        groups = warps * (32 // channels.lanes)
-        sums = (keys + groups) * 2 * channels.channel_tile
-        counters = (keys + 1) * (1 + warps) + warps + 3 * 32 * warps
-        size = (4 * self.chunk + sums) * channels.accumulator_bytes + aligned(4 * counters, 8) + 2 * 8
-        return aligned(size + 1)
+        accumulator, keys = self.channels.accumulator_bytes, self.bucket_size + 2
+        sums = aligned(keys * self.channels.channel_tile * accumulator)
+        return self.block.warps * ((self.chunk + self.block.unroll) * 4 * accumulator + sums + aligned(4 * keys))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from .axes import (
 from .index_width import INT, Index, Sizes
 from .kernel_spec import Axis, KernelSpec, Parameter, parameters
 from .naive_specs import NaiveBackwardSpec, NaiveForwardSpec, NaiveFusedBackwardSpec, NaiveMaterialiseSpec
-from .sorted_specs import BlockReduceSpec, BucketSortSpec, MaterialiseSpec, SplitBucketsSpec, WarpReduceSpec
+from .sorted_specs import BucketSortSpec, MaterialiseSpec, ReduceBucketsSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +217,7 @@ class ReduceReferencesSpec(_ElementSpec):
 KERNELS: dict[str, type[KernelSpec]] = {
     spec.kernel: spec
     for spec in (
-        ForwardSpec, BackwardSpec, BucketSortSpec, SplitBucketsSpec, WarpReduceSpec, BlockReduceSpec, MaterialiseSpec,
+        ForwardSpec, BackwardSpec, BucketSortSpec, ReduceBucketsSpec, MaterialiseSpec,
         CastSpec, ReduceReferencesSpec, NaiveForwardSpec, NaiveBackwardSpec, NaiveMaterialiseSpec,
         NaiveFusedBackwardSpec,
     )

@@ -179,19 +179,12 @@ def _summation(planned: plan_backward.Summation, problem: Problem, prepare: Prep
     """grad_value without atomics, in the order of the samples: the same bits every time."""
     slab_names = ("first_head", "heads", "first_pixel", "pixels")
     sort = prepare(planned.sort).taking(
-        "locations", "metadata", "weights", "references", "lengths", "segment_starts", "contributions", "counts", "S",
-        "Q", *slab_names,
+        "locations", "metadata", "weights", "references", "lengths", "segment_starts", "contributions", "table",
+        "queue", "queued", "contributions_per_bucket", "S", "Q", *slab_names,
     )  # fmt: skip
-    split = None
-    if planned.split:
-        split = prepare(planned.split).taking(
-            "segment_starts", "counts", "list", "runs", "pixels", "contributions_per_chunk"
-        )
-    by_block = planned.reduce.spec.kernel == "block_reduce"
-    of_chunks = ("counts", "list", "chunk_sums", "contributions_per_chunk") if by_block else ()
     reduce = prepare(planned.reduce).taking(
-        "grad_output", "contributions", "segment_starts", "grad_value", "S", "Q", "runs", "capacity", *slab_names,
-        *of_chunks,
+        "grad_output", "contributions", "segment_starts", "grad_value", "table", "S", "Q", "runs", "capacity",
+        *slab_names, "queue", "chunk_sums", "chunk_size",
     )  # fmt: skip
     sizes, runs, all_heads = (problem.S, problem.Q), (planned.runs, planned.capacity), problem.N * problem.M
     slabs = [
@@ -199,18 +192,18 @@ def _summation(planned: plan_backward.Summation, problem: Problem, prepare: Prep
         for head in range(0, all_heads, planned.heads)
         for first_pixel in range(0, problem.S, planned.pixels)
     ]
-    in_workspace = (planned.counts, planned.chunks, planned.sums)
+    queued, per_bucket = planned.queued, planned.contributions_per_bucket
 
     def run(stream: int, metadata: tuple[int, ...], addresses: Addresses) -> None:
         _, locations, weights, references, lengths, grad_output, grad_value, *_, workspace = addresses
-        starts, contributions = workspace, workspace + planned.contributions
-        counts, chunks, sums = (workspace + at if split else 0 for at in in_workspace)
-        chunk_words = (counts, chunks, sums, planned.bucket_chunk) if by_block else ()
+        starts, table, contributions = workspace, workspace + planned.table, workspace + planned.contributions
+        queue, sums = (workspace + planned.queue, workspace + planned.sums) if queued else (0, 0)
         inputs = (locations, *metadata, weights, references, lengths)
         for slab in slabs:
-            sort(stream, *inputs, starts, contributions, counts, *sizes, *slab)
-            if split:
-                split(stream, starts, counts, chunks, planned.runs, planned.pixels, planned.bucket_chunk)
-            reduce(stream, grad_output, contributions, starts, grad_value, *sizes, *runs, *slab, *chunk_words)
+            sort(stream, *inputs, starts, contributions, table, queue, queued, per_bucket, *sizes, *slab)
+            reduce(
+                stream, grad_output, contributions, starts, grad_value, table, *sizes, *runs, *slab, queue, sums,
+                planned.chunk_size,
+            )  # fmt: skip
 
     return run

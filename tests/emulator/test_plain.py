@@ -278,12 +278,12 @@ def test_the_sorted_sum_does_not_depend_on_the_order_of_threads(case):
 @pytest.mark.parametrize("order", [0, 1, 7])
 @pytest.mark.parametrize("where", [None, 0.37])
 def test_large_buckets_are_reduced_in_chunks(monkeypatch, where, order):
-    """Buckets of up to twelve chunks, and others of one."""
-    monkeypatch.setattr(plan_backward, "BUCKET_CHUNK", 512)
+    """Buckets of many chunks, and others of one."""
+    monkeypatch.setattr(plan_backward, "CHUNK", 64)
     inputs = Case("chunks_of_buckets", levels=((9, 11), (5, 6)), N=1, M=2, D=32, P=4, queries=400).inputs(seed=9)
     if where is not None:
         inputs.locations[:, ::2, 0] = where
-    assert plan_backward.summation(emulator.prepare(inputs, False, None), 16, H100).split
+    assert plan_backward.summation(emulator.prepare(inputs, False, None), 16, H100).queued
     got = emulator.summation(inputs, sanitize=True, order=order)
     assert_close(got, cases.expected(inputs)[1][0], "float32")
     np.testing.assert_array_equal(emulator.summation(inputs), got)
@@ -297,7 +297,7 @@ def test_slabs_and_groups_of_heads_change_nothing(monkeypatch):
     planned = plan_backward.summation(emulator.prepare(inputs, False, None), 16, H100)
     assert planned.pixels < 275
     assert 1 <= planned.heads < 6
-    np.testing.assert_array_equal(emulator.summation(inputs, sanitize=True), one)
+    assert_close(emulator.summation(inputs, sanitize=True), one, "float32")
 
 
 def test_64_bit_offsets_of_the_sorted_sum_under_the_sanitizers(monkeypatch):

@@ -304,27 +304,23 @@ def summation(
     buckets = planned.pixels // planned.reduce.spec.bucket_size
     segments = _poisoned((planned.heads, planned.runs, 2 * buckets + 2), np.uint16)
     contributions = _poisoned((planned.heads, planned.runs, planned.capacity, 4), found.accumulator_dtype)
-    bounds = (planned.counts, planned.chunks, planned.sums, planned.nbytes)
-    counts, chunks, sums = (
-        _poisoned(to - at, np.uint8) if planned.split else None for at, to in itertools.pairwise(bounds)
+    table = _poisoned(planned.contributions - planned.table, np.uint8)
+    queue, sums = (
+        _poisoned(to - at, np.uint8) if planned.queued else None
+        for at, to in ((planned.queue, planned.sums), (planned.sums, planned.nbytes))
     )
     sizes = {"S": found.S, "Q": found.Q}
     sort_inputs = {"locations": samples.pop("locations"), "metadata": samples.pop("metadata")} | samples
+    written = {"segment_starts": segments, "contributions": contributions, "table": table, "queue": queue}
+    per_bucket = {"contributions_per_bucket": planned.contributions_per_bucket}
     for head, row in itertools.product(range(0, found.N * found.M, planned.heads), range(0, found.S, planned.pixels)):
         slab = {"first_head": head, "heads": found.N * found.M, "first_pixel": row, "pixels": planned.pixels}
-        run(
-            planned.sort,
-            sort_inputs | {"segment_starts": segments, "contributions": contributions, "counts": counts} | sizes | slab,
-        )
-        if planned.split:
-            arguments = {"segment_starts": segments, "counts": counts, "list": chunks, "runs": planned.runs}
-            run(planned.split, arguments | {"pixels": planned.pixels, "contributions_per_chunk": planned.bucket_chunk})
+        run(planned.sort, sort_inputs | written | {"queued": planned.queued} | per_bucket | sizes | slab)
         arguments = {"grad_output": inputs.grad_output, "contributions": contributions, "segment_starts": segments}
-        arguments |= {"grad_value": result} | sizes | {"runs": planned.runs, "capacity": planned.capacity} | slab
-        if planned.reduce.spec.kernel == "block_reduce":
-            arguments |= {"counts": counts, "list": chunks, "chunk_sums": sums}
-            arguments |= {"contributions_per_chunk": planned.bucket_chunk}
-        run(planned.reduce, arguments)
+        arguments |= (
+            {"grad_value": result, "table": table} | sizes | {"runs": planned.runs, "capacity": planned.capacity}
+        )
+        run(planned.reduce, arguments | slab | {"queue": queue, "chunk_sums": sums, "chunk_size": planned.chunk_size})
     return result
 
 

@@ -1,0 +1,143 @@
+"""python -m benchmarks.grid_report FILE: what a record of ``benchmarks.grid`` says, as numbers and as a plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+WAYS = ("sorted", "atomics", "aggregated")
+OURS = ("ours", "deterministic", *WAYS)
+# A peer is as accurate where each of its errors is at most so many times ours.
+AS_ACCURATE = 2
+# A cell is slower by more than this share or these microseconds, whichever is more.
+MARGIN, MARGIN_US = 0.03, 1.0
+# The errors of a result that is wrong, not inaccurate.
+WRONG = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
+
+
+def is_valid(row: dict[str, Any], name: str) -> bool:
+    return max(row["errors"][name].values()) < WRONG[row["cell"]["dtype"]]
+
+
+def is_accurate(row: dict[str, Any], name: str) -> bool:
+    """Whether an implementation is as accurate as this one."""
+    errors, ours = row["errors"][name], row["errors"]["ours"]
+    return all(error <= AS_ACCURATE * ours[kind] + 1e-12 for kind, error in errors.items())
+
+
+def ratios(rows: list[dict[str, Any]], direction: str, accurate: bool) -> list[tuple[float, dict[str, Any], str]]:
+    """Of each cell with a peer: the time of the fastest one over ours, the cell, and the peer."""
+    found = []
+    for row in rows:
+        times = row[direction]
+        peers = [name for name in times if name not in OURS and is_valid(row, name)]
+        if accurate:
+            peers = [name for name in peers if is_accurate(row, name)]
+        if peers:
+            fastest = min(peers, key=times.__getitem__)
+            found.append((times[fastest] / times["ours"], row, fastest))
+    return sorted(found, key=lambda one: one[0])
+
+
+def is_slower(ratio: float, row: dict[str, Any], direction: str) -> bool:
+    ours = row[direction]["ours"]
+    return ours * (1 - ratio) > max(MARGIN * ours * ratio, MARGIN_US)
+
+
+def mean(numbers: list[float]) -> float:
+    """Geometric mean."""
+    return round(math.exp(statistics.mean(map(math.log, numbers))), 3) if numbers else math.nan
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric means and slower cells, by direction and kind of peer; and how good the choice of a way is."""
+    usual = [row for row in rows if row["cell"]["sampling"] != "degenerate"]
+    found: dict[str, Any] = {"cells": len(rows), "invalid": [row["name"] for row in rows if not is_valid(row, "ours")]}
+    for direction in ("forward", "backward"):
+        for accurate in (True, False):
+            of_usual = ratios(usual, direction, accurate)
+            of_rest = ratios([row for row in rows if row not in usual], direction, accurate)
+            label = f"{direction}, {'as accurate' if accurate else 'any'}"
+            found[label] = {
+                "geometric mean": mean([ratio for ratio, *_ in of_usual]),
+                "faster in": f"{sum(ratio >= 1 for ratio, *_ in of_usual)} of {len(of_usual)}",
+                "degenerate": mean([ratio for ratio, *_ in of_rest]),
+                "slower": [
+                    f"{ratio:.2f} {row[direction]['ours']:.1f} us {peer}: {row['name']}"
+                    for ratio, row, peer in of_usual + of_rest
+                    if is_slower(ratio, row, direction)
+                ],
+            }
+    times = [row["backward"] for row in rows]
+    losses = sorted(
+        (
+            (time["ours"] / min(time["ours"], *(time[way] for way in WAYS)), row)
+            for time, row in zip(times, rows, strict=True)
+        ),
+        key=lambda one: -one[0],
+    )
+    found["choice"] = {
+        "within 5 %": f"{sum(loss <= 1.05 for loss, _ in losses)} of {len(losses)}",
+        "worse": [
+            f"{loss:.2f} {row['name']}: " + ", ".join(f"{way} {row['backward'][way]}" for way in ("ours", *WAYS))
+            for loss, row in losses
+            if loss > 1.05
+        ],
+    }
+    by_default = {True: [], False: []}
+    for time in times:
+        sorted_way = abs(time["ours"] - time["sorted"]) < 0.03 * time["ours"]
+        by_default[sorted_way].append(time["deterministic"] / time["ours"])
+    found["deterministic over default"] = {
+        "sorted by default": [mean(by_default[True]), round(max(by_default[True], default=math.nan), 2)],
+        "elsewhere": [mean(by_default[False]), round(max(by_default[False], default=math.nan), 2)],
+    }
+    return found
+
+
+def plot(rows: list[dict[str, Any]], target: Path) -> None:
+    """Ratios over cells, sorted; one curve per direction and kind of peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    usual = [row for row in rows if row["cell"]["sampling"] != "degenerate"]
+    for direction, color in (("forward", "tab:blue"), ("backward", "tab:orange")):
+        for accurate, style in ((True, "-"), (False, ":")):
+            found = [ratio for ratio, *_ in ratios(usual, direction, accurate)]
+            share = [100 * (index + 0.5) / len(found) for index in range(len(found))]
+            kind = "as accurate" if accurate else "any, 16-bit atomics included"
+            axes.plot(share, found, style, color=color, label=f"{direction}, fastest peer ({kind})")
+    axes.axhline(1, color="gray", linewidth=1)
+    axes.set(
+        xlabel="cells, sorted by the ratio [%]",
+        ylabel="time of the fastest peer / time of cupy_msda",
+        yscale="log",
+        xlim=(0, 100),
+    )
+    ticks = (0.5, 1, 2, 4, 8, 16)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(target, dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grid_report", description=__doc__)
+    parser.add_argument("file", type=Path, help="a record of benchmarks.grid")
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
+    options = parser.parse_args(arguments)
+    rows = json.loads(options.file.read_text())["rows"]
+    print(json.dumps(summary(rows), indent=1))
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()

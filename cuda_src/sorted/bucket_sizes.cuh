@@ -1,0 +1,87 @@
+// How the pixels of a slab are divided into buckets: small buckets where a pixel gets many contributions, so that every
+// bucket has about as many (docs/performance/decisions.md#sorted-bucket-size). The bucket sort decides, and the kernels after
+// it read what it has decided.
+#pragma once
+#include "common/levels.cuh"
+#include "common/sample_levels.cuh"
+#include "common/warp.cuh"
+#include "sorted/buckets.cuh"
+
+namespace msda {
+
+constexpr int contributions_per_sample = config::nearest ? 1 : 2;
+
+// A region begins at each level. In a warp, lane 1 + l has that of level l, and lane 0 what comes before the first level.
+enum : bool { has_regions = config::L < max_regions };
+enum : int { max_shift = log2_of(config::bucket_size), min_shift = log2_of(config::smallest_bucket) };
+
+struct bucket_sizes {
+    bucket_table table;
+    bucket_region of_level[has_regions ? config::L : 1];    // the region that begins with a level
+};
+
+__device__ __forceinline__ bucket_region load_region(const bucket_region* source) {
+    union { uint4 word; bucket_region region; } whole;
+    whole.word = *reinterpret_cast<const uint4*>(source);
+    return whole.region;
+}
+
+// The largest buckets of a level that have at most so many contributions each, where these are spread evenly.
+__device__ __forceinline__ int shift_of_level(
+        const level_info& level, int points, long long Q, long long contributions_per_bucket) {
+    const address_t pixels = (address_t)level.h * (address_t)level.w;
+    const address_t contributions = (address_t)Q * (address_t)(contributions_per_sample * points);
+    int shift = max_shift;
+    while (shift > min_shift && contributions << shift > pixels * (address_t)contributions_per_bucket) --shift;
+    return shift;
+}
+
+// By the first warp of a block. A slab that does not hold all pixels has buckets of config::bucket_size.
+__device__ __forceinline__ void choose_bucket_sizes(
+        bucket_sizes& sizes, const level_info* levels, long long S, long long Q, long long first_pixel, int max_buckets,
+        long long contributions_per_bucket) {
+    const int lane = threadIdx.x % 32;
+    bucket_region region = {no_bucket, 0, 0, max_shift};
+    if (!has_regions || first_pixel > 0 || S > (long long)(max_buckets - max_regions) * config::bucket_size) {
+        if (lane == 0) region = {0, 0, max_buckets * config::bucket_size, max_shift};
+        sizes.table.region[lane] = region;
+        if (lane < (has_regions ? config::L : 1)) sizes.of_level[lane] = {0, 0, max_buckets * config::bucket_size, max_shift};
+        if (lane == 0) sizes.table.buckets = (unsigned)max_buckets;
+        return;
+    }
+    const int l = min(max(lane - 1, 0), (int)config::L - 1);
+    const level_info level = levels[l];
+    const bool is_level = lane > 0 && lane <= config::L && level.w > 0;
+    // Regions in the order of their first pixels. A level that does not fit has none.
+    const int first = is_level ? (int)level.start : -1;
+    int rank = 0;
+    for (int other = 0; other <= config::L; ++other) {
+        const int begins = __shfl_sync(0xffffffffu, first, other);
+        rank += begins < first || (begins == first && other < lane);
+    }
+    const int points = first_sample_of(l + 1) - first_sample_of(l);
+    if (lane <= config::L) {
+        bucket_region& ranked = sizes.table.region[rank];
+        ranked.first_pixel = max(first, 0);
+        ranked.shift = is_level ? shift_of_level(level, points, Q, contributions_per_bucket) : (int)max_shift;
+    }
+    __syncwarp();
+    if (lane <= config::L) {
+        region = sizes.table.region[lane];
+        region.end_pixel = lane < config::L ? sizes.table.region[lane + 1].first_pixel : (int)S;
+    }
+    unsigned buckets, end;
+    for (;; region.shift = min(region.shift + 1, (int)max_shift)) {     // larger ones, until they are few enough
+        buckets = (unsigned)(region.end_pixel - region.first_pixel + (1 << region.shift) - 1) >> region.shift;
+        end = inclusive_sum(buckets);
+        if ((int)__shfl_sync(0xffffffffu, end, 31) <= max_buckets) break;
+    }
+    if (lane <= config::L) region.first_bucket = (int)(end - buckets);
+    __syncwarp();
+    sizes.table.region[lane] = region;
+    if (lane == 31) sizes.table.buckets = end;
+    __syncwarp();
+    if (lane > 0 && lane <= config::L) sizes.of_level[l] = sizes.table.region[rank];
+}
+
+}  // namespace msda

@@ -1,0 +1,391 @@
+// Last kernel of the sorted backward: a warp sums a bucket in shared memory, in a fixed order, and writes the bucket's value
+// vectors of the gradient, each once, in value's dtype. Of a bucket with very many contributions it lists chunks, which warps
+// without work take; the warp that ends last adds up their sums, in the order of the chunks.
+//
+// Contributions come in batches, which the warp sorts by pixel: a stable counting sort. Each group of `config::lanes` lanes
+// takes an equal share of the sorted batch. No barrier of the block.
+#include "common/atomics.cuh"
+#include "common/block_size.cuh"
+#include "common/warp.cuh"
+#include "sorted/reduction.cuh"
+
+namespace msda {
+
+constexpr int batch_size = config::chunk;       // contributions that are sorted at a time
+constexpr int contributions_per_lane = batch_size / 32;
+
+// Key 0 is the pixel before the bucket, key 1 + p the bucket's pixel p. The last key stands for no contribution, and its sum
+// for the pixel after the bucket.
+constexpr int max_keys = config::bucket_size + 2;
+
+// Elements of the sums of a chunk in global memory.
+constexpr int chunk_sum_size = config::bucket_size * padded_channels;
+
+// Shared memory of a warp.
+struct warp_bucket {
+    contribution batch[batch_size + config::unroll];    // sorted; `pixel_and_pair` has the key as its pixel
+    alignas(16) acc_t sum[max_keys][channel_tile];
+    alignas(16) unsigned begin[max_keys];               // of each key in the batch
+};
+static_assert(config::warps * sizeof(warp_bucket) == config::shared_bytes, "the planner and the kernel disagree");
+
+using lane_sum = acc_t[config::vec];
+
+// Words of 16 bytes, or one smaller word, that a lane's sum is stored in. Words of the same number are next to each other.
+enum : int { in_word = config::vec * sizeof(acc_t) > 16 ? 16 / sizeof(acc_t) : config::vec, words = config::vec / in_word };
+using sum_word = vector<acc_t, in_word>;
+
+__device__ __forceinline__ sum_word* word_of(acc_t* sums, int lane, int word) {
+    return reinterpret_cast<sum_word*>(sums) + word * config::lanes + lane;
+}
+
+__device__ __forceinline__ void set_to_zero(lane_sum& sum) {
+#pragma unroll
+    for (int v = 0; v < config::vec; ++v) sum[v] = 0;
+}
+
+// To and from the sums of a pixel, in memory of any kind.
+__device__ __forceinline__ void store_sum(acc_t* sums, int lane, const lane_sum& sum) {
+#pragma unroll
+    for (int w = 0; w < words; ++w) {
+        sum_word word;
+#pragma unroll
+        for (int v = 0; v < in_word; ++v) word.element[v] = sum[w * in_word + v];
+        word_of(sums, lane, w)->word = word.word;
+    }
+}
+__device__ __forceinline__ void add_to_sum(acc_t* sums, int lane, const lane_sum& added) {
+#pragma unroll
+    for (int w = 0; w < words; ++w) {
+        sum_word word;
+        word.word = word_of(sums, lane, w)->word;
+#pragma unroll
+        for (int v = 0; v < in_word; ++v) word.element[v] += added[w * in_word + v];
+        word_of(sums, lane, w)->word = word.word;
+    }
+}
+__device__ __forceinline__ void load_sum(const acc_t* sums, int lane, lane_sum& sum) {
+#pragma unroll
+    for (int w = 0; w < words; ++w) {
+        sum_word word;
+        word.word = word_of(const_cast<acc_t*>(sums), lane, w)->word;
+#pragma unroll
+        for (int v = 0; v < in_word; ++v) sum[w * in_word + v] = word.element[v];
+    }
+}
+
+// ---- a batch -------------------------------------------------------------------------------------------------
+
+// Where the contributions of 32 runs lie, of which each lane has one.
+struct lane_run {
+    unsigned first;     // the run of lane 0
+    unsigned end;       // where the contributions of this lane's run end, counted through the runs
+    unsigned to_run;    // what leads from such a number to the position in the run
+    unsigned inside;    // where in the run those begin whose first pixel is in the bucket
+};
+
+// Sorts contributions [from, to) of 32 runs into shared.batch.
+__device__ __forceinline__ void sort_batch(
+        warp_bucket& shared, const reduction_arrays& arrays, const bucket_view& bucket, const lane_run& run,
+        const value_t* grad_output, unsigned from, unsigned to, int keys) {
+    const int lane = threadIdx.x % 32, no_key = keys - 1;
+    contribution loaded[contributions_per_lane];
+    unsigned key_and_rank[contributions_per_lane];     // rank among those of the same key
+#pragma unroll
+    for (int j = 0; j < contributions_per_lane; ++j) {
+        key_and_rank[j] = no_key;
+        if (from + 32 * j >= to) continue;
+        const unsigned i = from + 32 * j + lane;
+        int owner = 0;      // the lane whose run holds contribution i: a binary search
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2)
+            if (__shfl_sync(0xffffffffu, run.end, owner + step - 1) <= i) owner += step;
+        const unsigned in_run = __shfl_sync(0xffffffffu, run.to_run, owner) + i;
+        const unsigned inside = __shfl_sync(0xffffffffu, run.inside, owner);
+        if (i < to) {
+            copy(bucket.of_run(arrays, run.first + owner)[in_run], loaded[j]);
+            key_and_rank[j] = in_run < inside ? 0 : (loaded[j].pixel_and_pair >> 1) + 1;
+            prefetch(grad_output + (long long)loaded[j].query * vector_pitch);
+        }
+    }
+    for (int k = lane; k < keys; k += 32) shared.begin[k] = 0;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < contributions_per_lane; ++j) {
+        if (from + 32 * j >= to) continue;
+        const unsigned key = key_and_rank[j], peers = __match_any_sync(0xffffffffu, key);
+        const unsigned lower = __popc(peers & ((1u << lane) - 1)), before = shared.begin[key];
+        key_and_rank[j] |= (before + lower) << 16;
+        __syncwarp();
+        if (lower == 0) shared.begin[key] = before + __popc(peers);
+        __syncwarp();
+    }
+    unsigned before = 0;
+#pragma unroll 1
+    for (int first = 0; first < keys; first += 32) {
+        const unsigned count = first + lane < keys ? shared.begin[first + lane] : 0, end = inclusive_sum(count);
+        if (first + lane < keys) shared.begin[first + lane] = before + end - count;
+        before += __shfl_sync(0xffffffffu, end, 31);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < contributions_per_lane; ++j) {
+        const unsigned key = key_and_rank[j] & 0xffff;
+        if (key == no_key) continue;
+        loaded[j].pixel_and_pair = 2 * key + (loaded[j].pixel_and_pair & 1);
+        copy(loaded[j], shared.batch[shared.begin[key] + (key_and_rank[j] >> 16)]);
+    }
+    // What follows the batch is loaded, but not added.
+    if (lane < config::unroll) shared.batch[to - from + lane].query = 0;
+    __syncwarp();
+}
+
+// Adds the sorted batch of `count` contributions to shared.sum. `grad_output` begins at this lane's channels; `idle`: these
+// are beyond D. A group sums its share in registers, for the current pixel and for the next one, and adds the sum where the
+// pixel changes. Only the last pixels of a share are those of other groups, too: their sums follow when all groups are done,
+// one group after the other.
+//
+//     sorted batch   | 0 0 0 1 1 | 1 1 1 3 3 | 3 3 3 3 3 |     keys
+//     group          |     0     |     1     |     2     |
+//     on the way           0           1, 2        -
+//     in the end           1, 2        3, 4        3, 4
+__device__ __forceinline__ void add_batch(warp_bucket& shared, const value_t* grad_output, unsigned count, bool idle) {
+    const int group = threadIdx.x % 32 / config::lanes, lane = threadIdx.x % config::lanes;
+    const unsigned share = (count + groups_per_warp * config::unroll - 1) / (groups_per_warp * config::unroll) * config::unroll;
+    const unsigned end = min((group + 1) * share, count);
+    lane_sum first, second;     // sums for the pixel of `key` and for the pixel after it
+    int key = -1;
+#pragma unroll 1
+    for (unsigned i = group * share; i < end; i += config::unroll) {
+        contribution added[config::unroll];
+        channel_vector grad[config::unroll];
+#pragma unroll
+        for (int u = 0; u < config::unroll; ++u) {
+            copy(shared.batch[i + u], added[u]);
+            grad[u] = load_channels_or_zeros(!idle, (address_t)(grad_output + (long long)added[u].query * vector_pitch));
+        }
+#pragma unroll
+        for (int u = 0; u < config::unroll; ++u) {
+            if (i + u >= end) break;
+            const int next = (int)(added[u].pixel_and_pair >> 1);
+            if (next != key) {
+                const bool follows = key >= 0 && next == key + 1;
+                if (key >= 0) {
+                    add_to_sum(shared.sum[key], lane, first);
+                    if (!follows) add_to_sum(shared.sum[key + 1], lane, second);
+                }
+#pragma unroll
+                for (int v = 0; v < config::vec; ++v) {
+                    first[v] = follows ? second[v] : 0;
+                    second[v] = 0;
+                }
+                key = next;
+            }
+            lane_sum x;
+            unpack(grad[u], x);
+#pragma unroll
+            for (int v = 0; v < config::vec; ++v) first[v] = fma(added[u].first, x[v], first[v]);
+            if (added[u].pixel_and_pair & 1) {
+#pragma unroll
+                for (int v = 0; v < config::vec; ++v) second[v] = fma(added[u].second, x[v], second[v]);
+            }
+        }
+    }
+#pragma unroll 1
+    for (int g = 0; g < groups_per_warp; ++g) {
+        __syncwarp();
+        if (g == group && key >= 0) {
+            add_to_sum(shared.sum[key], lane, first);
+            add_to_sum(shared.sum[key + 1], lane, second);
+        }
+    }
+    __syncwarp();
+}
+
+// ---- a bucket ------------------------------------------------------------------------------------------------
+
+// Sums contributions [from, to) of a bucket: all of them, to grad_value, or those of a chunk, to `chunk_sums`. `first_slice` is
+// that of the lane's run among the first 32.
+__device__ __forceinline__ void reduce_bucket(
+        warp_bucket& shared, const reduction_arrays& arrays, const bucket_view& bucket, const bucket_slice& first_slice,
+        unsigned from, unsigned to, acc_t* chunk_sums) {
+    const int lane_of_warp = threadIdx.x % 32, group = lane_of_warp / config::lanes, lane = lane_of_warp % config::lanes;
+    const int keys = (1 << bucket.shift) + 2;
+#pragma unroll 1
+    for (int tile = 0; tile < channel_tiles; ++tile) {
+        const int channel = tile * channel_tile + lane * config::vec;
+        const bool idle = config::D % channel_tile != 0 && channel >= config::D;
+        const value_t* grad_output = bucket.grad_output(arrays) + channel;
+        lane_sum zero;
+        set_to_zero(zero);
+#pragma unroll 4
+        for (int key = group; key < keys; key += groups_per_warp) store_sum(shared.sum[key], lane, zero);
+
+        // 32 runs at a time, and of those a batch at a time.
+        unsigned before = 0;        // contributions of the runs before
+#pragma unroll 1
+        for (unsigned first_run = 0; first_run < arrays.runs && before < to; first_run += 32) {
+            const bucket_slice slice = first_run == 0 ? first_slice : bucket.slice(arrays, first_run + lane_of_warp);
+            lane_run run = {first_run, inclusive_sum(slice.count()), slice.end, slice.inside};
+            run.to_run -= run.end;
+            const unsigned all = __shfl_sync(0xffffffffu, run.end, 31), last = min(to - before, all);
+            unsigned i = from > before ? min(from - before, last) : 0;
+            before += all;
+#pragma unroll 1
+            for (; i < last; i += batch_size) {
+                const unsigned end = min(i + batch_size, last);
+                sort_batch(shared, arrays, bucket, run, grad_output, i, end, keys);
+                add_batch(shared, grad_output, end - i, idle);
+            }
+        }
+        __syncwarp();
+
+        value_t* grad_value = bucket.grad_value(arrays) + channel;
+#pragma unroll 4
+        for (int pixel = group; pixel < bucket.pixels; pixel += groups_per_warp) {
+            lane_sum sum;
+            load_sum(shared.sum[1 + pixel], lane, sum);
+            if (chunk_sums) store_sum(chunk_sums + pixel * padded_channels + tile * channel_tile, lane, sum);
+            else if (!idle) store_value_vector(grad_value + (long long)pixel * vector_pitch, sum);
+        }
+        __syncwarp();
+    }
+}
+
+// ---- chunks of very large buckets ----------------------------------------------------------------------------
+
+// Contributions to a bucket, to all lanes of a warp.
+__device__ __forceinline__ unsigned count_contributions(
+        const reduction_arrays& arrays, const bucket_view& bucket, const bucket_slice& first_slice) {
+    unsigned count = first_slice.count();
+#pragma unroll 4
+    for (unsigned run = 32 + threadIdx.x % 32; run < arrays.runs; run += 32) count += bucket.slice(arrays, run).count();
+    return warp_sum(count);
+}
+
+// Lists the chunks of a bucket. Returns the place of the first one.
+__device__ __forceinline__ unsigned list_chunks(chunk_queue* queue, unsigned bucket, unsigned chunks) {
+    const unsigned lane = threadIdx.x % 32;
+    unsigned first = 0;
+    if (lane == 0) first = atomicAdd(&queue->listed, chunks);
+    first = __shfl_sync(0xffffffffu, first, 0);
+    for (unsigned i = lane; i < chunks; i += 32) {
+        bucket_chunk& chunk = queue->chunk[first + i];
+        chunk.bucket = bucket;
+        chunk.number = i;
+        chunk.chunks = chunks;
+        chunk.first = first;
+        __threadfence();
+        atomicAdd(&chunk.ready, 1u);
+    }
+    return first;
+}
+
+// Takes a chunk that no other warp has taken, into `place`: of those that this warp has listed, [own, own_end), else any.
+// Returns whether there is one. A chunk that is not ready is left to the warp that has listed it.
+__device__ __forceinline__ bool take_chunk(chunk_queue* queue, unsigned& own, unsigned own_end, unsigned& place) {
+    unsigned found = 0;
+    if (threadIdx.x % 32 == 0) {
+        while (!found && own < own_end) {
+            place = own++;
+            found = atomicAdd(&queue->chunk[place].claimed, 1u) == 0;
+        }
+        while (!found && atomic_load(&queue->taken) < atomic_load(&queue->listed)) {
+            place = atomicAdd(&queue->taken, 1u);
+            if (place >= atomic_load(&queue->listed)) break;
+            found = atomic_load(&queue->chunk[place].ready) && atomicAdd(&queue->chunk[place].claimed, 1u) == 0;
+        }
+        __threadfence();
+    }
+    own = __shfl_sync(0xffffffffu, own, 0);
+    place = __shfl_sync(0xffffffffu, place, 0);
+    return __shfl_sync(0xffffffffu, found, 0);
+}
+
+// Adds up the sums of all chunks of a bucket, in their order, and writes grad_value.
+__device__ __forceinline__ void add_chunks(
+        const reduction_arrays& arrays, const bucket_view& bucket, const acc_t* chunk_sums, unsigned chunks) {
+    const int group = threadIdx.x % 32 / config::lanes, lane = threadIdx.x % config::lanes;
+#pragma unroll 1
+    for (int pixel = group; pixel < bucket.pixels; pixel += groups_per_warp)
+#pragma unroll 1
+        for (int tile = 0; tile < channel_tiles; ++tile) {
+            const int channel = tile * channel_tile + lane * config::vec;
+            const acc_t* of_pixel = chunk_sums + pixel * padded_channels + tile * channel_tile;
+            lane_sum sum;
+            set_to_zero(sum);
+#pragma unroll 4
+            for (unsigned chunk = 0; chunk < chunks; ++chunk) {
+#pragma unroll
+                for (int w = 0; w < words; ++w) {
+                    const acc_t* of_chunk = of_pixel + (long long)chunk * chunk_sum_size;
+                    sum_word word;
+                    word.word = __ldcg(&word_of(const_cast<acc_t*>(of_chunk), lane, w)->word);
+#pragma unroll
+                    for (int v = 0; v < in_word; ++v) sum[w * in_word + v] += word.element[v];
+                }
+            }
+            if (config::D % channel_tile == 0 || channel < config::D)
+                store_value_vector(bucket.grad_value(arrays) + (long long)pixel * vector_pitch + channel, sum);
+        }
+}
+
+// `queue` is null where no bucket can be so large that it is split.
+extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_blocks) msda_reduce_buckets(
+        const value_t* __restrict__ grad_output, const contribution* __restrict__ contributions,
+        const unsigned short* __restrict__ segment_starts, value_t* __restrict__ grad_value,
+        const bucket_table* __restrict__ table, long long S, long long Q, long long runs, long long capacity,
+        long long first_head, long long heads, long long first_pixel, long long pixels, chunk_queue* queue,
+        acc_t* chunk_sums, long long chunk_size) {
+    MSDA_SHARED_MEMORY(shared_memory);
+    warp_bucket& shared = reinterpret_cast<warp_bucket*>(shared_memory)[threadIdx.x / 32];
+    const reduction_arrays arrays = {grad_output, contributions, segment_starts, grad_value, table, S, Q, runs, capacity,
+                                     first_head, heads, first_pixel, pixels};
+    const unsigned buckets = arrays.buckets(), blocks = (buckets + config::warps - 1) / config::warps;
+    const unsigned heads_in_launch = gridDim.x / blocks;
+    // All heads of the last buckets first: coarse levels come last and have the most contributions per pixel, and the heads
+    // of a pixel are neighbours in memory (docs/performance/decisions.md#sorted-bucket-order).
+    const unsigned number = (blocks - 1 - blockIdx.x / heads_in_launch) * config::warps + threadIdx.x / 32;
+    unsigned head = blockIdx.x % heads_in_launch, own = 0, own_end = 0, place = 0;
+    bucket_view bucket = bucket_at(arrays, head, number);
+    bucket_slice first_slice = {0, 0, 0};
+    unsigned from = 0, to = 0xffffffffu;
+    bool whole = bucket.pixels > 0;
+    if (whole) first_slice = bucket.slice(arrays, threadIdx.x % 32);
+    if (queue && whole) {
+        const unsigned count = count_contributions(arrays, bucket, first_slice), size = (unsigned)chunk_size;
+        if (count > 2 * size) {
+            whole = false;
+            own = list_chunks(queue, head * buckets + number, (count + size - 1) / size);
+            own_end = own + (count + size - 1) / size;
+        }
+    }
+#pragma unroll 1
+    for (;;) {
+        if (!whole) {
+            // One warp of a block looks for the chunks of others: all of them would wait for the queue.
+            if (!queue || (threadIdx.x >= 32 && own == own_end) || !take_chunk(queue, own, own_end, place)) return;
+            const unsigned of_chunk = __ldcg(&queue->chunk[place].bucket);
+            bucket = bucket_at(arrays, of_chunk / buckets, of_chunk % buckets);
+            first_slice = bucket.slice(arrays, threadIdx.x % 32);
+            from = __ldcg(&queue->chunk[place].number) * (unsigned)chunk_size;
+            to = from + (unsigned)chunk_size;
+        }
+        reduce_bucket(
+            shared, arrays, bucket, first_slice, from, to, whole ? nullptr : chunk_sums + (long long)place * chunk_sum_size);
+        if (!whole) {
+            const unsigned first = __ldcg(&queue->chunk[place].first), chunks = __ldcg(&queue->chunk[place].chunks);
+            __threadfence();
+            __syncwarp();
+            unsigned done = 0;
+            if (threadIdx.x % 32 == 0) done = atomicAdd(&queue->chunk[first].done, 1u);
+            if (__shfl_sync(0xffffffffu, done, 0) == chunks - 1) {
+                __threadfence();
+                add_chunks(arrays, bucket, chunk_sums + (long long)first * chunk_sum_size, chunks);
+            }
+        }
+        whole = false;
+    }
+}
+
+}  // namespace msda
