@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cupy_msda import api, validate
 from cupy_msda.call import ALL, FUSED_NAMES, OPERATOR_NAMES, Arguments
-from cupy_msda.cuda import plan_backward, run
+from cupy_msda.cuda import cost_model, run
 
 from .cases import FusedInputs, Inputs
 from .grid_cells import Cell, drawn, inputs_of
@@ -69,7 +69,7 @@ class Ours:
             gradients = api.backward(self.call)
         else:
             with (
-                mock.patch.object(plan_backward, "way_of", return_value=self.way),
+                mock.patch.object(cost_model, "fastest_way", return_value=self.way),
                 mock.patch.object(run, "_prepared", {}),
             ):
                 gradients = api.backward(self.call)

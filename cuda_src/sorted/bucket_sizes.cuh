@@ -36,48 +36,50 @@ __device__ __forceinline__ int shift_of_level(
     return shift;
 }
 
-// By the first warp of a block. A slab that does not hold all pixels has buckets of config::bucket_size.
+// By the first warp of a block, for the slab of `pixels` from `first_pixel` on. There may be `max_buckets`: enough for the largest
+// ones, and one more per region.
 __device__ __forceinline__ void choose_bucket_sizes(
-        bucket_sizes& sizes, const level_info* levels, long long S, long long Q, long long first_pixel, int max_buckets,
-        long long contributions_per_bucket) {
-    const int lane = threadIdx.x % 32;
+        bucket_sizes& sizes, const level_info* levels, long long S, long long Q, long long first_pixel, long long pixels,
+        int max_buckets, long long contributions_per_bucket) {
+    const int lane = threadIdx.x % 32, slab = (int)min(S - first_pixel, pixels);
     bucket_region region = {no_bucket, 0, 0, max_shift};
-    if (!has_regions || first_pixel > 0 || S > (long long)(max_buckets - max_regions) * config::bucket_size) {
-        if (lane == 0) region = {0, 0, max_buckets * config::bucket_size, max_shift};
+    if constexpr (!has_regions) {
+        const bucket_region all = {0, 0, slab, max_shift};
+        if (lane == 0) sizes.of_level[0] = region = all;
+        if (lane == 0) sizes.table.buckets = (unsigned)(slab + config::bucket_size - 1) / config::bucket_size;
         sizes.table.region[lane] = region;
-        if (lane < (has_regions ? config::L : 1)) sizes.of_level[lane] = {0, 0, max_buckets * config::bucket_size, max_shift};
-        if (lane == 0) sizes.table.buckets = (unsigned)max_buckets;
         return;
     }
     const int l = min(max(lane - 1, 0), (int)config::L - 1);
     const level_info level = levels[l];
     const bool is_level = lane > 0 && lane <= config::L && level.w > 0;
     // Regions in the order of their first pixels. A level that does not fit has none.
-    const int first = is_level ? (int)level.start : -1;
+    const long long start = is_level ? (long long)level.start : -1;
     int rank = 0;
     for (int other = 0; other <= config::L; ++other) {
-        const int begins = __shfl_sync(0xffffffffu, first, other);
-        rank += begins < first || (begins == first && other < lane);
+        const long long begins = __shfl_sync(0xffffffffu, start, other);
+        rank += begins < start || (begins == start && other < lane);
     }
-    const int points = first_sample_of(l + 1) - first_sample_of(l);
-    if (lane <= config::L) {
-        bucket_region& ranked = sizes.table.region[rank];
-        ranked.first_pixel = max(first, 0);
-        ranked.shift = is_level ? shift_of_level(level, points, Q, contributions_per_bucket) : (int)max_shift;
-    }
+    // A lane now takes the region of its number, and looks at the level that begins it.
+    if (lane <= config::L) sizes.table.region[rank].first_bucket = is_level ? l : -1;
     __syncwarp();
-    if (lane <= config::L) {
-        region = sizes.table.region[lane];
-        region.end_pixel = lane < config::L ? sizes.table.region[lane + 1].first_pixel : (int)S;
-    }
+    const int begins_with = lane <= config::L ? sizes.table.region[lane].first_bucket : -1;
+    const level_info own = levels[max(begins_with, 0)];
+    const int points = first_sample_of(max(begins_with, 0) + 1) - first_sample_of(max(begins_with, 0));
+    __syncwarp();
+    if (begins_with >= 0) region.first_pixel = (int)max(min((long long)own.start - first_pixel, (long long)slab), 0ll);
+    if (lane > config::L) region.first_pixel = slab;
+    region.end_pixel = __shfl_sync(0xffffffffu, region.first_pixel, min(lane + 1, 31));
+    if (lane == config::L) region.end_pixel = slab;
     unsigned buckets, end;
-    for (;; region.shift = min(region.shift + 1, (int)max_shift)) {     // larger ones, until they are few enough
+    for (;; contributions_per_bucket *= 2) {    // until there are few enough
+        if (begins_with >= 0) region.shift = shift_of_level(own, points, Q, contributions_per_bucket);
         buckets = (unsigned)(region.end_pixel - region.first_pixel + (1 << region.shift) - 1) >> region.shift;
+        if (lane > config::L) buckets = 0;
         end = inclusive_sum(buckets);
         if ((int)__shfl_sync(0xffffffffu, end, 31) <= max_buckets) break;
     }
     if (lane <= config::L) region.first_bucket = (int)(end - buckets);
-    __syncwarp();
     sizes.table.region[lane] = region;
     if (lane == 31) sizes.table.buckets = end;
     __syncwarp();

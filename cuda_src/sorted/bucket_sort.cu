@@ -20,7 +20,7 @@ constexpr int samples_per_block = config::warps * samples_per_warp;
 constexpr int samples_per_thread = samples_per_warp / 32;
 constexpr int run_capacity = samples_per_block * contributions_per_sample;
 
-// The pixels of a launch: a multiple of config::bucket_size. A large value takes several launches.
+// The pixels of a launch. A large value takes several launches.
 struct pixel_slab {
     index_t first, pixels;
 };
@@ -170,11 +170,10 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
         const long long* __restrict__ lengths, unsigned short* __restrict__ segment_starts,
         contribution* __restrict__ contributions, bucket_table* table, chunk_queue* queue,
         long long queued, long long contributions_per_bucket, long long S, long long Q, long long first_head, long long heads,
-        long long first_pixel, long long pixels) {
+        long long first_pixel, long long buckets, long long pixels) {
     MSDA_SHARED_MEMORY(shared_memory);
     const pixel_slab slab = {(index_t)first_pixel, (index_t)pixels};
-    const int buckets = (int)(slab.pixels / config::bucket_size);
-    const int pitch = segments_pitch(buckets);
+    const int pitch = segments_pitch((int)buckets);
     const sort_shared shared(shared_memory, pitch);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned short* histogram = shared.histograms + warp * pitch;
@@ -198,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
     read_levels(metadata, S, 0, shared.levels);
     __syncthreads();
     if (warp == 0)
-        choose_bucket_sizes(*shared.sizes, shared.levels, S, Q, first_pixel, buckets, contributions_per_bucket);
+        choose_bucket_sizes(*shared.sizes, shared.levels, S, Q, first_pixel, pixels, (int)buckets, contributions_per_bucket);
     for (int i = lane; i < pitch / 2; i += 32) reinterpret_cast<unsigned*>(histogram)[i] = 0;
     __syncthreads();
 

@@ -2,8 +2,9 @@
 // vectors of the gradient, each once, in value's dtype. Of a bucket with very many contributions it lists chunks, which warps
 // without work take; the warp that ends last adds up their sums, in the order of the chunks.
 //
-// Contributions come in batches, which the warp sorts by pixel: a stable counting sort. Each group of `config::lanes` lanes
-// takes an equal share of the sorted batch. No barrier of the block.
+// Contributions come in batches. A warp sorts a batch by pixel, a stable counting sort, and each group of `config::lanes` lanes
+// takes an equal share of it. Where buckets have few contributions, it does not sort, and a group takes those to its own
+// pixels. No barrier of the block.
 #include "common/atomics.cuh"
 #include "common/block_size.cuh"
 #include "common/warp.cuh"
@@ -11,7 +12,8 @@
 
 namespace msda {
 
-constexpr int batch_size = config::chunk;       // contributions that are sorted at a time
+constexpr int batch_size = config::chunk;       // contributions that are loaded at a time
+constexpr bool sorts_batches = batch_size > 32;
 constexpr int contributions_per_lane = batch_size / 32;
 
 // Key 0 is the pixel before the bucket, key 1 + p the bucket's pixel p. The last key stands for no contribution, and its sum
@@ -84,6 +86,22 @@ struct lane_run {
     unsigned inside;    // where in the run those begin whose first pixel is in the bucket
 };
 
+// Loads contribution `i` of 32 runs, if it is before `to`, and asks for its vector of grad_output. Returns its key. By all lanes.
+__device__ __forceinline__ unsigned load_contribution(
+        const reduction_arrays& arrays, const bucket_view& bucket, const lane_run& run, const value_t* grad_output, unsigned i,
+        unsigned to, unsigned no_key, contribution& loaded) {
+    int owner = 0;      // the lane whose run holds it: a binary search
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+        if (__shfl_sync(0xffffffffu, run.end, owner + step - 1) <= i) owner += step;
+    const unsigned in_run = __shfl_sync(0xffffffffu, run.to_run, owner) + i;
+    const unsigned inside = __shfl_sync(0xffffffffu, run.inside, owner);
+    if (i >= to) return no_key;
+    copy(bucket.of_run(arrays, run.first + owner)[in_run], loaded);
+    prefetch(grad_output + (long long)loaded.query * vector_pitch);
+    return in_run < inside ? 0 : (loaded.pixel_and_pair >> 1) + 1;
+}
+
 // Sorts contributions [from, to) of 32 runs into shared.batch.
 __device__ __forceinline__ void sort_batch(
         warp_bucket& shared, const reduction_arrays& arrays, const bucket_view& bucket, const lane_run& run,
@@ -94,19 +112,9 @@ __device__ __forceinline__ void sort_batch(
 #pragma unroll
     for (int j = 0; j < contributions_per_lane; ++j) {
         key_and_rank[j] = no_key;
-        if (from + 32 * j >= to) continue;
-        const unsigned i = from + 32 * j + lane;
-        int owner = 0;      // the lane whose run holds contribution i: a binary search
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2)
-            if (__shfl_sync(0xffffffffu, run.end, owner + step - 1) <= i) owner += step;
-        const unsigned in_run = __shfl_sync(0xffffffffu, run.to_run, owner) + i;
-        const unsigned inside = __shfl_sync(0xffffffffu, run.inside, owner);
-        if (i < to) {
-            copy(bucket.of_run(arrays, run.first + owner)[in_run], loaded[j]);
-            key_and_rank[j] = in_run < inside ? 0 : (loaded[j].pixel_and_pair >> 1) + 1;
-            prefetch(grad_output + (long long)loaded[j].query * vector_pitch);
-        }
+        if (from + 32 * j < to)
+            key_and_rank[j] = load_contribution(
+                arrays, bucket, run, grad_output, from + 32 * j + lane, to, no_key, loaded[j]);
     }
     for (int k = lane; k < keys; k += 32) shared.begin[k] = 0;
     __syncwarp();
@@ -202,6 +210,67 @@ __device__ __forceinline__ void add_batch(warp_bucket& shared, const value_t* gr
     __syncwarp();
 }
 
+// Adds contributions [from, to) of 32 runs to shared.sum, at most 32 of them: for buckets of so few that sorting them takes
+// longer. A group adds those to the pixels that it owns, one after the other.
+__device__ __forceinline__ void add_unsorted_batch(
+        warp_bucket& shared, const reduction_arrays& arrays, const bucket_view& bucket, const lane_run& run,
+        const value_t* grad_output, unsigned from, unsigned to, int keys, bool idle) {
+    const int group = threadIdx.x % 32 / config::lanes, lane = threadIdx.x % config::lanes;
+    const int owned_shift = bucket.shift > log2_of(groups_per_warp) ? bucket.shift - log2_of(groups_per_warp) : 0;
+    contribution loaded;
+    const unsigned key =
+        load_contribution(arrays, bucket, run, grad_output, from + threadIdx.x % 32, to, keys - 1, loaded);
+    const bool present = from + threadIdx.x % 32 < to, pair = present && loaded.pixel_and_pair & 1;
+    if (present) {
+        loaded.pixel_and_pair = 2 * key + pair;
+        copy(loaded, shared.batch[threadIdx.x % 32]);
+    }
+    unsigned of_group = 0;      // lanes whose contribution this group adds
+#pragma unroll
+    for (int g = 0; g < groups_per_warp; ++g) {
+        const bool last = g == groups_per_warp - 1;
+        const int first_owner = (int)key >> owned_shift, second_owner = (int)(key + 1) >> owned_shift;
+        const bool wanted = (present && (last ? first_owner >= g : first_owner == g)) ||
+                            (pair && (last ? second_owner >= g : second_owner == g));
+        const unsigned lanes = __ballot_sync(0xffffffffu, wanted);
+        if (g == group) of_group = lanes;
+    }
+    __syncwarp();
+    const int begin = group << owned_shift, end = group == groups_per_warp - 1 ? keys : begin + (1 << owned_shift);
+    while (of_group) {
+        int from_lane[config::unroll];
+        channel_vector grad[config::unroll];
+#pragma unroll
+        for (int u = 0; u < config::unroll; ++u) {
+            from_lane[u] = of_group ? __ffs((int)of_group) - 1 : -1;
+            of_group &= of_group - 1;
+            if (from_lane[u] < 0) continue;
+            const long long query = shared.batch[from_lane[u]].query;
+            grad[u] = load_channels_or_zeros(!idle, (address_t)(grad_output + query * vector_pitch));
+        }
+#pragma unroll
+        for (int u = 0; u < config::unroll; ++u) {
+            if (from_lane[u] < 0) break;
+            contribution added;
+            copy(shared.batch[from_lane[u]], added);
+            const int at = (int)(added.pixel_and_pair >> 1);
+            lane_sum x, part;
+            unpack(grad[u], x);
+            if (at >= begin && at < end) {
+#pragma unroll
+                for (int v = 0; v < config::vec; ++v) part[v] = added.first * x[v];
+                add_to_sum(shared.sum[at], lane, part);
+            }
+            if (added.pixel_and_pair & 1 && at + 1 >= begin && at + 1 < end) {
+#pragma unroll
+                for (int v = 0; v < config::vec; ++v) part[v] = added.second * x[v];
+                add_to_sum(shared.sum[at + 1], lane, part);
+            }
+        }
+    }
+    __syncwarp();
+}
+
 // ---- a bucket ------------------------------------------------------------------------------------------------
 
 // Sums contributions [from, to) of a bucket: all of them, to grad_value, or those of a chunk, to `chunk_sums`. `first_slice` is
@@ -234,8 +303,12 @@ __device__ __forceinline__ void reduce_bucket(
 #pragma unroll 1
             for (; i < last; i += batch_size) {
                 const unsigned end = min(i + batch_size, last);
-                sort_batch(shared, arrays, bucket, run, grad_output, i, end, keys);
-                add_batch(shared, grad_output, end - i, idle);
+                if constexpr (sorts_batches) {
+                    sort_batch(shared, arrays, bucket, run, grad_output, i, end, keys);
+                    add_batch(shared, grad_output, end - i, idle);
+                } else {
+                    add_unsorted_batch(shared, arrays, bucket, run, grad_output, i, end, keys, idle);
+                }
             }
         }
         __syncwarp();
@@ -335,13 +408,13 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
         const value_t* __restrict__ grad_output, const contribution* __restrict__ contributions,
         const unsigned short* __restrict__ segment_starts, value_t* __restrict__ grad_value,
         const bucket_table* __restrict__ table, long long S, long long Q, long long runs, long long capacity,
-        long long first_head, long long heads, long long first_pixel, long long pixels, chunk_queue* queue,
+        long long first_head, long long heads, long long first_pixel, long long buckets, chunk_queue* queue,
         acc_t* chunk_sums, long long chunk_size) {
     MSDA_SHARED_MEMORY(shared_memory);
     warp_bucket& shared = reinterpret_cast<warp_bucket*>(shared_memory)[threadIdx.x / 32];
     const reduction_arrays arrays = {grad_output, contributions, segment_starts, grad_value, table, S, Q, runs, capacity,
-                                     first_head, heads, first_pixel, pixels};
-    const unsigned buckets = arrays.buckets(), blocks = (buckets + config::warps - 1) / config::warps;
+                                     first_head, heads, first_pixel, buckets};
+    const unsigned of_head = (unsigned)buckets, blocks = (of_head + config::warps - 1) / config::warps;
     const unsigned heads_in_launch = gridDim.x / blocks;
     // All heads of the last buckets first: coarse levels come last and have the most contributions per pixel, and the heads
     // of a pixel are neighbours in memory (docs/performance/decisions.md#sorted-bucket-order).
@@ -356,7 +429,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
         const unsigned count = count_contributions(arrays, bucket, first_slice), size = (unsigned)chunk_size;
         if (count > 2 * size) {
             whole = false;
-            own = list_chunks(queue, head * buckets + number, (count + size - 1) / size);
+            own = list_chunks(queue, head * of_head + number, (count + size - 1) / size);
             own_end = own + (count + size - 1) / size;
         }
     }
@@ -366,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
             // One warp of a block looks for the chunks of others: all of them would wait for the queue.
             if (!queue || (threadIdx.x >= 32 && own == own_end) || !take_chunk(queue, own, own_end, place)) return;
             const unsigned of_chunk = __ldcg(&queue->chunk[place].bucket);
-            bucket = bucket_at(arrays, of_chunk / buckets, of_chunk % buckets);
+            bucket = bucket_at(arrays, of_chunk / of_head, of_chunk % of_head);
             first_slice = bucket.slice(arrays, threadIdx.x % 32);
             from = __ldcg(&queue->chunk[place].number) * (unsigned)chunk_size;
             to = from + (unsigned)chunk_size;

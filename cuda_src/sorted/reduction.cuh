@@ -25,16 +25,14 @@ __device__ __forceinline__ bucket_region region_of_bucket(const bucket_table* __
 }
 
 // What a reduction reads and writes: the parameters of its kernel. A launch works on some of the `heads` of all images, from
-// `first_head` on, and on the slab of `pixels` from `first_pixel` on: a multiple of config::bucket_size, which may go beyond S.
+// `first_head` on, and on the slab of pixels from `first_pixel` on, in at most so many `buckets` per head.
 struct reduction_arrays {
     const value_t* grad_output;
     const contribution* contributions;
     const unsigned short* segment_starts;
     value_t* grad_value;
     const bucket_table* table;
-    long long S, Q, runs, capacity, first_head, heads, first_pixel, pixels;
-
-    __device__ __forceinline__ unsigned buckets() const { return (unsigned)(pixels / config::bucket_size); }
+    long long S, Q, runs, capacity, first_head, heads, first_pixel, buckets;
 };
 
 // A bucket of the slab and of head number `head` of the launch. Addresses are computed where they are needed, from the
@@ -49,7 +47,7 @@ struct bucket_view {
         bucket_slice empty = {0, 0, 0};
         if (run >= arrays.runs) return empty;
         const long long row = head * arrays.runs + run;
-        return load_slice(arrays.segment_starts + row * segments_pitch((int)arrays.buckets()) + 2 * number);
+        return load_slice(arrays.segment_starts + row * segments_pitch((int)arrays.buckets) + 2 * number);
     }
     __device__ __forceinline__ const contribution* of_run(const reduction_arrays& arrays, unsigned run) const {
         return arrays.contributions + (head * arrays.runs + run) * arrays.capacity;
@@ -68,11 +66,9 @@ struct bucket_view {
 // By all lanes of a warp.
 __device__ __forceinline__ bucket_view bucket_at(const reduction_arrays& arrays, unsigned head, unsigned number) {
     const bucket_region region = region_of_bucket(arrays.table, number);
-    bucket_view bucket = {head, number, region.first_pixel + ((int)(number - region.first_bucket) << region.shift), region.shift, 0};
-    const long long left = arrays.S - arrays.first_pixel - bucket.first;
-    if (arrays.first_head + head < arrays.heads && number < arrays.table->buckets && left > 0)
-        bucket.pixels = (int)min(left, (long long)min(region.end_pixel - bucket.first, 1 << region.shift));
-    return bucket;
+    const int first = region.first_pixel + ((int)(number - region.first_bucket) << region.shift);
+    const bool exists = arrays.first_head + head < arrays.heads && number < arrays.table->buckets;
+    return {head, number, first, region.shift, exists ? min(region.end_pixel - first, 1 << region.shift) : 0};
 }
 
 // Asks for a vector of grad_output before it is needed (docs/performance/decisions.md#sorted-prefetch-grad-output).

@@ -184,7 +184,7 @@ SAMPLE_INPUTS = parameters(
     "const location_t* weights", "const reference_t* references", "const long long* lengths"
 )  # fmt: skip
 SIZES = parameters("long long S", "long long Q", "long long image_stride", "long long head_stride", "long long heads")
-SLAB = parameters("long long first_head", "long long heads", "long long first_pixel", "long long pixels")
+SLAB = parameters("long long first_head", "long long heads", "long long first_pixel", "long long buckets")
 RUNS = parameters("long long S", "long long Q", "long long runs", "long long capacity")
 
 

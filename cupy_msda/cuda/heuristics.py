@@ -48,9 +48,6 @@ TILE_ROWS = 8
 MAX_TILED_QUERIES = 2**21
 # Blocks along the second axis of a grid, at most: a limit of CUDA.
 MAX_GRID_Y = 65535
-# Samples per value vector from which on a block aggregates them.
-# docs/performance/decisions.md#backward-aggregation-threshold
-AGGREGATED_SAMPLES = 4
 # Shared memory that a block may have without opting in. A block that aggregates takes no more.
 SHARED_WITHOUT_OPT_IN = 48 * 1024
 # Shared memory of the samples of a block in a fused call, while the block has more than one warp.
@@ -284,11 +281,6 @@ def grid_rows(problem: Problem, spec: ForwardSpec, gpu: Gpu) -> int:
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
-
-
-def aggregates(problem: Problem) -> bool:
-    """Whether a block adds up its samples of a cell before the atomics: where each value vector gets many."""
-    return problem.Q * problem.K >= AGGREGATED_SAMPLES * problem.S
 
 
 def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, aggregated: bool) -> BackwardSpec:

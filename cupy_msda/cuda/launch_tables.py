@@ -70,6 +70,7 @@ class BackwardTable:
 class SortedTable:
     bucket_sort: Bounds
     reduce_buckets: Block
+    reduce_unsorted: Block
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ HOPPER = Table(
         # Fewer resident blocks without spills are faster than more with them.
         # docs/performance/decisions.md#sorted-reduction-launch
         reduce_buckets=Block(warps=4, min_blocks=5, unroll=4),
+        # Without a sort a warp needs fewer registers.
+        reduce_unsorted=Block(warps=4, min_blocks=6, unroll=4),
     ),
 )
 

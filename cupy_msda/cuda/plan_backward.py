@@ -1,14 +1,12 @@
 """Which kernels a backward is made of, and their launches: a pure function of the problem and the GPU.
 
-The gradient of value is a sum over all samples that touch a pixel. There are three ways to compute it:
+The gradient of value is a sum over all samples that touch a pixel. There are three ways to compute it,
+and ``cost_model.py`` chooses where the caller does not ask for a fixed order:
 
-- by atomic additions, one per sample and value vector (``backward.cu``): few launches, for small problems;
-- with block-level aggregation: the same, but a block first adds up its samples of a cell. It is for many samples per
-  value vector;
-- sorted, without atomics (``sorted/``): contributions are sorted into buckets of value vectors, and each bucket is
-  reduced in the order of the samples. The result is the same to the last bit, and each value vector is written once, in
-  value's dtype. It is for `deterministic`, and for few samples in a large value, where zeroing, adding and casting cost
-  more.
+- "atomics": an addition per sample and value vector (``backward.cu``): few launches, for small problems;
+- "aggregated": the same, but a block first adds up its samples of a cell: for queries that are pixels;
+- "sorted" (``sorted/``): contributions are sorted into buckets of value vectors, and each bucket is reduced in a fixed
+  order. The result is the same to the last bit, and each value vector is written once, in value's dtype.
 """
 
 from __future__ import annotations
@@ -17,22 +15,16 @@ from dataclasses import dataclass, replace
 
 from ..arrays import item_size
 from ..call import ALL, SIXTEEN_BIT, Problem, Wanted
-from . import heuristics, plan, sorted_heuristics
+from . import cost_model, plan, sorted_heuristics
 from .axes import aligned, contribution_bytes
 from .gpu import Gpu
 from .index_width import sizes_of
 from .plan import Launch
 from .sorted_specs import CHUNK_BYTES, QUEUE_BYTES, TABLE_BYTES, segment_starts_bytes
 
-SORTED, ATOMICS, AGGREGATED = "sorted", "atomics", "aggregated"
-# Value vectors, of all images and heads, from which on the sorted way pays for its launches: of 32 bits and more, and
-# of 16, which atomics have to cast as well. docs/performance/decisions.md#sorted-threshold
-SORTED_VECTORS = (2**18, 2**17)
-# Slabs up to which the sorted way is chosen for its speed: each slab reads all samples again.
-MAX_SLABS = 4
-# Contributions of a chunk of a bucket, at least, and chunks that those of all heads fill, at most.
+# Contributions of a chunk of a bucket, at least and at most; and chunks that those of all heads should fill, at most.
 # docs/performance/decisions.md#sorted-chunks-of-a-bucket
-CHUNK, MAX_CHUNKS = 1024, 1024
+SMALLEST_CHUNK, LARGEST_CHUNK, CHUNKS = 1024, 8192, 1024
 # Bytes of contributions between the launches, unless one head needs more: heads are done in groups.
 WORKSPACE = 256 << 20
 
@@ -41,17 +33,18 @@ WORKSPACE = 256 << 20
 class Summation:
     """The launches of a sorted sum, and the memory between them.
 
-    `heads` of N * M and `pixels` of S are done at a time, a slab. Each head has `runs` sorted runs of at most
-    `capacity` contributions, which are at byte `contributions` of the workspace of `nbytes`. The beginnings of their
-    segments come before, then, at `table`, the sizes of buckets, which have about `contributions_per_bucket`. Where a
-    bucket can have so many that several warps sum it, in chunks of `chunk_size`, there is room for `queued` chunks in
-    the queue at byte `queue`, and for their sums at byte `sums`.
+    `heads` of N * M and `pixels` of S are done at a time, a slab, in at most so many `buckets` per head. Each head has
+    `runs` sorted runs of at most `capacity` contributions, which are at byte `contributions` of the workspace of
+    `nbytes`. The beginnings of their segments come before, then, at `table`, the sizes of buckets, which have about
+    `contributions_per_bucket`. Where a bucket can have so many that several warps sum it, in chunks of `chunk_size`,
+    there is room for `queued` chunks in the queue at byte `queue`, and for their sums at byte `sums`.
     """
 
     sort: Launch
     reduce: Launch
     heads: int
     pixels: int
+    buckets: int
     runs: int
     capacity: int
     contributions_per_bucket: int
@@ -120,28 +113,19 @@ def _gradients(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> Ba
         samples = plan.backward(problem, alignment, gpu, wanted._replace(value=False))
     if not wanted.value:
         return Backward(samples)
-    way = SORTED if problem.deterministic else way_of(problem, gpu)
-    if way == SORTED:
+    way = "sorted" if problem.deterministic else cost_model.fastest_way(problem)
+    if way == "sorted":
         summed = summation(problem, alignment, gpu)
         if not sorted_heuristics.is_materialised(problem):
             return Backward(samples, summation=summed, workspace=summed.nbytes)
         at = _aligned(summed.nbytes)
         nbytes = 3 * item_size(problem.accumulator_dtype) * problem.N * problem.Q * problem.M * problem.K
         return Backward(samples, plan.materialise(problem), summed, materialised=at, workspace=at + nbytes)
-    atomics = plan.backward(problem, alignment, gpu, wanted, aggregated=way == AGGREGATED)
+    atomics = plan.backward(problem, alignment, gpu, wanted, aggregated=way == "aggregated")
     if problem.value_dtype not in SIXTEEN_BIT:
         return Backward(atomics=atomics)
     count = problem.N * problem.S * problem.M * problem.D
     return Backward(atomics=atomics, cast=plan.cast_gradient(problem.value_dtype, count), workspace=4 * count)
-
-
-def way_of(problem: Problem, gpu: Gpu) -> str:
-    """The way to sum grad_value that is the fastest."""
-    vectors = problem.N * problem.S * problem.M
-    few_slabs = problem.S <= MAX_SLABS * sorted_heuristics.MAX_BUCKETS * sorted_heuristics.MAX_BUCKET_SIZE
-    if heuristics.aggregates(problem):
-        return AGGREGATED
-    return SORTED if few_slabs and vectors >= SORTED_VECTORS[problem.value_dtype in SIXTEEN_BIT] else ATOMICS
 
 
 def summation(problem: Problem, alignment: int, gpu: Gpu) -> Summation:
@@ -151,7 +135,7 @@ def summation(problem: Problem, alignment: int, gpu: Gpu) -> Summation:
     in_run, in_launch = sort.bounds.warps * sort.chunk, problem.Q * problem.K
     in_head = sorted_heuristics.contributions_of_head(problem)
     per_bucket = sorted_heuristics.contributions_per_bucket(problem, gpu)
-    buckets = sorted_heuristics.buckets(problem, reduce.bucket_size, per_bucket)
+    pixels, buckets = sorted_heuristics.slab(problem, reduce.bucket_size, per_bucket)
     runs, capacity = -(-in_launch // in_run), in_run * len(problem.variant.neighbours)
 
     contribution, starts = contribution_bytes(problem.value_dtype), segment_starts_bytes(buckets)
@@ -165,7 +149,8 @@ def summation(problem: Problem, alignment: int, gpu: Gpu) -> Summation:
         Launch(sort, (heads * runs, 1, 1), sort.bytes_for(capacity, buckets)),
         Launch(reduce, (heads * -(-buckets // reduce.block.warps), 1, 1), reduce.shared_bytes),
         heads=heads,
-        pixels=buckets * reduce.bucket_size,
+        pixels=pixels,
+        buckets=buckets,
         runs=runs,
         capacity=capacity,
         contributions_per_bucket=per_bucket,
@@ -189,8 +174,8 @@ def _chunks(heads: int, contributions: int) -> tuple[int, int]:
     A bucket is split from two chunks on, so that it has at most 3 / 2 times as many as its contributions would fill. A
     contribution that reaches into the next bucket is in both.
     """
-    chunk_size = CHUNK
-    while heads * contributions > MAX_CHUNKS * chunk_size:
+    chunk_size = SMALLEST_CHUNK
+    while chunk_size < LARGEST_CHUNK and heads * contributions > CHUNKS * chunk_size:
         chunk_size *= 2
     return chunk_size, heads * (3 * contributions // chunk_size) if contributions > 2 * chunk_size else 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..call import Problem
-from .axes import contribution_bytes
+from .axes import ChannelAxes, contribution_bytes
 from .gpu import Gpu
 from .heuristics import (
     backward_channels,
@@ -15,7 +15,6 @@ from .heuristics import (
 )
 from .index_width import narrowest
 from .launch_tables import table_of
-from .sorted_specs import MAX_REGIONS
 from .specs import BucketSortSpec, MaterialiseSpec, ReduceBucketsSpec
 
 # Sums of a bucket in shared memory, in bytes.
@@ -23,24 +22,28 @@ BUCKET_BYTES = 8 * 1024
 # Value vectors of a bucket, at most and at least, and buckets whose segments a block can count in shared memory. With
 # more buckets the image is done slab after slab. docs/performance/decisions.md#sorted-bucket-size
 MAX_BUCKET_SIZE, SMALLEST_BUCKET, MAX_BUCKETS = 64, 4, 1536
+# Of the buckets of one of several slabs, a share of this is kept for small ones, at most.
+SMALL_SHARE = 3
 # Contributions that a bucket should have, at least and at most. Fewer leave a warp's batches empty, and more of them
 # need more warps of a multiprocessor than there are. docs/performance/decisions.md#sorted-bucket-size
 FEWEST_CONTRIBUTIONS, MOST_CONTRIBUTIONS, BUCKETS_PER_MULTIPROCESSOR = 128, 256, 16
-# Contributions that a warp sorts at a time: as many as its registers hold.
-BATCH = 128
+# Contributions that a warp sorts at a time: as many as its registers hold. It does not sort where a bucket of full size
+# has fewer than so many. docs/performance/decisions.md#sorted-batches
+BATCH, UNSORTED_BATCH, SORTED_FROM = 128, 32, 64
 # Contributions of a sorted run in shared memory, in bytes: a size that every architecture has.
 RUN_BYTES = 48 * 1024
 
 
 def reduce_buckets(problem: Problem, alignment: int, gpu: Gpu) -> ReduceBucketsSpec:
     """The reduction of a bucket by a warp."""
-    channels = backward_channels(problem, alignment, True)
-    in_bucket = BUCKET_BYTES // (channels.channel_tile * channels.accumulator_bytes)
+    channels, table = backward_channels(problem, alignment, True), table_of(gpu).sorted
+    bucket_size = _bucket_size(channels)
+    sorts = contributions_of_head(problem) * bucket_size >= SORTED_FROM * problem.S
     return ReduceBucketsSpec(
         channels=channels,
-        block=block_axes(table_of(gpu).sorted.reduce_buckets, gpu),
-        chunk=BATCH,
-        bucket_size=1 << max(0, min(in_bucket, MAX_BUCKET_SIZE).bit_length() - 1),
+        block=block_axes(table.reduce_buckets if sorts else table.reduce_unsorted, gpu),
+        chunk=BATCH if sorts else UNSORTED_BATCH,
+        bucket_size=bucket_size,
     )
 
 
@@ -56,10 +59,27 @@ def contributions_per_bucket(problem: Problem, gpu: Gpu) -> int:
     return max(FEWEST_CONTRIBUTIONS, min(found, MOST_CONTRIBUTIONS))
 
 
-def buckets(problem: Problem, bucket_size: int, contributions_per_bucket: int) -> int:
-    """Buckets of a head in a launch, at most: enough for small ones where levels are coarse."""
+def slabs(problem: Problem) -> int:
+    """Launches that the pixels of an image take, about."""
+    channels = backward_channels(problem, 16, True)
+    return -(-problem.S // (MAX_BUCKETS * _bucket_size(channels)))
+
+
+def _bucket_size(channels: ChannelAxes) -> int:
+    """Value vectors of a bucket at most, a power of two: as many as fit into the shared memory of a warp."""
+    in_bucket = BUCKET_BYTES // (channels.channel_tile * channels.accumulator_bytes)
+    return 1 << max(0, min(in_bucket, MAX_BUCKET_SIZE).bit_length() - 1)
+
+
+def slab(problem: Problem, bucket_size: int, contributions_per_bucket: int) -> tuple[int, int]:
+    """Pixels of a launch, and buckets of a head in it, at most: with room for small ones where levels are coarse."""
+    regions = problem.L + 1
     small = min(problem.S // SMALLEST_BUCKET, contributions_of_head(problem) // contributions_per_bucket)
-    return min(MAX_BUCKETS, -(-problem.S // bucket_size) + MAX_REGIONS + small)
+    if -(-problem.S // bucket_size) + regions <= MAX_BUCKETS:
+        return problem.S, min(MAX_BUCKETS, -(-problem.S // bucket_size) + regions + small)
+    room = max(1, MAX_BUCKETS - regions - min(small, MAX_BUCKETS // SMALL_SHARE))
+    slabs = -(-problem.S // (room * bucket_size))
+    return -(-problem.S // (slabs * bucket_size)) * bucket_size, max(MAX_BUCKETS, regions + 1)
 
 
 def bucket_sort(problem: Problem, bucket_size: int, gpu: Gpu) -> BucketSortSpec:

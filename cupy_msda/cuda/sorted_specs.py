@@ -50,6 +50,7 @@ class BucketSortSpec(KernelSpec):
         ),
         *parameters("long long S", "long long Q"),
         *SLAB,
+        *parameters("long long pixels"),
     )
     long_arrays: ClassVar[tuple[str, ...]] = ("lengths", "segment_starts", "contributions", "queue")
     fixed: ClassVar[dict[str, Axis]] = {"tile_rows": 0}

@@ -177,10 +177,10 @@ def _materialised(kernel: PreparedLaunch, at: int, problem: Problem, then: Step)
 
 def _summation(planned: plan_backward.Summation, problem: Problem, prepare: Prepare) -> Step:
     """grad_value without atomics, in the order of the samples: the same bits every time."""
-    slab_names = ("first_head", "heads", "first_pixel", "pixels")
+    slab_names = ("first_head", "heads", "first_pixel", "buckets")
     sort = prepare(planned.sort).taking(
         "locations", "metadata", "weights", "references", "lengths", "segment_starts", "contributions", "table",
-        "queue", "queued", "contributions_per_bucket", "S", "Q", *slab_names,
+        "queue", "queued", "contributions_per_bucket", "S", "Q", *slab_names, "pixels",
     )  # fmt: skip
     reduce = prepare(planned.reduce).taking(
         "grad_output", "contributions", "segment_starts", "grad_value", "table", "S", "Q", "runs", "capacity",
@@ -188,7 +188,7 @@ def _summation(planned: plan_backward.Summation, problem: Problem, prepare: Prep
     )  # fmt: skip
     sizes, runs, all_heads = (problem.S, problem.Q), (planned.runs, planned.capacity), problem.N * problem.M
     slabs = [
-        (head, all_heads, first_pixel, planned.pixels)
+        (head, all_heads, first_pixel, planned.buckets)
         for head in range(0, all_heads, planned.heads)
         for first_pixel in range(0, problem.S, planned.pixels)
     ]
@@ -200,7 +200,9 @@ def _summation(planned: plan_backward.Summation, problem: Problem, prepare: Prep
         queue, sums = (workspace + planned.queue, workspace + planned.sums) if queued else (0, 0)
         inputs = (locations, *metadata, weights, references, lengths)
         for slab in slabs:
-            sort(stream, *inputs, starts, contributions, table, queue, queued, per_bucket, *sizes, *slab)
+            sort(
+                stream, *inputs, starts, contributions, table, queue, queued, per_bucket, *sizes, *slab, planned.pixels
+            )
             reduce(
                 stream, grad_output, contributions, starts, grad_value, table, *sizes, *runs, *slab, queue, sums,
                 planned.chunk_size,

@@ -279,7 +279,7 @@ def test_the_sorted_sum_does_not_depend_on_the_order_of_threads(case):
 @pytest.mark.parametrize("where", [None, 0.37])
 def test_large_buckets_are_reduced_in_chunks(monkeypatch, where, order):
     """Buckets of many chunks, and others of one."""
-    monkeypatch.setattr(plan_backward, "CHUNK", 64)
+    monkeypatch.setattr(plan_backward, "SMALLEST_CHUNK", 64)
     inputs = Case("chunks_of_buckets", levels=((9, 11), (5, 6)), N=1, M=2, D=32, P=4, queries=400).inputs(seed=9)
     if where is not None:
         inputs.locations[:, ::2, 0] = where
@@ -292,7 +292,7 @@ def test_large_buckets_are_reduced_in_chunks(monkeypatch, where, order):
 def test_slabs_and_groups_of_heads_change_nothing(monkeypatch):
     inputs = Case("slabs", levels=((15, 17), (4, 5)), N=2, M=3, D=8, queries=40).inputs(seed=7)
     one = emulator.summation(inputs)
-    monkeypatch.setattr(sorted_heuristics, "MAX_BUCKETS", 2)
+    monkeypatch.setattr(sorted_heuristics, "MAX_BUCKETS", 4)
     monkeypatch.setattr(plan_backward, "WORKSPACE", 1 << 15)
     planned = plan_backward.summation(emulator.prepare(inputs, False, None), 16, H100)
     assert planned.pixels < 275

@@ -354,6 +354,7 @@ inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
 inline unsigned max(unsigned x, unsigned y) { return x > y ? x : y; }
 inline int max(int x, int y) { return x > y ? x : y; }
+inline long long max(long long x, long long y) { return x > y ? x : y; }
 inline unsigned min(unsigned x, unsigned y) { return x < y ? x : y; }
 inline int min(int x, int y) { return x < y ? x : y; }
 inline long long min(long long x, long long y) { return x < y ? x : y; }

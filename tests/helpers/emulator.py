@@ -301,8 +301,7 @@ def summation(
         run(plan.materialise(found), arguments | {"heads": found.N * found.M})
         samples |= {"locations": locations, "weights": weights, "references": None}
     result = _poisoned(inputs.value.shape, inputs.value.dtype)
-    buckets = planned.pixels // planned.reduce.spec.bucket_size
-    segments = _poisoned((planned.heads, planned.runs, 2 * buckets + 2), np.uint16)
+    segments = _poisoned((planned.heads, planned.runs, 2 * planned.buckets + 2), np.uint16)
     contributions = _poisoned((planned.heads, planned.runs, planned.capacity, 4), found.accumulator_dtype)
     table = _poisoned(planned.contributions - planned.table, np.uint8)
     queue, sums = (
@@ -314,8 +313,11 @@ def summation(
     written = {"segment_starts": segments, "contributions": contributions, "table": table, "queue": queue}
     per_bucket = {"contributions_per_bucket": planned.contributions_per_bucket}
     for head, row in itertools.product(range(0, found.N * found.M, planned.heads), range(0, found.S, planned.pixels)):
-        slab = {"first_head": head, "heads": found.N * found.M, "first_pixel": row, "pixels": planned.pixels}
-        run(planned.sort, sort_inputs | written | {"queued": planned.queued} | per_bucket | sizes | slab)
+        slab = {"first_head": head, "heads": found.N * found.M, "first_pixel": row, "buckets": planned.buckets}
+        run(
+            planned.sort,
+            sort_inputs | written | {"queued": planned.queued} | per_bucket | sizes | slab | {"pixels": planned.pixels},
+        )
         arguments = {"grad_output": inputs.grad_output, "contributions": contributions, "segment_starts": segments}
         arguments |= (
             {"grad_value": result, "table": table} | sizes | {"runs": planned.runs, "capacity": planned.capacity}
