@@ -70,6 +70,7 @@ struct config {
     // ---- sorted backward
     enum : int { bucket_size = 32 };            // value vectors of a bucket, at most: a power of two
     enum : int { smallest_bucket = 4 };         // and at least
+    enum : bool { wide_counts = false };        // the contributions to a bucket need 64 bits
 };
 
 }  // namespace msda

@@ -14,6 +14,8 @@ namespace msda {
 
 constexpr int batch_size = config::chunk;       // contributions that are loaded at a time
 constexpr bool sorts_batches = batch_size > 32;
+
+using count_t = select<config::wide_counts, address_t, unsigned>;    // of the contributions to a bucket
 constexpr int contributions_per_lane = batch_size / 32;
 
 // Key 0 is the pixel before the bucket, key 1 + p the bucket's pixel p. The last key stands for no contribution, and its sum
@@ -277,7 +279,7 @@ __device__ __forceinline__ void add_unsorted_batch(
 // that of the lane's run among the first 32.
 __device__ __forceinline__ void reduce_bucket(
         warp_bucket& shared, const reduction_arrays& arrays, const bucket_view& bucket, const bucket_slice& first_slice,
-        unsigned from, unsigned to, acc_t* chunk_sums) {
+        count_t from, count_t to, acc_t* chunk_sums) {
     const int lane_of_warp = threadIdx.x % 32, group = lane_of_warp / config::lanes, lane = lane_of_warp % config::lanes;
     const int keys = (1 << bucket.shift) + 2;
 #pragma unroll 1
@@ -291,14 +293,14 @@ __device__ __forceinline__ void reduce_bucket(
         for (int key = group; key < keys; key += groups_per_warp) store_sum(shared.sum[key], lane, zero);
 
         // 32 runs at a time, and of those a batch at a time.
-        unsigned before = 0;        // contributions of the runs before
+        count_t before = 0;         // contributions of the runs before
 #pragma unroll 1
         for (unsigned first_run = 0; first_run < arrays.runs && before < to; first_run += 32) {
             const bucket_slice slice = first_run == 0 ? first_slice : bucket.slice(arrays, first_run + lane_of_warp);
             lane_run run = {first_run, inclusive_sum(slice.count()), slice.end, slice.inside};
             run.to_run -= run.end;
-            const unsigned all = __shfl_sync(0xffffffffu, run.end, 31), last = min(to - before, all);
-            unsigned i = from > before ? min(from - before, last) : 0;
+            const unsigned all = __shfl_sync(0xffffffffu, run.end, 31), last = (unsigned)min(to - before, (count_t)all);
+            unsigned i = from > before ? (unsigned)min(from - before, (count_t)last) : 0;
             before += all;
 #pragma unroll 1
             for (; i < last; i += batch_size) {
@@ -328,12 +330,18 @@ __device__ __forceinline__ void reduce_bucket(
 // ---- chunks of very large buckets ----------------------------------------------------------------------------
 
 // Contributions to a bucket, to all lanes of a warp.
-__device__ __forceinline__ unsigned count_contributions(
+__device__ __forceinline__ count_t count_contributions(
         const reduction_arrays& arrays, const bucket_view& bucket, const bucket_slice& first_slice) {
-    unsigned count = first_slice.count();
+    count_t count = first_slice.count();
 #pragma unroll 4
     for (unsigned run = 32 + threadIdx.x % 32; run < arrays.runs; run += 32) count += bucket.slice(arrays, run).count();
-    return warp_sum(count);
+    if constexpr (config::wide_counts) {
+#pragma unroll
+        for (int mask = 1; mask < 32; mask *= 2) count += __shfl_xor_sync(0xffffffffu, count, mask);
+        return count;
+    } else {
+        return warp_sum(count);
+    }
 }
 
 // Lists the chunks of a bucket. Returns the place of the first one.
@@ -422,15 +430,15 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
     unsigned head = blockIdx.x % heads_in_launch, own = 0, own_end = 0, place = 0;
     bucket_view bucket = bucket_at(arrays, head, number);
     bucket_slice first_slice = {0, 0, 0};
-    unsigned from = 0, to = 0xffffffffu;
+    count_t from = 0, to = ~(count_t)0;
     bool whole = bucket.pixels > 0;
     if (whole) first_slice = bucket.slice(arrays, threadIdx.x % 32);
     if (queue && whole) {
-        const unsigned count = count_contributions(arrays, bucket, first_slice), size = (unsigned)chunk_size;
+        const count_t count = count_contributions(arrays, bucket, first_slice), size = (count_t)chunk_size;
         if (count > 2 * size) {
             whole = false;
-            own = list_chunks(queue, head * of_head + number, (count + size - 1) / size);
-            own_end = own + (count + size - 1) / size;
+            own = list_chunks(queue, head * of_head + number, (unsigned)((count + size - 1) / size));
+            own_end = own + (unsigned)((count + size - 1) / size);
         }
     }
 #pragma unroll 1
@@ -441,8 +449,8 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
             const unsigned of_chunk = __ldcg(&queue->chunk[place].bucket);
             bucket = bucket_at(arrays, of_chunk / of_head, of_chunk % of_head);
             first_slice = bucket.slice(arrays, threadIdx.x % 32);
-            from = __ldcg(&queue->chunk[place].number) * (unsigned)chunk_size;
-            to = from + (unsigned)chunk_size;
+            from = __ldcg(&queue->chunk[place].number) * (count_t)chunk_size;
+            to = from + (count_t)chunk_size;
         }
         reduce_bucket(
             shared, arrays, bucket, first_slice, from, to, whole ? nullptr : chunk_sums + (long long)place * chunk_sum_size);

@@ -22,9 +22,8 @@ from .index_width import sizes_of
 from .plan import Launch
 from .sorted_specs import CHUNK_BYTES, QUEUE_BYTES, TABLE_BYTES, segment_starts_bytes
 
-# Contributions of a chunk of a bucket, at least and at most; and chunks that those of all heads should fill, at most.
-# docs/performance/decisions.md#sorted-chunks-of-a-bucket
-SMALLEST_CHUNK, LARGEST_CHUNK, CHUNKS = 1024, 8192, 1024
+# Chunks that the contributions of all heads should fill, at most.
+CHUNKS = 1024
 # Bytes of contributions between the launches, unless one head needs more: heads are done in groups.
 WORKSPACE = 256 << 20
 
@@ -174,8 +173,8 @@ def _chunks(heads: int, contributions: int) -> tuple[int, int]:
     A bucket is split from two chunks on, so that it has at most 3 / 2 times as many as its contributions would fill. A
     contribution that reaches into the next bucket is in both.
     """
-    chunk_size = SMALLEST_CHUNK
-    while chunk_size < LARGEST_CHUNK and heads * contributions > CHUNKS * chunk_size:
+    chunk_size = sorted_heuristics.SMALLEST_CHUNK
+    while chunk_size < sorted_heuristics.LARGEST_CHUNK and heads * contributions > CHUNKS * chunk_size:
         chunk_size *= 2
     return chunk_size, heads * (3 * contributions // chunk_size) if contributions > 2 * chunk_size else 0
 

@@ -13,7 +13,7 @@ from .heuristics import (
     fused_warps,
     sample_axes,
 )
-from .index_width import narrowest
+from .index_width import UNSIGNED, narrowest
 from .launch_tables import table_of
 from .specs import BucketSortSpec, MaterialiseSpec, ReduceBucketsSpec
 
@@ -27,9 +27,12 @@ SMALL_SHARE = 3
 # Contributions that a bucket should have, at least and at most. Fewer leave a warp's batches empty, and more of them
 # need more warps of a multiprocessor than there are. docs/performance/decisions.md#sorted-bucket-size
 FEWEST_CONTRIBUTIONS, MOST_CONTRIBUTIONS, BUCKETS_PER_MULTIPROCESSOR = 128, 256, 16
-# Contributions that a warp sorts at a time: as many as its registers hold. It does not sort where a bucket of full size
-# has fewer than so many. docs/performance/decisions.md#sorted-batches
-BATCH, UNSORTED_BATCH, SORTED_FROM = 128, 32, 64
+# Contributions that a warp sorts at a time, in bytes: as many as its registers hold. It takes a few unsorted ones where
+# a bucket of full size has fewer than so many. docs/performance/decisions.md#sorted-batches
+BATCH_BYTES, UNSORTED_BATCH, SORTED_FROM = 2048, 32, 64
+# Contributions of a chunk of a very large bucket, at least and at most.
+# docs/performance/decisions.md#sorted-chunks-of-a-bucket
+SMALLEST_CHUNK, LARGEST_CHUNK = 1024, 8192
 # Contributions of a sorted run in shared memory, in bytes: a size that every architecture has.
 RUN_BYTES = 48 * 1024
 
@@ -40,9 +43,10 @@ def reduce_buckets(problem: Problem, alignment: int, gpu: Gpu) -> ReduceBucketsS
     bucket_size = _bucket_size(channels)
     sorts = contributions_of_head(problem) * bucket_size >= SORTED_FROM * problem.S
     return ReduceBucketsSpec(
+        wide_counts=contributions_of_head(problem) + LARGEST_CHUNK >= 2**UNSIGNED,
         channels=channels,
         block=block_axes(table.reduce_buckets if sorts else table.reduce_unsorted, gpu),
-        chunk=BATCH if sorts else UNSORTED_BATCH,
+        chunk=BATCH_BYTES // contribution_bytes(problem.value_dtype) if sorts else UNSORTED_BATCH,
         bucket_size=bucket_size,
     )
 

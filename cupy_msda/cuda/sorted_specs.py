@@ -23,7 +23,7 @@ from .axes import (
     index_bytes,
     samples_bytes,
 )
-from .index_width import INT, UNSIGNED, Index, Sizes
+from .index_width import INT, LONG, UNSIGNED, Index, Sizes
 from .kernel_spec import Axis, KernelSpec, Parameter, parameters
 
 # Regions of buckets of one size, at most, and the sizes of the kernels' `bucket_table`, of `chunk_queue` without its
@@ -122,6 +122,7 @@ class ReduceBucketsSpec(KernelSpec):
     )
     long_arrays: ClassVar[tuple[str, ...]] = ("grad_output", "contributions", "segment_starts", "grad_value")
 
+    wide_counts: bool
     channels: ChannelAxes
     block: BlockAxes
     chunk: int
@@ -142,7 +143,7 @@ class ReduceBucketsSpec(KernelSpec):
             | contribution_index(sizes)
             | {
                 f"{self.bucket_size}*D": Index(self.chunk_sum_size, INT),
-                "contributions to a pixel": Index(sizes.contributions, UNSIGNED),
+                "contributions to a pixel": Index(sizes.contributions, LONG if self.wide_counts else UNSIGNED),
                 "queue": Index(sizes.queued, UNSIGNED),
             }
         )

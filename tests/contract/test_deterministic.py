@@ -5,7 +5,7 @@ import pytest
 
 import cupy_msda
 from cupy_msda.call import ALL
-from cupy_msda.cuda import plan_backward, sorted_heuristics
+from cupy_msda.cuda import plan_backward
 from tests.helpers import cases
 from tests.helpers.backends import TorchBackend
 from tests.helpers.cases import DTYPE_PAIRS, SMALL_CASES, VARIANTS, Case
@@ -76,13 +76,12 @@ def test_same_bits_in_fifty_runs_on_a_busy_gpu(case, where, dtype):
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
-def test_workspace_and_bucket_limits_do_not_change_the_bits(monkeypatch):
+def test_workspace_limits_do_not_change_the_bits(monkeypatch):
     from cupy_msda.cuda import run as cuda
 
     case = LARGE[1]
     put = [BACKEND.put(array) for array in case.inputs(seed=4)]
     one = gradients(put, case)
-    monkeypatch.setattr(sorted_heuristics, "MAX_BUCKETS", 16)
     monkeypatch.setattr(plan_backward, "WORKSPACE", 1 << 22)
     monkeypatch.setattr(cuda, "_prepared", {})
     np.testing.assert_array_equal(bits(gradients(put, case)[0]), bits(one[0]))

@@ -160,7 +160,7 @@ def test_a_deterministic_backward_has_the_same_bits(gpu, pair):
     inputs = DENSE.inputs(*pair)
     first, second = (check(gpu, inputs, deterministic=True)[1][0].get() for _ in range(2))
     assert first.tobytes() == second.tobytes()
-    assert kernels_of(gpu)[:3] == ["forward", "bucket_sort", "block_reduce"]
+    assert kernels_of(gpu)[:3] == ["forward", "bucket_sort", "reduce_buckets"]
 
 
 def test_deterministic_changes_between_calls_of_one_problem(gpu):
@@ -178,15 +178,17 @@ def test_a_side_stream_computes_what_the_sum_does_not_need(gpu):
 
 
 def test_a_deterministic_backward_with_chunks_of_buckets(gpu, monkeypatch):
-    monkeypatch.setattr(plan_backward, "BUCKET_CHUNK", 512)
+    monkeypatch.setattr(sorted_heuristics, "SMALLEST_CHUNK", 64)
     check(gpu, DENSE.inputs(), deterministic=True)
-    assert "split_buckets" in kernels_of(gpu)
+    reduce = next(launch for launch in gpu.launches if launch.spec.kernel == "reduce_buckets")
+    names = [parameter.name for parameter in reduce.spec.parameters]
+    assert reduce.words[names.index("queue")]
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_deterministic_backward_in_slabs(gpu, monkeypatch, fused):
     monkeypatch.setattr(plan_backward, "WORKSPACE", 1)
-    monkeypatch.setattr(sorted_heuristics, "MAX_BUCKETS", 1)
+    monkeypatch.setattr(sorted_heuristics, "MAX_BUCKETS", 4)
     inputs = PLAIN.inputs()
     check(gpu, cases.to_fused(inputs) if fused else inputs, deterministic=True)
     assert kernels_of(gpu).count("bucket_sort") == 6 * 2

@@ -44,11 +44,11 @@ def test_problems_reach_every_path():
     many, few = non_finite.plain("locations", S=64, D=32), non_finite.plain("locations", S=400)
     planned, other = emulator.prepare(many, False, None), emulator.prepare(few, False, None)
     assert plan.forward(planned, 16, SMALL_GPU).spec.masked_neighbours
-    assert plan.backward(planned, 16, SMALL_GPU, Wanted()).spec.aggregation_bits
-    assert plan_backward.summation(planned, 16, H100).reduce.spec.kernel == "block_reduce"
+    assert plan.backward(planned, 16, SMALL_GPU, Wanted(), emulator.is_dense(planned)).spec.aggregation_bits
+    assert plan_backward.summation(planned, 16, H100).reduce.spec.chunk == 128
     assert plan.forward(other, 16, H100).spec.lane_groups > 1
-    assert not plan.backward(other, 16, H100, Wanted()).spec.aggregation_bits
-    assert plan_backward.summation(other, 16, H100).reduce.spec.kernel == "warp_reduce"
+    assert not emulator.is_dense(other)
+    assert plan_backward.summation(other, 16, H100).reduce.spec.chunk == 32
 
 
 @pytest.mark.parametrize(("name", "pair"), choices(VARIANTS, PAIRS, short=lambda name, pair: pair == PAIRS[0]), ids=str)

@@ -137,11 +137,9 @@ def test_shared_memory_that_is_too_small_is_caught(monkeypatch):
 SHARED_STRUCTS = {
     "forward": ("sample_pitch = config::chunk | 1", "sample_pitch = (config::chunk | 1) + 2"),
     "backward": ("sample_pitch = config::chunk | 1", "sample_pitch = (config::chunk | 1) + 2"),
-    "block_reduce": ("unsigned warp_sums[config::warps];", "unsigned warp_sums[config::warps + 4];"),
-    "warp_reduce": ("contribution contributions[32];", "contribution contributions[33];"),
-    "split_buckets": ("address_t[config::warps][32]", "address_t[config::warps][33]"),
+    "reduce_buckets": ("acc_t sum[max_keys][channel_tile];", "acc_t sum[max_keys + 4][channel_tile];"),
 }
-SUMMATIONS = {"block_reduce": 800, "split_buckets": 3000, "warp_reduce": 20}  # queries
+SUMMATIONS = {"reduce_buckets": 800}  # queries
 
 
 @pytest.mark.parametrize("kernel", SHARED_STRUCTS)

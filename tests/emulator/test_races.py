@@ -58,8 +58,6 @@ REDUNDANT = {
     "backward.cu 5": "a lane writes the next sample where it has read this one; a fused call has no next one",
     "common/levels.cuh 0": "a lane reads the level that it has written itself",
     "common/sample_gradients.cuh 1": "each dot product has a barrier before it takes the place of its sample",
-    "sorted/block_reduce.cu 8": "the next batch, or the next runs, have a barrier before they write what is read here",
-    "sorted/block_reduce.cu 9": "as the one before: the sum over the next runs has a barrier",
 }
 
 
@@ -123,12 +121,12 @@ FAULTS = {
         "grad_value",
     ),
     "chunks that are done, counted without an atomic addition": (
-        "summation: block, chunks",
-        Fault("block_reduce", DONE, DONE.replace("atomicAdd(&", "(").replace(", 1u)", "++)")),
-        "of counts",
+        "summation: chunks",
+        Fault("reduce_buckets", DONE, DONE.replace("atomicAdd(&", "(").replace(", 1u)", "++)")),
+        "of queue",
     ),
     "a barrier of the warp for one of the block": (
-        "summation: block",
+        "summation: sorted batches",
         Fault("bucket_sort", "__syncthreads();    // the sorted run", "__syncwarp();    // the sorted run"),
         "shared memory",
     ),
@@ -146,6 +144,6 @@ def test_the_report_names_the_array(fault):
 
 def test_a_read_by_ldg_of_what_the_launch_writes_is_caught():
     """Its cache does not see what other multiprocessors write meanwhile; the emulator's memory does."""
-    planted = Fault("block_reduce", "__ldcg(", "__ldg(")
+    planted = Fault("reduce_buckets", "__ldcg(&word_of", "__ldg(&word_of")
     with pytest.raises(emulator.EmulatorError, match=r"of .*sums.* is read by __ldg and written in the same launch"):
-        COVERING["summation: block, chunks"].run(texts={"block_reduce": planted.planted()}, log=Log())
+        COVERING["summation: chunks"].run(texts={"reduce_buckets": planted.planted()}, log=Log())

@@ -110,7 +110,9 @@ def test_tiles_across_levels_fit_every_height(name):
     """Bands of rows: a level has a row more or less than whole bands, no row in a band, or is the only tall one."""
     for H in range(1, 36):
         case = replace(ONE_HEAD, levels=CROSS_LEVEL_SHAPES[name](H), D=32, P=2, queries=None)
-        assert plan.backward(problem_of(case), 16, H100).spec.aggregation_bits
+        assert plan.backward(
+            problem_of(case), 16, H100, aggregated=emulator.is_dense(problem_of(case))
+        ).spec.aggregation_bits
         inputs = case.inputs(seed=H)
         for got, want in zip(emulator.backward(inputs), expected(inputs)[1], strict=True):
             assert_close(got, want, "float32", f"height {H}")
@@ -190,32 +192,31 @@ def test_more_queries_than_16_bits_count():
 
 @pytest.mark.parametrize("buckets", [1, 2, *around(32), *around(64)])
 def test_buckets_of_every_number(buckets, monkeypatch):
-    monkeypatch.setattr(plan_backward, "BUCKET_CHUNK", 512)
+    monkeypatch.setattr(sorted_heuristics, "SMALLEST_CHUNK", 64)
     size = summation_of(replace(ONE_HEAD, queries=2000)).reduce.spec.bucket_size
-    for S in around(buckets * size)[:2] if buckets < 64 else (buckets * size,):
-        case = replace(ONE_HEAD, levels=((1, S),), N=2, P=4, queries=max(100, 2 * S))
+    for S in around(buckets * size)[:2] if buckets < 32 else (buckets * size,):
+        case = replace(ONE_HEAD, levels=((1, S),), N=2, P=4, queries=max(100, S // 4))
         planned = summation_of(case)
-        assert planned.pixels // size == buckets
-        assert planned.split
-        assert planned.split.grid[0] == 2 * -(-buckets // 32)
+        assert planned.buckets >= buckets
+        assert planned.queued
         inputs = case.inputs(seed=43)
         inputs.locations[:, ::2] = 0.5 / S  # the first bucket, in chunks
         assert_close(emulator.summation(inputs), expected(inputs)[1][0], "float32")
 
 
-@pytest.mark.parametrize("S", [20_799, 20_801, 32_768, 32_769])
+@pytest.mark.parametrize("S", [20_799, 98_176, 98_177])
 def test_many_buckets_of_a_block(S):
-    """The beginnings of all segments are in shared memory; with more than 1024 buckets the image is done in slabs."""
+    """The beginnings of all segments are in shared memory; with more than 1536 buckets the image is done in slabs."""
     case = replace(ONE_HEAD, levels=((1, S),), queries=300)
     planned = summation_of(case)
     assert planned.reduce.spec.bucket_size == sorted_heuristics.MAX_BUCKET_SIZE
-    assert -(-S // planned.pixels) == 1 + (S > 32_768)
+    assert -(-S // planned.pixels) == 1 + (S > (1536 - 2) * 64)
     inputs = case.inputs(seed=44)
     assert_close(emulator.summation(inputs, sanitize=True), expected(inputs)[1][0], "float32")
 
 
 def test_a_bucket_of_just_a_chunk_is_not_split(monkeypatch):
-    monkeypatch.setattr(plan_backward, "BUCKET_CHUNK", 512)
+    monkeypatch.setattr(sorted_heuristics, "SMALLEST_CHUNK", 256)
     for contributions in (*around(512), *around(1024)):
         # In a level one pixel high a sample has one contribution.
         case = replace(ONE_HEAD, levels=((1, 16),), queries=contributions)
@@ -225,13 +226,34 @@ def test_a_bucket_of_just_a_chunk_is_not_split(monkeypatch):
         assert_close(emulator.summation(inputs), expected(inputs)[1][0], "float32")
 
 
-def test_a_warp_reduces_up_to_four_contributions_per_pixel():
-    kernels = []
-    for queries in around(24):
-        case = replace(ONE_HEAD, queries=queries)
-        kernels.append(summation_of(case).reduce.spec.kernel)
+def test_a_warp_sorts_batches_of_buckets_with_many_contributions():
+    batches, S = [], 48
+    for queries in around(sorted_heuristics.SORTED_FROM * S // (2 * 64 * 4)):
+        case = replace(ONE_HEAD, levels=((6, 8),), P=4, queries=queries)
+        batches.append(summation_of(case).reduce.spec.chunk)
         check_summation(case)
-    assert kernels == ["warp_reduce", "warp_reduce", "block_reduce"]
+    assert batches == [32, 128, 128]
+
+
+@pytest.mark.parametrize("contributions", [1, 31, 32, 33, 127, 128, 129, 257])
+@pytest.mark.parametrize("chunk", [32, 128])
+def test_batches_of_every_size(contributions, chunk, monkeypatch):
+    monkeypatch.setattr(sorted_heuristics, "SORTED_FROM", 0 if chunk == 128 else 10**9)
+    # In a level one pixel high a sample has one contribution.
+    case = replace(ONE_HEAD, levels=((1, 40),), P=1, queries=contributions)
+    assert summation_of(case).reduce.spec.chunk == chunk
+    inputs = case.inputs(seed=47)
+    inputs.locations[..., 1] = 0.5
+    assert_close(emulator.summation(inputs), expected(inputs)[1][0], "float32")
+
+
+@pytest.mark.parametrize("levels", [((16, 40), (4, 4), (1, 1)), ((2, 3), (16, 40)), ((1, 1),) * 33], ids=len)
+@pytest.mark.parametrize("fewest", [1, 8, 10**6])
+def test_bucket_sizes_by_level(levels, fewest, monkeypatch):
+    """Small buckets where a level gets many contributions, up to one region per level."""
+    monkeypatch.setattr(sorted_heuristics, "FEWEST_CONTRIBUTIONS", fewest)
+    monkeypatch.setattr(sorted_heuristics, "MOST_CONTRIBUTIONS", max(fewest, 2))
+    check_summation(replace(ONE_HEAD, levels=levels, N=2, P=2, queries=40))
 
 
 @pytest.mark.parametrize("K", [3, 8, 17, 32, 33])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from cupy_msda.call import Wanted
-from cupy_msda.cuda import plan_backward, sorted_heuristics
+from cupy_msda.cuda import sorted_heuristics
 from tests.helpers import cases, emulator
 from tests.helpers.cases import CROSS_LEVEL, Case
 from tests.helpers.emulator import SMALL_GPU
@@ -88,6 +88,8 @@ def covered(function, case, pair=("float32", "float32"), **rest):
 
 POINTS, BOXES = {"coordinates": 2, "packed": True}, {"coordinates": 4}
 
+SMALL_CHUNKS = ((sorted_heuristics, "SMALLEST_CHUNK", 64), (sorted_heuristics, "LARGEST_CHUNK", 64))
+
 FORWARD = {
     "pixels": covered("forward", PIXELS),
     "pixels, warps independent": covered("forward", PIXELS, gpu=SMALL_GPU),
@@ -117,13 +119,12 @@ BACKWARD = {
     "nearest": covered("backward", cases.VARIANTS[3]),
 }
 SUMMATION = {
-    "block": covered("summation", DENSE),
-    "warp": covered("summation", SPARSE, ("float16", "float16")),
-    "warp, crowded": covered("summation", SPARSE, crowded=(15, 0.37)),
-    "warp, crowded to the end": covered("summation", replace(SPARSE, queries=64), crowded=(0, 0.37)),
-    "block, channel tiles": covered("summation", replace(MANY_CHANNELS, queries=60)),
-    "block, chunks": covered("summation", CHUNKS, crowded=(0, 0.63), patches=((plan_backward, "BUCKET_CHUNK", 512),)),
-    "slabs": covered("summation", DENSE, ("float64", "float64"), patches=((sorted_heuristics, "MAX_BUCKETS", 1),)),
+    "sorted batches": covered("summation", DENSE),
+    "unsorted batches": covered("summation", SPARSE, ("float16", "float16")),
+    "crowded": covered("summation", replace(SPARSE, queries=64), crowded=(0, 0.37)),
+    "channel tiles": covered("summation", replace(MANY_CHANNELS, queries=60)),
+    "chunks": covered("summation", CHUNKS, crowded=(0, 0.63), patches=SMALL_CHUNKS),
+    "slabs": covered("summation", DENSE, ("float64", "float64"), patches=((sorted_heuristics, "MAX_BUCKETS", 5),)),
     "fused": covered("summation", PIXELS, fused=POINTS),
     "fused, materialised": covered("summation", FEW, fused=BOXES),
     "ragged": covered("summation", TAIL, ("bfloat16", "float32"), lengths=(20, 0)),

@@ -358,3 +358,4 @@ inline long long max(long long x, long long y) { return x > y ? x : y; }
 inline unsigned min(unsigned x, unsigned y) { return x < y ? x : y; }
 inline int min(int x, int y) { return x < y ? x : y; }
 inline long long min(long long x, long long y) { return x < y ? x : y; }
+inline unsigned long long min(unsigned long long x, unsigned long long y) { return x < y ? x : y; }

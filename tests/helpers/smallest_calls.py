@@ -92,7 +92,7 @@ def force(monkeypatch, row, specs):
         # So many pixels are not taken by tiles.
         monkeypatch.setattr(heuristics, "MAX_TILED_QUERIES", 0)
     # Small buckets have several chunks then.
-    monkeypatch.setattr(plan_backward, "BUCKET_CHUNK", 512)
+    monkeypatch.setattr(sorted_heuristics, "SMALLEST_CHUNK", 64)
     chunks = {spec.chunk for spec in specs if spec.kernel == "bucket_sort"}
     if chunks:
         sort, chunk = sorted_heuristics.bucket_sort, chunks.pop()

@@ -34,7 +34,7 @@ AXES = {
     "queries": ("few", "many", "pixels"),
     "levels": ("on the host", "on the device"),
     "size": ("32 bits", "64 bits"),
-    "wanted": ("output", *WANTED, *(f"value in order: {kind}" for kind in ("sort", "count", "sum"))),
+    "wanted": ("output", *WANTED, *(f"value in order: {kind}" for kind in ("sort", "sum"))),
     "layout": ("contiguous", "strided", "padded"),
     "front": ("none", "points", "boxes, packed"),
     "variant": ("plain", "points", "nearest", "border", "align corners", "border, align corners", "nearest, points"),
@@ -90,14 +90,14 @@ def launches_of(row, gpu=H100):
     if wanted == "output":
         return {"forward": plan.forward(found, alignment, gpu)}
     if "in order" in wanted:
-        sort, *split, reduce = plan_backward.summation(found, alignment, gpu).launches
+        sort, reduce = plan_backward.summation(found, alignment, gpu).launches
         first = {"sort": sort}
         if sorted_heuristics.is_materialised(found):
             first = {"expand": plan.materialise(found)}
-        counted = {"count": split[0]} if split else {"sort": sort}
-        return {"sort": first, "count": counted, "sum": {"sum": reduce}}[wanted.split()[-1]]
+        return {"sort": first, "sum": {"sum": reduce}}[wanted.split()[-1]]
     wanted = gradients_of(row)
-    backward = {"backward": plan.backward(found, alignment, gpu, found.computed(wanted))}
+    aggregated = found.Q * found.K >= 4 * found.S
+    backward = {"backward": plan.backward(found, alignment, gpu, found.computed(wanted), aggregated)}
     return backward | ({"references": plan.reduce_references(found)} if wanted.references else {})
 
 
@@ -188,7 +188,7 @@ def pairwise_rows():
 
 def budgeted_rows():
     """The problems of the budget, as plain data."""
-    return [*pairwise_rows(), *common_rows(), *dtype_rows()]
+    return [*filter(is_accepted, pairwise_rows()), *common_rows(), *dtype_rows()]
 
 
 def budgeted(architecture=90):

@@ -27,10 +27,8 @@ CHOICES = {
     "backward": (
         *_ALL, "aggregation_bits", "paired_tiles", "grad_value", "grad_locations", "grad_weights", "grad_references"
     ),
-    "bucket_sort": ("chunk", "warps", "min_blocks", "bucket_size", "wide_index"),
-    "split_buckets": ("warps", "bucket_size"),
-    "warp_reduce": ("vec", "lanes", "warps", "min_blocks", "unroll", "bucket_size"),
-    "block_reduce": ("vec", "lanes", "chunk", "warps", "min_blocks", "unroll", "bucket_size"),
+    "bucket_sort": ("chunk", "warps", "min_blocks", "bucket_size", "smallest_bucket", "wide_index"),
+    "reduce_buckets": ("vec", "lanes", "chunk", "warps", "min_blocks", "unroll", "bucket_size"),
     "materialise": ("chunk", "warps", "wide_index"),
     "cast": (),
     "reduce_references": (),
@@ -49,10 +47,10 @@ def text_of_summation(sums):
     if sums is None:
         return "none"
     memory = (
-        sums.heads, sums.pixels, sums.runs, sums.capacity, sums.bucket_chunk, sums.contributions, sums.counts,
-        sums.chunks, sums.sums, sums.nbytes,
+        sums.heads, sums.pixels, sums.buckets, sums.runs, sums.capacity, sums.contributions_per_bucket, sums.chunk_size,
+        sums.queued, sums.table, sums.contributions, sums.queue, sums.sums, sums.nbytes,
     )  # fmt: skip
-    return "; ".join([text_of(sums.sort), text_of(sums.split), text_of(sums.reduce), str(memory)])
+    return "; ".join([text_of(sums.sort), text_of(sums.reduce), str(memory)])
 
 
 def text_of_backward(planned):

@@ -6,7 +6,7 @@ import pytest
 
 from cupy_msda.arrays import item_size
 from cupy_msda.call import ALL, Problem, ValueStrides, Variant, Wanted
-from cupy_msda.cuda import gpu, plan, plan_backward
+from cupy_msda.cuda import cost_model, gpu, plan, plan_backward
 from cupy_msda.cuda.gpu import H100
 from tests.helpers.cases import CASES, DTYPE_PAIRS
 
@@ -252,29 +252,44 @@ def backward_plan(**sizes):
     return plan_backward.backward(problem(**{"N": 2, "Q": 300} | sizes), 16, H100)
 
 
-def test_many_samples_per_value_vector_are_aggregated():
-    encoder = backward_plan(Q=22223)
+def test_pixel_queries_are_aggregated():
+    encoder = backward_plan(Q=22223, S=22223)
     assert encoder.atomics.spec.aggregation_bits
     assert encoder.samples is encoder.summation is None
-    assert not backward_plan(Q=300, S=2000, N=1).atomics.spec.aggregation_bits
 
 
-def test_few_samples_in_a_large_value_are_sorted():
-    assert backward_plan(N=8, Q=900).summation.reduce.spec.kernel == "warp_reduce"
-    assert backward_plan(N=2, value="float16").summation
-    assert backward_plan(N=1).atomics
-    assert backward_plan(S=2**20).atomics  # would take too many slabs
-    assert backward_plan(N=1, value="float16").summation
-    assert backward_plan(N=1, Q=10, S=80, value="float16").atomics
+def test_few_samples_in_a_large_16_bit_value_are_sorted():
+    planned = backward_plan(N=8, Q=300, value="float16")
+    assert planned.summation.reduce.spec.chunk == 32
+    assert planned.samples
+    assert planned.atomics is None
+
+
+def test_small_calls_use_atomics():
+    assert not backward_plan(N=1, Q=10, S=80, value="float16").atomics.spec.aggregation_bits
 
 
 def test_a_fixed_order_has_no_atomics():
-    for Q, kernel in ((300, "warp_reduce"), (22223, "block_reduce")):
+    for Q, batch in ((300, 32), (22223, 128)):
         found = replace(problem(Q=Q), deterministic=True)
         planned = plan_backward.backward(found, 16, H100)
         assert planned.atomics is planned.cast is None
-        assert planned.summation.reduce.spec.kernel == kernel
+        assert planned.summation.reduce.spec.chunk == batch
         assert not planned.samples.spec.gradients.grad_value
+
+
+@pytest.mark.parametrize("grown", ["N", "S", "Q", "P"])
+def test_every_estimate_grows_with_the_problem(grown):
+    small = problem()
+    large = replace(small, **{grown: 2 * getattr(small, grown)})
+    before, after = cost_model.estimates(small), cost_model.estimates(large)
+    assert all(after[way] > before[way] for way in before)
+
+
+def test_what_cannot_be_counted_is_not_sorted_for_its_speed():
+    found = problem(Q=2**27, P=4)
+    assert "sorted" not in cost_model.estimates(found)
+    assert "sorted" in cost_model.estimates(replace(found, Q=2**25))
 
 
 def test_only_what_is_wanted_is_planned():
@@ -288,7 +303,7 @@ def test_only_what_is_wanted_is_planned():
 
 
 def test_the_gradient_in_16_bits_is_cast_unless_it_is_sorted():
-    assert backward_plan(value="float16", Q=22223).cast
+    assert backward_plan(value="float16", Q=22223, S=22223).cast
     assert not backward_plan(value="float16", N=8).cast
 
 
@@ -301,7 +316,8 @@ def test_a_sorted_sum_fits_everywhere(value, D, S, Q, P):
     assert planned.reduce.shared_bytes <= 48 * 1024
     assert planned.capacity < 2**16
     assert planned.runs * planned.capacity >= 2 * Q * 4 * P
-    assert planned.nbytes <= plan_backward.WORKSPACE or planned.heads == 1
+    assert planned.queue <= plan_backward.WORKSPACE or planned.heads == 1
+    assert planned.nbytes - planned.queue <= planned.queue
 
 
 # ---- the planner as a whole ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from cupy_msda import validate
 from cupy_msda.call import Wanted
-from cupy_msda.cuda import plan_backward
+from cupy_msda.cuda import sorted_heuristics
 from cupy_msda.torch import fast_path
 from tests.helpers import emulated_torch, emulator
 from tests.helpers.cases import PARTIAL_GRADIENTS, Case, gradient_names
@@ -151,11 +151,11 @@ def test_deterministic_gradients_have_the_same_bits(torch_gpu, pair):
 
 
 def test_deterministic_gradients_by_chunks_of_buckets(torch_gpu, monkeypatch):
-    monkeypatch.setattr(plan_backward, "BUCKET_CHUNK", 512)
+    monkeypatch.setattr(sorted_heuristics, "SMALLEST_CHUNK", 64)
     calls = Checked(torch_gpu, DENSE)
     for _ in REPEATED:
         calls.check(deterministic=True)
-    assert kernels_of(torch_gpu).count("split_buckets") == 3
+    assert kernels_of(torch_gpu).count("reduce_buckets") == 3
 
 
 def test_deterministic_gradients_of_samples_that_are_materialised(torch_gpu):
