@@ -23,7 +23,7 @@ constexpr int contributions_per_lane = batch_size / 32;
 constexpr int max_keys = config::bucket_size + 2;
 
 // Elements of the sums of a chunk in global memory.
-constexpr int chunk_sum_size = config::bucket_size * padded_channels;
+constexpr long long chunk_sum_size = (long long)config::bucket_size * padded_channels;
 
 // Shared memory of a warp.
 struct warp_bucket {
@@ -320,7 +320,7 @@ __device__ __forceinline__ void reduce_bucket(
         for (int pixel = group; pixel < bucket.pixels; pixel += groups_per_warp) {
             lane_sum sum;
             load_sum(shared.sum[1 + pixel], lane, sum);
-            if (chunk_sums) store_sum(chunk_sums + pixel * padded_channels + tile * channel_tile, lane, sum);
+            if (chunk_sums) store_sum(chunk_sums + (long long)pixel * padded_channels + tile * channel_tile, lane, sum);
             else if (!idle) store_value_vector(grad_value + (long long)pixel * vector_pitch, sum);
         }
         __syncwarp();
@@ -392,14 +392,14 @@ __device__ __forceinline__ void add_chunks(
 #pragma unroll 1
         for (int tile = 0; tile < channel_tiles; ++tile) {
             const int channel = tile * channel_tile + lane * config::vec;
-            const acc_t* of_pixel = chunk_sums + pixel * padded_channels + tile * channel_tile;
+            const acc_t* of_pixel = chunk_sums + (long long)pixel * padded_channels + tile * channel_tile;
             lane_sum sum;
             set_to_zero(sum);
 #pragma unroll 4
             for (unsigned chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll
                 for (int w = 0; w < words; ++w) {
-                    const acc_t* of_chunk = of_pixel + (long long)chunk * chunk_sum_size;
+                    const acc_t* of_chunk = of_pixel + chunk * chunk_sum_size;
                     sum_word word;
                     word.word = __ldcg(&word_of(const_cast<acc_t*>(of_chunk), lane, w)->word);
 #pragma unroll
@@ -453,7 +453,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
             to = from + (count_t)chunk_size;
         }
         reduce_bucket(
-            shared, arrays, bucket, first_slice, from, to, whole ? nullptr : chunk_sums + (long long)place * chunk_sum_size);
+            shared, arrays, bucket, first_slice, from, to, whole ? nullptr : chunk_sums + place * chunk_sum_size);
         if (!whole) {
             const unsigned first = __ldcg(&queue->chunk[place].first), chunks = __ldcg(&queue->chunk[place].chunks);
             __threadfence();
@@ -462,7 +462,7 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
             if (threadIdx.x % 32 == 0) done = atomicAdd(&queue->chunk[first].done, 1u);
             if (__shfl_sync(0xffffffffu, done, 0) == chunks - 1) {
                 __threadfence();
-                add_chunks(arrays, bucket, chunk_sums + (long long)first * chunk_sum_size, chunks);
+                add_chunks(arrays, bucket, chunk_sums + first * chunk_sum_size, chunks);
             }
         }
         whole = false;

@@ -142,7 +142,7 @@ def summation(problem: Problem, alignment: int, gpu: Gpu) -> Summation:
     table = _aligned(heads * runs * starts)
     contributions = table + _aligned(TABLE_BYTES)
     queue = contributions + heads * runs * capacity * contribution
-    chunk_size, queued = _chunks(heads, in_head)
+    chunk_size, queued = _chunks(heads, in_head, reduce.channels.channel_tiles)
     sums = _aligned(queue + (QUEUE_BYTES + CHUNK_BYTES * queued if queued else 0))
     planned = Summation(
         Launch(sort, (heads * runs, 1, 1), sort.bytes_for(capacity, buckets)),
@@ -167,14 +167,15 @@ def summation(problem: Problem, alignment: int, gpu: Gpu) -> Summation:
     return planned
 
 
-def _chunks(heads: int, contributions: int) -> tuple[int, int]:
+def _chunks(heads: int, contributions: int, channel_tiles: int) -> tuple[int, int]:
     """Contributions of a chunk, and how many chunks there are at most.
 
     A bucket is split from two chunks on, so that it has at most 3 / 2 times as many as its contributions would fill. A
     contribution that reaches into the next bucket is in both.
     """
-    chunk_size = sorted_heuristics.SMALLEST_CHUNK
-    while chunk_size < sorted_heuristics.LARGEST_CHUNK and heads * contributions > CHUNKS * chunk_size:
+    more = 1 << (channel_tiles - 1).bit_length()  # their sums take more memory
+    chunk_size, largest = sorted_heuristics.SMALLEST_CHUNK * more, sorted_heuristics.LARGEST_CHUNK * more
+    while chunk_size < largest and heads * contributions > CHUNKS * chunk_size:
         chunk_size *= 2
     return chunk_size, heads * (3 * contributions // chunk_size) if contributions > 2 * chunk_size else 0
 

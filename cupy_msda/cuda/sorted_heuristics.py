@@ -43,7 +43,7 @@ def reduce_buckets(problem: Problem, alignment: int, gpu: Gpu) -> ReduceBucketsS
     bucket_size = _bucket_size(channels)
     sorts = contributions_of_head(problem) * bucket_size >= SORTED_FROM * problem.S
     return ReduceBucketsSpec(
-        wide_counts=contributions_of_head(problem) + LARGEST_CHUNK >= 2**UNSIGNED,
+        wide_counts=contributions_of_head(problem) >= 2**UNSIGNED // 2,
         channels=channels,
         block=block_axes(table.reduce_buckets if sorts else table.reduce_unsorted, gpu),
         chunk=BATCH_BYTES // contribution_bytes(problem.value_dtype) if sorts else UNSORTED_BATCH,

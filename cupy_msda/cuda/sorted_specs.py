@@ -23,7 +23,7 @@ from .axes import (
     index_bytes,
     samples_bytes,
 )
-from .index_width import INT, LONG, UNSIGNED, Index, Sizes
+from .index_width import LONG, UNSIGNED, Index, Sizes
 from .kernel_spec import Axis, KernelSpec, Parameter, parameters
 
 # Regions of buckets of one size, at most, and the sizes of the kernels' `bucket_table`, of `chunk_queue` without its
@@ -52,7 +52,7 @@ class BucketSortSpec(KernelSpec):
         *SLAB,
         *parameters("long long pixels"),
     )
-    long_arrays: ClassVar[tuple[str, ...]] = ("lengths", "segment_starts", "contributions", "queue")
+    long_arrays: ClassVar[tuple[str, ...]] = ("lengths", "segment_starts", "contributions", "table", "queue")
     fixed: ClassVar[dict[str, Axis]] = {"tile_rows": 0}
 
     value_dtype: str
@@ -120,7 +120,14 @@ class ReduceBucketsSpec(KernelSpec):
             "long long chunk_size",
         ),
     )
-    long_arrays: ClassVar[tuple[str, ...]] = ("grad_output", "contributions", "segment_starts", "grad_value")
+    long_arrays: ClassVar[tuple[str, ...]] = (
+        "grad_output",
+        "contributions",
+        "segment_starts",
+        "grad_value",
+        "table",
+        "chunk_sums",
+    )
 
     wide_counts: bool
     channels: ChannelAxes
@@ -142,7 +149,6 @@ class ReduceBucketsSpec(KernelSpec):
             self.channels.indices()
             | contribution_index(sizes)
             | {
-                f"{self.bucket_size}*D": Index(self.chunk_sum_size, INT),
                 "contributions to a pixel": Index(sizes.contributions, LONG if self.wide_counts else UNSIGNED),
                 "queue": Index(sizes.queued, UNSIGNED),
             }

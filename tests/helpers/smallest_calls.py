@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cupy_msda.call import PLAIN, Problem, Wanted, contiguous_starts
-from cupy_msda.cuda import gpu, heuristics, naive, plan, plan_backward, run, session, sorted_heuristics
+from cupy_msda.cuda import cost_model, gpu, heuristics, naive, plan, plan_backward, run, session, sorted_heuristics
 from tests.helpers import emulator, specialisations
 from tests.helpers.specialisations import gpu_of, launches_of
 
@@ -91,6 +91,8 @@ def force(monkeypatch, row, specs):
         emulator.force_wide_index(monkeypatch, True)
         # So many pixels are not taken by tiles.
         monkeypatch.setattr(heuristics, "MAX_TILED_QUERIES", 0)
+    # As the budget: whatever is faster at a small size.
+    monkeypatch.setattr(cost_model, "fastest_way", lambda call: "aggregated" if emulator.is_dense(call) else "atomics")
     # Small buckets have several chunks then.
     monkeypatch.setattr(sorted_heuristics, "SMALLEST_CHUNK", 64)
     chunks = {spec.chunk for spec in specs if spec.kernel == "bucket_sort"}

@@ -117,11 +117,9 @@ def limits(found, planned, sums):
     if kernel == "reduce_buckets":
         summed, reduce = sums.summation, sums.summation.reduce.spec
         contributions = len(found.variant.neighbours) * found.Q * found.K
-        of_chunk = reduce.bucket_size * -(-found.D // reduce.channels.channel_tile) * reduce.channels.channel_tile
         # Those of a bucket are those of all samples at most, and the last chunk ends after them.
         held |= {
             "contributions": (contributions + summed.chunk_size, LONG if reduce.wide_counts else UNSIGNED),
-            "sums of a chunk": (of_chunk, INT),
         }
         held |= {"queue": (summed.queued, UNSIGNED)}
     return held
