@@ -6,7 +6,7 @@ from cupy_msda.arrays import item_size
 from cupy_msda.call import accumulator_of
 
 # Null where nothing reads or writes it, which only the launch knows.
-_OPTIONAL = {"counts", "list", "chunk_sums", "of_locations", "of_weights"}
+_OPTIONAL = {"queue", "chunk_sums", "of_locations", "of_weights"}
 # Read or written by vectors of channels, where the kernel has these.
 _BY_CHANNELS = {"value", "output", "grad_output", "grad_value"}
 _PAIRS = {"locations", "offsets"}
