@@ -116,7 +116,7 @@ def inputs_of(arguments: Arguments) -> tuple[Any, ...]:
             sizes = [size for level in shapes for size in level]
             shapes = None
         else:  # rows that are arrays
-            shapes = torch.stack([torch.as_tensor(level) for level in shapes])
+            shapes = torch.stack([tensor_of(level, value.device) for level in shapes])
     samples: tuple[Any, ...] = (arguments.locations, arguments.weights)
     if arguments.reference_points is not None:
         samples = (arguments.reference_points, *samples)
