@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from . import __version__
-from .cli import check, demo, info, photograph, picture
+from .cli import check, demo, environment, info, photograph, picture
 from .cli.output import CommandError, OutputError, complain, discard, flush, say
 
 OUT = "msda_demo.png"
@@ -112,6 +112,7 @@ def _demo(options: argparse.Namespace) -> int:
     if not options.image:
         raise CommandError("expected the name of an image, got nothing")
     path, file_format = picture.target(options.out, image)
+    environment.refuse_wrong_variables()
     demo.choose_backend(options.backend)
     scene = demo.make_scene(photograph.load(image))
     outcome, failure = demo.run_on(scene, options.backend)
@@ -124,6 +125,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _check(_: argparse.Namespace) -> int:
+    environment.refuse_wrong_variables()
     rows = []
     say(f"{'case':22}{'backend':9}{'dtype':9}{'error':>9}  tolerance  worst output")
     for row in check.run_all():

@@ -1,7 +1,7 @@
 """Reading a DLPack capsule without any framework.
 
-The layouts are those of DLPack's ``dlpack.h`` (version 0.x, capsule name ``dltensor``), which every framework still
-returns where no ``max_version`` is asked for.
+The layouts are those of DLPack's ``dlpack.h``: version 1 (capsule name ``dltensor_versioned``) and version 0
+(``dltensor``). Version 0 cannot say that memory is read-only, so producers refuse to export such memory by it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any, NamedTuple
 
+MAX_VERSION = (1, 0)
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 # DLPack's number for CUDA's legacy default stream, whose address is 0.
 LEGACY_STREAM = 1
@@ -48,11 +49,25 @@ class _Tensor(ctypes.Structure):
     ]
 
 
+class _VersionedTensor(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Tensor),
+    ]
+
+
 # The deleter stays with the capsule and runs when the capsule is collected. So the reader of an address keeps the
 # capsule as long as the address is used.
 _get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _get_pointer.restype = ctypes.c_void_p
 _get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_get_name = ctypes.pythonapi.PyCapsule_GetName
+_get_name.restype = ctypes.c_char_p
+_get_name.argtypes = [ctypes.py_object]
 
 
 class DLTensor(NamedTuple):
@@ -65,9 +80,17 @@ class DLTensor(NamedTuple):
     device: tuple[str, int]
 
 
+def capsule_of(array: Any, **options: Any) -> Any:
+    """What ``array.__dlpack__`` exports, by the newest version that both sides know."""
+    try:
+        return array.__dlpack__(**options, max_version=MAX_VERSION)
+    except TypeError:  # a producer of version 0, which has no such parameter
+        return array.__dlpack__(**options)
+
+
 def read_capsule(capsule: Any) -> DLTensor:
-    """Decode `capsule` (named ``dltensor``); raise ``TypeError`` for a device that is neither CPU nor CUDA."""
-    tensor = _Tensor.from_address(_get_pointer(capsule, b"dltensor"))
+    """Decode `capsule`; raise ``TypeError`` for a device that is neither CPU nor CUDA."""
+    tensor = _tensor_in(capsule)
     kind = DEVICE_KINDS.get(tensor.device.type)
     if kind is None:
         other = _OTHER_DEVICES.get(tensor.device.type, f"DLPack device {tensor.device.type}")
@@ -79,6 +102,15 @@ def read_capsule(capsule: Any) -> DLTensor:
     return DLTensor(
         (tensor.data or 0) + tensor.byte_offset, shape, strides, _dtype_name(tensor.dtype), (kind, device_id)
     )
+
+
+def _tensor_in(capsule: Any) -> _Tensor:
+    if _get_name(capsule) == b"dltensor":
+        return _Tensor.from_address(_get_pointer(capsule, b"dltensor"))
+    versioned = _VersionedTensor.from_address(_get_pointer(capsule, b"dltensor_versioned"))
+    if versioned.major > MAX_VERSION[0]:  # the layout after `major` is unknown
+        raise TypeError(f"expected an export by DLPack 0 or 1, got one by {versioned.major}.{versioned.minor}")
+    return versioned.tensor
 
 
 def _dtype_name(dtype: _DataType) -> str:

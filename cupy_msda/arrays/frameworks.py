@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .convert import require_cupy, storage_dtype, to_cupy, to_numpy
-from .dlpack import DEVICE_KINDS, LEGACY_STREAM, contiguous_strides, read_capsule
+from .dlpack import DEVICE_KINDS, LEGACY_STREAM, capsule_of, contiguous_strides, read_capsule
 from .views import Device, View
 
 
@@ -25,9 +25,9 @@ class Framework:
         """The array's address and layout. The caller's current stream waits for that of the producer, if any."""
         kind, device = array.__dlpack_device__()
         if DEVICE_KINDS.get(int(kind)) == "cuda":
-            capsule = array.__dlpack__(stream=self.stream(("cuda", device)) or LEGACY_STREAM)
+            capsule = capsule_of(array, stream=self.stream(("cuda", device)) or LEGACY_STREAM)
         else:
-            capsule = array.__dlpack__()
+            capsule = capsule_of(array)
         return View(*read_capsule(capsule), self, array, capsule)
 
     def metadata(self, array: Any) -> Any:

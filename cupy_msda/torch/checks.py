@@ -60,8 +60,26 @@ def read(arguments: Arguments, known: bool) -> Problem:
         arguments = dataclasses.replace(arguments, locations=locations, weights=weights, reference_points=references)
     if known and devices.has_kernels(arguments.value.device):
         return validate.read(arguments).problem
+    if not known:
+        shapes, starts, lengths = arguments.spatial_shapes, arguments.level_start_index, arguments.query_lengths
+        arguments = dataclasses.replace(
+            arguments,
+            spatial_shapes=compat.without_wrappers(shapes),
+            level_start_index=None if starts is None else compat.without_wrappers(starts),
+            query_lengths=None if lengths is None else _extreme_lengths(lengths),
+            validate=False,
+        )
     with compat.without_transforms():
-        return devices.check(arguments if known else dataclasses.replace(arguments, validate=False))
+        return devices.check(arguments)
+
+
+def _extreme_lengths(lengths: Tensor) -> Tensor:
+    """Of each image a length that is out of range if that of any sample of vmap is."""
+    samples = compat.without_wrappers(lengths)
+    with compat.without_transforms():
+        samples = samples[None].flatten(0, -1 - lengths.ndim)
+        samples = torch.cat((samples.new_zeros(1, *lengths.shape), samples))  # vmap may have no samples
+        return torch.where((samples < 0).any(0), samples.amin(0), samples.amax(0))
 
 
 def zeros(arguments: Arguments, problem: Problem) -> Tensor:

@@ -67,8 +67,9 @@ if _profiler_enabled is None or not hasattr(forward_ad, "_current_level"):
 
 
 def forward_mode() -> bool:
-    """Whether a level of forward-mode gradients is active, and :func:`without_transforms` works."""
-    return getattr(forward_ad, "_current_level", -1) >= 0 and _without_transforms is not None
+    """Whether a level of forward-mode gradients is active, and torch has what the checks under it need."""
+    needed = (_without_transforms, _is_wrapped, _wrapped_tensor, _mapped_dimension, _detect_fake_mode)
+    return getattr(forward_ad, "_current_level", -1) >= 0 and None not in needed
 
 
 def under_transform() -> bool:
@@ -106,11 +107,41 @@ def all_known(tensors: Iterable[Tensor]) -> bool:
 
 
 _without_transforms: Callable[[], Any] | None = _private("_C._DisableFuncTorch")
+_is_wrapped: Any = _private("_C._functorch.is_functorch_wrapped_tensor")
+_wrapped_tensor: Any = _private("_C._functorch.get_unwrapped")
+_mapped_dimension: Any = _private("_C._functorch.maybe_get_bdim")  # -1 of a wrapper that is not vmap's
+_detect_fake_mode: Any = _private("_guards.detect_fake_mode")
 
 
 def without_transforms() -> contextlib.AbstractContextManager[Any]:
     """What is made inside this context is no tensor of a transform of torch.func around it, where that is possible."""
     return _without_transforms() if _without_transforms else contextlib.nullcontext()
+
+
+def _unwrapped(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """The tensor inside the wrappers of torch.func, and which of its dimensions vmap maps over, the outermost last."""
+    mapped: list[int] = []
+    while _is_wrapped(tensor):
+        mapped.insert(0, _mapped_dimension(tensor))
+        tensor = _wrapped_tensor(tensor)
+    return tensor, [dim for dim in mapped if dim >= 0]
+
+
+def without_wrappers(tensor: Tensor) -> Tensor:
+    """The tensor inside the wrappers of torch.func; the dimensions that vmap maps over come first.
+
+    Like :func:`fake`, for use where :func:`forward_mode` is true.
+    """
+    inside, mapped = _unwrapped(tensor)
+    with without_transforms():
+        for outer, dim in enumerate(mapped):
+            inside = inside.movedim(outer + dim, 0)
+    return inside
+
+
+def fake(tensors: Iterable[Tensor]) -> bool:
+    """Whether fake tensors, which have shapes and no elements, take part."""
+    return _detect_fake_mode([_unwrapped(one)[0] for one in tensors]) is not None
 
 
 def layout_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:

@@ -22,6 +22,7 @@ from .operators import (
     FUSED_ATTENTION,
     Operator,
     arguments_of,
+    check_shapes,
     inputs_of,
     operator_of,
     with_mask,
@@ -100,6 +101,7 @@ def _differentiable_places(operator: Operator, inputs: Sequence[Any]) -> list[in
 def _reference_forward(operator: Operator, *inputs: Any) -> Tensor:
     """A forward in torch's own functions."""
     arguments = arguments_of(operator, inputs)
+    check_shapes(arguments)
     return differentiable_attention(in_float(arguments)).to(arguments.value.dtype)
 
 

@@ -81,7 +81,8 @@ def _rows_of(metadata: Any) -> list[Any] | None:
     if not isinstance(metadata, Tensor):
         return metadata.tolist()
     if compat.tracing():
-        return [row.unbind() if row.ndim else row for row in metadata.unbind()]
+        # H * W may not fit the dtype of H and W.
+        return [row.unbind() if row.ndim else row for row in metadata.to(torch.int64).unbind()]
     if torch.compiler.is_compiling() or not compat.has_elements(metadata):
         return None
     return metadata.tolist()

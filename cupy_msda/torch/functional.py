@@ -225,7 +225,8 @@ def _attention(arguments: Arguments) -> Tensor:
     if not torch.compiler.is_compiling():
         arguments = checks.with_metadata_tensors(arguments)
         known = compat.all_known(tensors.values())
-        if (known and (_decomposed or arguments.validate)) or compat.forward_mode():
+        readable = compat.forward_mode() and not compat.fake(tensors.values())
+        if readable or (known and (_decomposed or arguments.validate)):
             problem = checks.read(arguments, known)
             if _decomposed and problem.empty:
                 return checks.zeros(arguments, problem)

@@ -116,7 +116,7 @@ def inputs_of(arguments: Arguments) -> tuple[Any, ...]:
             sizes = [size for level in shapes for size in level]
             shapes = None
         else:  # rows that are arrays
-            shapes = torch.stack([torch.as_tensor(level) for level in shapes])
+            shapes = torch.stack([tensor_of(level, value.device) for level in shapes])
     samples: tuple[Any, ...] = (arguments.locations, arguments.weights)
     if arguments.reference_points is not None:
         samples = (arguments.reference_points, *samples)
@@ -202,16 +202,20 @@ def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
 
 def _forward_fake(operator: Operator, *inputs: Any) -> Tensor:
     arguments = arguments_of(operator, inputs)
-    value, shapes, locations = arguments.value, arguments.spatial_shapes, arguments.locations
-    _check_dimensions("value", value, "[N, S, M, D]")
-    if isinstance(shapes, Tensor):
-        _check_dimensions("spatial_shapes", shapes, "[L, 2]")
-    if operator is FUSED_ATTENTION:
+    check_shapes(arguments)
+    N, _, M, D = arguments.value.shape
+    return arguments.value.new_empty((N, arguments.locations.shape[1], M * D))
+
+
+def check_shapes(arguments: Arguments) -> None:
+    """RuntimeError for shapes that do not go together, of tensors that may have no elements."""
+    _check_dimensions("value", arguments.value, "[N, S, M, D]")
+    if isinstance(arguments.spatial_shapes, Tensor):
+        _check_dimensions("spatial_shapes", arguments.spatial_shapes, "[L, 2]")
+    if arguments.fused:
         _check_dimensions("reference_points", arguments.reference_points, "[N, Q, L, 2]")
     else:
         _check_samples(arguments)
-    N, _, M, D = value.shape
-    return value.new_empty((N, locations.shape[1], M * D))
 
 
 def _check_samples(arguments: Arguments) -> None:

@@ -73,8 +73,8 @@ def fused_samples(
     if references.shape[-1] == 2:
         unit = shapes.flip(-1).to(offsets.dtype).index_select(0, level_of)
     else:
-        unit = torch.tensor([[2.0 * n] for n in counts for _ in range(n)], dtype=offsets.dtype).view(-1, 1)
-        unit = unit.to(offsets.device)
+        boxes = [[2.0 * n] for n in counts for _ in range(n)]
+        unit = torch.tensor(boxes, dtype=offsets.dtype, device=offsets.device).view(-1, 1)
     points = references if references.shape[2] == 1 else references.index_select(2, level_of)
     return FusedSamples(points[:, :, None], offsets.reshape(N, Q, M, K, 2), logits.reshape(N, Q, M, K), level_of, unit)
 
@@ -82,7 +82,7 @@ def fused_samples(
 def level_of_samples(counts: Iterable[int], device: torch.device) -> Tensor:
     """The level [K] of each point, from the number of points of each level."""
     levels = [level for level, count in enumerate(counts) for _ in range(count)]
-    return torch.tensor(levels, dtype=torch.int64).to(device)
+    return torch.tensor(levels, dtype=torch.int64, device=device)
 
 
 def to_pixels(locations: Tensor, sizes: Tensor, variant: Variant) -> Tensor:

@@ -154,6 +154,20 @@ def test_check_without_its_cases(capsys, monkeypatch):
     assert "the golden cases of cupy_msda are missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["check", "demo"])
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [("CUPY_MSDA_NUM_THREADS", "a positive int, got '0'"), ("CUPY_MSDA_KERNELS", "'fast' or 'naive', got '0'")],
+)
+def test_a_wrong_variable_ends_a_command_with_its_name(capsys, monkeypatch, tmp_path, command, variable, expected):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, "0")
+    assert __main__.main([command]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"cupy_msda {command}: {variable}: expected {expected}\n")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("module", ["PIL", "matplotlib"])
 def test_demo_without_a_module_that_it_draws_with(tmp_path, module):
     done = shell("demo", "--out", str(tmp_path / "a.png"), code=f"sys.modules[{module!r}] = None")

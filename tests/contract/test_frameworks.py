@@ -109,6 +109,43 @@ def test_any_dlpack_producer_is_accepted(producer):
     assert_close(result, cupy_msda.ms_deform_attn(*inputs[:5]).astype(np.float64), "float32")
 
 
+class OldProducer(Producer):
+    """One of a version of DLPack that has no versions."""
+
+    def __dlpack__(self, *, stream=None):
+        return self.array.__dlpack__(stream=stream)
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("producer", [Producer, OldProducer])
+def test_a_producer_is_read_without_a_copy_by_every_version_of_dlpack(producer):
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)[:, ::-1]
+    view = arrays.view("value", producer(array))
+    assert view.data == array.ctypes.data
+    np.testing.assert_array_equal(arrays.to_numpy(view), array)
+
+
+@pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="NumPy has DLPack 1 since 2.1")
+def test_a_producer_may_have_read_only_memory():
+    inputs = CASES[0].inputs()
+    given = [None if array is None else Producer(read_only(array)) for array in inputs]
+    want = (cupy_msda.ms_deform_attn(*inputs[:5]), *cupy_msda.ms_deform_attn_backward(*inputs, 64))
+    have = (cupy_msda.ms_deform_attn(*given[:5]), *cupy_msda.ms_deform_attn_backward(*given, 64))
+    for one, other in zip(have, want, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_read_only_memory_is_refused_where_its_producer_has_no_way_to_say_so():
+    inputs = CASES[0].inputs()
+    with pytest.raises(TypeError, match=r"^value: .*readonly"):
+        cupy_msda.ms_deform_attn(OldProducer(read_only(inputs[0])), *inputs[1:5])
+
+
 @pytest.mark.parametrize("layout", ["transposed", "reversed", "broadcast", "odd bytes"])
 def test_strides_of_any_kind_are_read(layout):
     array = np.arange(24, dtype=np.float32).reshape(4, 6)

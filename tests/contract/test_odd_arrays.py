@@ -211,6 +211,17 @@ def test_every_type_of_dlpack_has_a_name(given, name):
     assert dlpack._dtype_name(dlpack._DataType(*given)) == name
 
 
+@pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="NumPy has DLPack 1 since 2.1")
+def test_a_version_of_dlpack_to_come_is_refused():
+    array = np.arange(3.0)
+    capsule = array.__dlpack__(max_version=(1, 0))
+    versioned = dlpack._VersionedTensor.from_address(dlpack._get_pointer(capsule, b"dltensor_versioned"))
+    versioned.major, major = 2, versioned.major
+    with pytest.raises(TypeError, match=r"expected an export by DLPack 0 or 1, got one by 2\."):
+        dlpack.read_capsule(capsule)
+    versioned.major = major
+
+
 @pytest.mark.parametrize(
     ("kind", "number", "device"),
     [(1, 0, ("cpu", 0)), (1, 3, ("cpu", 0)), (2, 0, ("cuda", 0)), (2, 3, ("cuda", 3))],

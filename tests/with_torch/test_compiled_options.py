@@ -42,6 +42,16 @@ def test_compiled_code_reads_options_as_eager_code_does(arguments, shapes, optio
     assert torch.equal(compiled(call, arguments), call(*arguments))
 
 
+def test_rows_that_are_tensors_stay_on_their_device_in_compiled_code():
+    rows = list(SHAPES)
+
+    def call(*given):
+        return ms_deform_attn(given[0], rows, None, *given[1:])
+
+    with torch.device("meta"):
+        assert torch.equal(compiled(call, PLAIN), call(*PLAIN))
+
+
 @pytest.mark.parametrize("options", [{"im2col_step": True}, {"align_corners": 0}, {"deterministic": 1}], ids=str)
 def test_compiled_code_refuses_what_eager_code_refuses(options):
     def call(value, locations, weights):

@@ -160,6 +160,26 @@ def test_other_image_sizes_give_the_numbers_of_the_eager_call(tmp_path, export, 
         torch.testing.assert_close(other(images), net(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("dtype", "size"), [(torch.uint8, 20), (torch.int8, 12), (torch.int16, 200)], ids=str)
+@pytest.mark.parametrize("onnx", [False, True], ids=["traced", "onnx of trace"])
+def test_the_pixels_of_a_level_may_not_fit_the_dtype_of_its_size(tmp_path, onnx, dtype, size):
+    class Net(torch.nn.Module):
+        def forward(self, value, shapes, starts, locations, weights):
+            return ms_deform_attn(value, shapes, starts, locations, weights)
+
+    shapes, starts = torch.tensor([[1, 2], [size, size]], dtype=dtype), torch.tensor([0, 2], dtype=dtype)
+    value, locations = torch.rand(1, 2 + size * size, 1, 2), torch.rand(1, 4, 1, 2, 1, 2)
+    inputs = value, shapes, starts, locations, torch.rand(1, 4, 1, 2, 1)
+    if onnx:
+        torch.onnx.export(Net(), inputs, tmp_path / "net.onnx", dynamo=False, opset_version=18, verbose=False)
+        have = torch.from_numpy(run(tmp_path / "net.onnx", inputs))
+    else:
+        with decomposed():
+            have = torch.jit.trace(Net(), inputs, check_trace=False)(*inputs)
+    torch.testing.assert_close(have, Net()(*inputs), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_runtime_serves_other_numbers_of_queries(tmp_path):

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from cupy_msda.torch import MSDeformAttn, MultiScaleDeformableAttention, ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.torch import (
+    MSDeformAttn,
+    MultiScaleDeformableAttention,
+    decomposed,
+    ms_deform_attn,
+    ms_deform_attn_fused,
+)
 from tests.helpers.torch_calls import LEVELS, attention_module, module_inputs, tensors
 
 METADATA = {
@@ -97,6 +103,19 @@ def test_tensors_on_meta_and_on_the_cpu_do_not_mix():
     value, shapes, _, locations, weights, _ = tensors("meta", requires_grad=False)
     with pytest.raises(ValueError, match="attention_weights: expected value's device, meta, got cpu"):
         ms_deform_attn(value, shapes, None, locations, torch.rand(weights.shape))
+
+
+@pytest.mark.parametrize("metadata", ["tensors on the CPU", "numbers", "contiguous levels"])
+@pytest.mark.parametrize("lengths", [None, [2, 5]], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_composition_takes_no_notice_of_the_default_device(form, lengths, metadata):
+    make, attend = FORMS[form]
+    (value, *samples), _ = make("cpu")
+    levels = METADATA[metadata]()
+    want = attend(value, *levels, *samples, query_lengths=lengths)
+    with torch.device("meta"), decomposed():
+        have = attend(value, *levels, *samples, query_lengths=lengths)
+    torch.testing.assert_close(have, want)
 
 
 def test_a_layer_on_meta_infers_shapes_forward_and_backward():
