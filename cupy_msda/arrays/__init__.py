@@ -13,6 +13,7 @@ from .cupy_module import (
 from .dlpack import LAST_DEFAULT_STREAM
 from .frameworks import Framework, framework_of, tracks_gradient, view, view_metadata
 from .views import Device, View, item_size
+from .xla import xla_wants_determinism
 
 __all__ = [
     "INSTALL_CUPY",
@@ -33,4 +34,5 @@ __all__ = [
     "tracks_gradient",
     "view",
     "view_metadata",
+    "xla_wants_determinism",
 ]

@@ -1,0 +1,238 @@
+"""The C structs of XLA's foreign function interface, as far as a handler reads them.
+
+The layouts are those of ``xla/ffi/api/c_api.h``, versions 0.1 to 0.4 of the interface. XLA appends fields and keeps the
+others in place, so what is read here is the same in each of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+KNOWN_VERSIONS = ((0, 1), (0, 4))  # oldest and newest
+EXECUTE = 3  # the stage in which a handler computes
+_METADATA = 1  # the extension by which XLA asks for a handler's metadata
+_COMMAND_BUFFER_COMPATIBLE = 1
+# XLA's number of each dtype.
+DTYPES = {4: "int32", 5: "int64", 6: "uint8", 10: "float16", 11: "float32", 12: "float64", 16: "bfloat16"}
+_INVALID_ARGUMENT, _RESOURCE_EXHAUSTED, _UNIMPLEMENTED, _INTERNAL = 3, 8, 12, 13
+_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (NotImplementedError, _UNIMPLEMENTED),
+    (MemoryError, _RESOURCE_EXHAUSTED),
+    (ValueError, _INVALID_ARGUMENT),
+    (TypeError, _INVALID_ARGUMENT),
+)
+
+_address, _int, _size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+class _Struct(ctypes.Structure):
+    """Every struct of the interface begins with its size and its extensions."""
+
+    _fields_ = [("struct_size", _size), ("extension", _address)]
+
+
+class _Buffers(_Struct):
+    _fields_ = [("size", _size), ("types", _address), ("pointers", _address)]
+
+
+class _Attributes(_Struct):
+    _fields_ = [("size", _size), ("types", _address), ("names", _address), ("pointers", _address)]
+
+
+class _CallFrame(_Struct):
+    _fields_ = [
+        ("api", _address),
+        ("context", _address),
+        ("stage", _int),
+        ("arguments", _Buffers),
+        ("results", _Buffers),
+        ("attributes", _Attributes),
+    ]
+
+
+class _Buffer(_Struct):
+    _fields_ = [("dtype", _int), ("data", _address), ("rank", _size), ("dimensions", _address)]
+
+
+class _Bytes(ctypes.Structure):
+    _fields_ = [("data", _address), ("size", _size)]
+
+
+class _Version(_Struct):
+    _fields_ = [("major", _int), ("minor", _int)]
+
+
+class _Metadata(ctypes.Structure):
+    _fields_ = [("struct_size", _size), ("version", _Version), ("traits", ctypes.c_uint32)]
+
+
+class _MetadataExtension(ctypes.Structure):
+    _fields_ = [("struct_size", _size), ("type", _int), ("next", _address), ("metadata", ctypes.POINTER(_Metadata))]
+
+
+class _Api(_Struct):
+    """The table of XLA's functions, by their names without ``XLA_FFI_``."""
+
+    _fields_ = [("version", _Version), ("internal", _address)] + [
+        (name, _address)
+        for name in (
+            "Error_Create", "Error_GetMessage", "Error_Destroy", "Handler_Register", "Stream_Get", "Type_Register",
+            "ExecutionContext_Get", "State_Set", "State_Get", "DeviceMemory_Allocate", "DeviceMemory_Free",
+            "ThreadPool_Schedule", "ThreadPool_NumThreads", "Future_Create", "Future_SetAvailable", "Future_SetError",
+            "RunId_Get", "DeviceOrdinal_Get",
+        )
+    ]  # fmt: skip
+
+
+class _ErrorArguments(_Struct):
+    _fields_ = [("message", ctypes.c_char_p), ("code", _int)]
+
+
+class _StreamArguments(_Struct):
+    _fields_ = [("context", _address), ("stream", _address)]
+
+
+class _OrdinalArguments(_Struct):
+    _fields_ = [("context", _address), ("ordinal", _int)]
+
+
+class _AllocateArguments(_Struct):
+    _fields_ = [("context", _address), ("size", _size), ("alignment", _size), ("data", _address)]
+
+
+class _FreeArguments(_Struct):
+    _fields_ = [("context", _address), ("size", _size), ("data", _address)]
+
+
+class Buffer(NamedTuple):
+    """Address, dtype and shape of one argument or result."""
+
+    data: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Functions:
+    """XLA's functions at the address of their table."""
+
+    def __init__(self, address: int) -> None:
+        table = _Api.from_address(address)
+        # These return at once: they keep the interpreter's lock.
+        at_once, may_wait = ctypes.PYFUNCTYPE(_address, _address), ctypes.CFUNCTYPE(_address, _address)
+        self.version = (table.version.major, table.version.minor)
+        self.create_error = at_once(table.Error_Create)
+        self.destroy_error = at_once(table.Error_Destroy)
+        self.get_stream = at_once(table.Stream_Get)
+        known = table.struct_size >= _Api.DeviceOrdinal_Get.offset + 8
+        self.get_ordinal: Callable[[Any], Any] | None = at_once(table.DeviceOrdinal_Get) if known else None
+        self.allocate = may_wait(table.DeviceMemory_Allocate)
+        self.free = may_wait(table.DeviceMemory_Free)
+
+
+_functions: dict[int, Functions] = {}
+
+
+def _functions_at(address: int) -> Functions:
+    found = _functions.get(address)
+    if found is None:
+        found = _functions[address] = Functions(address)
+    return found
+
+
+class CallFrame:
+    """One call of a handler: its buffers, its attribute, and what XLA offers it."""
+
+    def __init__(self, address: int) -> None:
+        self._frame = frame = _CallFrame.from_address(address)
+        self.stage = frame.stage
+        self.functions = _functions_at(frame.api)
+
+    def arguments(self) -> list[_Buffer]:
+        return self._buffers(self._frame.arguments)
+
+    def results(self) -> list[_Buffer]:
+        return self._buffers(self._frame.results)
+
+    @staticmethod
+    def _buffers(of: _Buffers) -> list[_Buffer]:
+        count = of.size
+        if not count:
+            return []
+        return [_Buffer.from_address(pointer) for pointer in (_size * count).from_address(of.pointers)]
+
+    def attribute(self) -> bytes:
+        """The one attribute, a string."""
+        first = _size.from_address(self._frame.attributes.pointers).value
+        text = _Bytes.from_address(first)
+        return ctypes.string_at(text.data, text.size)
+
+    def stream(self) -> int:
+        """Address of the CUDA stream that XLA runs this call on."""
+        given = _StreamArguments(struct_size=ctypes.sizeof(_StreamArguments), context=self._frame.context)
+        self._check(self.functions.get_stream(ctypes.addressof(given)), "stream")
+        return given.stream or 0
+
+    def ordinal(self) -> int:
+        """XLA's number of the device; -1 where it does not say."""
+        if self.functions.get_ordinal is None:
+            return -1
+        given = _OrdinalArguments(struct_size=_OrdinalArguments.ordinal.offset + 4, context=self._frame.context)
+        self._check(self.functions.get_ordinal(ctypes.addressof(given)), "device")
+        return given.ordinal
+
+    def allocate(self, nbytes: int) -> int:
+        """Address of device memory from XLA's allocator, until :meth:`free`."""
+        given = _AllocateArguments(
+            struct_size=ctypes.sizeof(_AllocateArguments), context=self._frame.context, size=nbytes, alignment=256
+        )
+        if self._failed(self.functions.allocate(ctypes.addressof(given))):
+            raise MemoryError(f"XLA has no {nbytes} bytes of device memory for the workspace of this backward")
+        return given.data or 0
+
+    def free(self, data: int, nbytes: int) -> None:
+        given = _FreeArguments(
+            struct_size=ctypes.sizeof(_FreeArguments), context=self._frame.context, size=nbytes, data=data
+        )
+        self._check(self.functions.free(ctypes.addressof(given)), "free")
+
+    def error(self, exception: BaseException) -> int:
+        """Address of an error of XLA with the message of `exception`."""
+        code = next((code for kind, code in _CODES if isinstance(exception, kind)), _INTERNAL)
+        message = (str(exception) or type(exception).__name__).encode()
+        given = _ErrorArguments(struct_size=_ErrorArguments.code.offset + 4, message=message, code=code)
+        return self.functions.create_error(ctypes.addressof(given))
+
+    def _check(self, error: int | None, what: str) -> None:
+        if self._failed(error):
+            raise RuntimeError(f"XLA refused a handler's request: {what}")
+
+    def _failed(self, error: int | None) -> bool:
+        if not error:
+            return False
+        self.functions.destroy_error(ctypes.addressof(_FreeArguments(struct_size=24, context=error)))
+        return True
+
+    def answer_metadata(self, in_command_buffers: bool) -> bool:
+        """Whether this call asked for the handler's metadata, which are then given."""
+        if not self._frame.extension:
+            return False
+        extension = _MetadataExtension.from_address(self._frame.extension)
+        if extension.type != _METADATA:
+            return False
+        metadata = extension.metadata.contents
+        metadata.version.major, metadata.version.minor = KNOWN_VERSIONS[0]
+        metadata.traits = _COMMAND_BUFFER_COMPATIBLE if in_command_buffers else 0
+        return True
+
+
+def dimensions(buffer: _Buffer) -> bytes:
+    """The shape of a buffer as the bytes of its int64 numbers."""
+    return ctypes.string_at(buffer.dimensions, 8 * buffer.rank) if buffer.rank else b""
+
+
+def described(buffer: _Buffer) -> Buffer:
+    """Address, dtype and shape."""
+    shape = tuple((_size * buffer.rank).from_address(buffer.dimensions)) if buffer.rank else ()
+    return Buffer(buffer.data or 0, DTYPES.get(buffer.dtype, f"XLA dtype {buffer.dtype}"), shape)

@@ -1,0 +1,65 @@
+"""The versions of JAX that the package knows, and every symbol of JAX that is not in its documentation."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+__all__ = ["Primitive", "ad", "batching", "follows_handlers", "mlir", "needs_devices", "varying_alike", "with_variance"]
+
+# The first version that is known, and the first one that is not: tested from 0.6.2 to 0.11.2.
+KNOWN = ((0, 6), (0, 12))
+
+
+def follows_handlers(version: tuple[int, ...]) -> bool:
+    """Whether a version of JAX calls the handlers of this package; a warning says so where it does not."""
+    oldest, too_new = KNOWN
+    if oldest <= version[:2] < too_new:
+        return True
+    numbers = [".".join(map(str, limit)) for limit in (oldest, too_new)]
+    warnings.warn(
+        f"cupy_msda.jax knows JAX from {numbers[0]} to before {numbers[1]}, not {'.'.join(map(str, version))}: calls "
+        "go through jax.pure_callback and are computed on the CPU, which is slow; install a version that it knows",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def needs_devices(primitive: Any) -> None:
+    """Tells JAX that the lowering of `primitive` has to know the devices, as that of ``custom_partitioning`` has."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src import dispatch
+
+        dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def _variance(array: Any) -> frozenset[Any]:
+    """The axes of the mesh of a ``shard_map`` along which an array varies."""
+    typeof = getattr(jax, "typeof", None)
+    return getattr(typeof(array), "vma", None) or frozenset() if typeof else frozenset()
+
+
+def varying_alike(arrays: list[Any]) -> list[Any]:
+    """`arrays`, which all vary along every axis of a ``shard_map`` along which one of them does."""
+    axes = frozenset().union(*map(_variance, arrays))
+    return [_varying(array, axes - _variance(array)) for array in arrays]
+
+
+def _varying(array: Any, axes: frozenset[Any]) -> Any:
+    if not axes:
+        return array
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, tuple(axes), to="varying")
+    return jax.lax.pvary(array, tuple(axes))
+
+
+def with_variance(avals: list[Any], like: Any) -> list[Any]:
+    """Abstract results that vary along the axes along which the abstract argument `like` does."""
+    axes = getattr(like, "vma", None)
+    return [aval.update(vma=axes) for aval in avals] if axes else avals

@@ -1,0 +1,125 @@
+"""How a call is divided between devices: by images and by heads, which need nothing of each other.
+
+Everything else is replicated. A gradient of reference points is the sum over heads: over the devices, where these hold
+different heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .operation import Operation
+
+# The dimensions of each array, by its role: n images, m heads.
+_RANKS = {"shapes": 3, "starts": 2, "lengths": 2}
+Execute = Callable[..., list[jax.Array]]
+
+
+def partitioned(operation: Operation, execute: Execute) -> Execute:
+    """`execute`, which computes the results of `operation`, as a function that XLA divides between devices."""
+
+    @custom_partitioning
+    def whole(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(execute(*arrays))
+
+    def partition(mesh: Any, arguments: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
+        images, heads = _axes(operation, arguments)
+        place = functools.partial(_sharding, mesh=mesh, images=images, heads=heads)
+
+        def on_one_device(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            made = list(execute(*arrays))
+            if heads and "references" in operation.gradients:
+                index = operation.gradients.index("references")
+                made[index] = jax.lax.psum(made[index], heads)
+            return tuple(made)
+
+        of_results = [place(role, len(result.shape)) for role, result in zip(_results(operation), results, strict=True)]
+        of_arguments = [
+            place(role, len(argument.shape)) for role, argument in zip(operation.roles, arguments, strict=True)
+        ]
+        return mesh, on_one_device, tuple(of_results), tuple(of_arguments)
+
+    def infer(mesh: Any, arguments: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
+        images, heads = _axes(operation, arguments)
+        return tuple(
+            _sharding(role, len(result.shape), mesh=mesh, images=images, heads=heads)
+            for role, result in zip(_results(operation), results, strict=True)
+        )
+
+    def rule(mesh: Any, arguments: Sequence[Any], results: Sequence[Any]) -> Any:
+        return _rule(operation, [list(one.shape) for one in arguments], [list(one.shape) for one in results])
+
+    whole.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
+    return whole
+
+
+def _results(operation: Operation) -> tuple[str, ...]:
+    return ("output",) if operation.wanted is None else operation.gradients
+
+
+def _dimension_of_heads(role: str) -> int | None:
+    if role in ("references", *_RANKS):
+        return None
+    return 2  # of value [N, S, M, D], samples [N, Q, M, ...], output [N, Q, M*D]
+
+
+def _axes(operation: Operation, arguments: Sequence[Any]) -> tuple[Any, Any]:
+    """The axes of the mesh that divide images and heads: those of value, or of the first array that is divided."""
+    images = heads = None
+    for role in ("value", "grad_output", "locations", "weights", "references"):
+        if role not in operation.roles:
+            continue
+        sharding = arguments[operation.roles.index(role)].sharding
+        spec = (*getattr(sharding, "spec", ()), None, None, None)
+        images = images or spec[0]
+        if _dimension_of_heads(role) is not None:
+            heads = heads or spec[2]
+    used = set(images if isinstance(images, tuple) else (images,))
+    if used & set(heads if isinstance(heads, tuple) else (heads,)) - {None}:
+        heads = None
+    return images, heads
+
+
+def _sharding(role: str, rank: int, *, mesh: Any, images: Any, heads: Any) -> NamedSharding:
+    spec: list[Any] = [None] * rank
+    if role not in ("shapes", "starts"):
+        spec[0] = images
+        dimension = _dimension_of_heads(role)
+        if dimension is not None:
+            spec[dimension] = heads
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _rule(operation: Operation, arguments: list[list[int]], results: list[list[int]]) -> Any:
+    """The same as a rule of Shardy: a letter per dimension, alike where the dimensions are divided alike."""
+    fresh = (f"r{number}" for number in range(100))
+    replicated: list[str] = []
+    sizes: dict[str, int] = {}
+    value = arguments[operation.roles.index("value")]
+
+    def letters(role: str, shape: list[int]) -> str:
+        made = []
+        for dimension in range(len(shape)):
+            if dimension == 0 and role not in ("shapes", "starts"):
+                made.append("n")
+            elif dimension == _dimension_of_heads(role):
+                made.append("(m d)" if role in ("output", "grad_output") else "m")
+            else:
+                replicated.append(next(fresh))
+                made.append(replicated[-1])
+        return " ".join(made)
+
+    left = ", ".join(letters(role, shape) for role, shape in zip(operation.roles, arguments, strict=True))
+    right = ", ".join(letters(role, shape) for role, shape in zip(_results(operation), results, strict=True))
+    rule = f"{left} -> {right}"
+    factors: dict[str, Any] = {"need_replication_factors": tuple(replicated)}
+    if "(m d)" in rule:
+        sizes["d"] = value[3]
+        factors["need_replication_factors"] = (*replicated, "d")
+    return rule, factors | sizes
