@@ -7,6 +7,7 @@ different heads.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .operation import Operation
 
-# The dimensions of each array, by its role: n images, m heads.
-_RANKS = {"shapes": 3, "starts": 2, "lengths": 2}
 Execute = Callable[..., list[jax.Array]]
 
 
@@ -64,7 +63,7 @@ def _results(operation: Operation) -> tuple[str, ...]:
 
 
 def _dimension_of_heads(role: str) -> int | None:
-    if role in ("references", *_RANKS):
+    if role in ("references", "shapes", "starts", "lengths"):
         return None
     return 2  # of value [N, S, M, D], samples [N, Q, M, ...], output [N, Q, M*D]
 
@@ -99,27 +98,20 @@ def _sharding(role: str, rank: int, *, mesh: Any, images: Any, heads: Any) -> Na
 def _rule(operation: Operation, arguments: list[list[int]], results: list[list[int]]) -> Any:
     """The same as a rule of Shardy: a letter per dimension, alike where the dimensions are divided alike."""
     fresh = (f"r{number}" for number in range(100))
-    replicated: list[str] = []
-    sizes: dict[str, int] = {}
-    value = arguments[operation.roles.index("value")]
 
     def letters(role: str, shape: list[int]) -> str:
-        made = []
-        for dimension in range(len(shape)):
-            if dimension == 0 and role not in ("shapes", "starts"):
-                made.append("n")
-            elif dimension == _dimension_of_heads(role):
-                made.append("(m d)" if role in ("output", "grad_output") else "m")
-            else:
-                replicated.append(next(fresh))
-                made.append(replicated[-1])
+        made = [next(fresh) for _ in shape]
+        if role not in ("shapes", "starts"):
+            made[0] = "n"
+            heads = _dimension_of_heads(role)
+            if heads is not None:
+                made[heads] = "(m d)" if role in ("output", "grad_output") else "m"
         return " ".join(made)
 
     left = ", ".join(letters(role, shape) for role, shape in zip(operation.roles, arguments, strict=True))
     right = ", ".join(letters(role, shape) for role, shape in zip(_results(operation), results, strict=True))
     rule = f"{left} -> {right}"
-    factors: dict[str, Any] = {"need_replication_factors": tuple(replicated)}
-    if "(m d)" in rule:
-        sizes["d"] = value[3]
-        factors["need_replication_factors"] = (*replicated, "d")
-    return rule, factors | sizes
+    # Shardy wants them in the order in which they appear.
+    replicated = [factor for factor in dict.fromkeys(re.findall(r"\w+", rule)) if factor not in ("n", "m")]
+    sizes = {"d": arguments[operation.roles.index("value")][3]} if "d" in replicated else {}
+    return rule, {"need_replication_factors": tuple(replicated)} | sizes
