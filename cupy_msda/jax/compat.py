@@ -10,7 +10,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-__all__ = ["Primitive", "ad", "batching", "follows_handlers", "mlir", "needs_devices", "varying_alike", "with_variance"]
+__all__ = ["Primitive", "abstract", "ad", "batching", "follows_handlers", "mlir", "needs_devices", "varying_alike"]
 
 # The first version that is known, and the first one that is not: tested from 0.6.2 to 0.11.2.
 KNOWN = ((0, 6), (0, 12))
@@ -39,16 +39,17 @@ def needs_devices(primitive: Any) -> None:
         dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
-def _variance(array: Any) -> frozenset[Any]:
-    """The axes of the mesh of a ``shard_map`` along which an array varies."""
-    typeof = getattr(jax, "typeof", None)
-    return getattr(typeof(array), "vma", None) or frozenset() if typeof else frozenset()
+def _variance(aval: Any) -> frozenset[Any]:
+    """The axes of the mesh of a ``shard_map`` along which an abstract array varies."""
+    manual = getattr(aval, "manual_axis_type", None)
+    return getattr(aval, "vma", frozenset()) if manual is None else manual.varying
 
 
 def varying_alike(arrays: list[Any]) -> list[Any]:
     """`arrays`, which all vary along every axis of a ``shard_map`` along which one of them does."""
-    axes = frozenset().union(*map(_variance, arrays))
-    return [_varying(array, axes - _variance(array)) for array in arrays]
+    variances = [_variance(jax.typeof(array)) for array in arrays]
+    axes = frozenset().union(*variances)
+    return [_varying(array, axes - known) for array, known in zip(arrays, variances, strict=True)]
 
 
 def _varying(array: Any, axes: frozenset[Any]) -> Any:
@@ -59,7 +60,9 @@ def _varying(array: Any, axes: frozenset[Any]) -> Any:
     return jax.lax.pvary(array, tuple(axes))
 
 
-def with_variance(avals: list[Any], like: Any) -> list[Any]:
-    """Abstract results that vary along the axes along which the abstract argument `like` does."""
-    axes = getattr(like, "vma", None)
-    return [aval.update(vma=axes) for aval in avals] if axes else avals
+def abstract(shape: tuple[Any, ...], dtype: Any, spec: tuple[Any, ...], like: Any) -> Any:
+    """An abstract array on the mesh of the abstract array `like`, divided by `spec`, and varying as that one does."""
+    sharding = jax.sharding.NamedSharding(like.sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    named = "manual_axis_type" if hasattr(like, "manual_axis_type") else "vma"
+    variance = {named: getattr(like, named)} if hasattr(like, named) else {}
+    return jax.core.ShapedArray(shape, dtype, sharding=sharding, **variance)

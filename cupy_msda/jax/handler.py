@@ -6,7 +6,11 @@ XLA finds a handler by name and platform. Each call has one attribute, an encode
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +24,10 @@ TARGET = "cupy_msda"
 ALLOCATING_TARGET = "cupy_msda.allocating"
 _Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 _handlers: list[Any] = []  # XLA keeps addresses alone
+# Calls that run now, by their threads, and when the last one ended.
+_running: set[int] = set()
+_last_end = float("-inf")
+_QUIET_SECONDS = 0.1
 
 
 def register() -> None:
@@ -30,16 +38,40 @@ def register() -> None:
             _handlers.append(handler)
             capsule = jax.ffi.pycapsule(ctypes.cast(handler, ctypes.c_void_p).value)
             jax.ffi.register_ffi_target(name, capsule, platform=platform)
+    atexit.register(_wait_for_calls)
+
+
+def _wait_for_calls() -> None:
+    """Waits until XLA is likely to make no further call: one that began while Python ends would wait forever.
+
+    JAX computes asynchronously, and does not say what it still has to compute. Its live arrays are waited for; results
+    that nobody holds are taken for computed when no handler has been called for a while.
+    """
+    if _last_end == float("-inf") and not _running:
+        return
+    for array in jax.live_arrays():
+        with contextlib.suppress(Exception):  # deleted, or the result of a failed call, which others report
+            array.block_until_ready()
+    while _running or time.monotonic() - _last_end < _QUIET_SECONDS:
+        time.sleep(_QUIET_SECONDS / 10)
 
 
 def _handler_of(run: Callable[[CallFrame], None], in_command_buffers: bool) -> Callable[[int], int | None]:
+    begin, end, thread = _running.add, _running.discard, threading.get_ident
+
     def handle(address: int) -> int | None:
+        global _last_end
         frame = CallFrame(address)
+        if frame.stage != EXECUTE or frame.answer_metadata(in_command_buffers):
+            return None
+        begin(thread())
         try:
-            if frame.stage == EXECUTE and not frame.answer_metadata(in_command_buffers):
-                run(frame)
+            run(frame)
         except Exception as exception:  # an exception cannot leave a C function
             return frame.error(exception)
+        finally:
+            end(thread())
+            _last_end = time.monotonic()
         return None
 
     return handle

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from . import reference
-from .compat import Primitive, ad, batching, mlir, needs_devices, with_variance
+from .compat import Primitive, abstract, ad, batching, mlir, needs_devices
 from .lowering import lowering
 from .operation import METADATA, Operation
+from .sharding import result_roles, spec_of
 
 forward_p = Primitive("ms_deform_attn")
 tangent_p = Primitive("ms_deform_attn_tangent")
@@ -41,8 +42,11 @@ def _avals(arrays: Sequence[Any], operation: Operation) -> list[Any]:
     value = arrays[operation.roles.index("value")]
     shapes = {name: aval.shape for name, aval in zip(operation.roles, arrays, strict=True)}
     dtypes = {name: aval.dtype for name, aval in zip(operation.roles, arrays, strict=True)}
-    made = [jax.core.ShapedArray(shape, dtype) for shape, dtype in operation.results(shapes, dtypes)]
-    return with_variance(made, value)
+    images, _, heads, _ = value.sharding.spec
+    return [
+        abstract(shape, dtype, spec_of(role, len(shape), images, heads), value)
+        for role, (shape, dtype) in zip(result_roles(operation), operation.results(shapes, dtypes), strict=True)
+    ]
 
 
 def _backward_avals(*arrays: Any, operation: Operation) -> list[Any]:

@@ -15,7 +15,7 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .operation import Operation
+from .operation import METADATA, Operation
 
 Execute = Callable[..., list[jax.Array]]
 
@@ -38,7 +38,7 @@ def partitioned(operation: Operation, execute: Execute) -> Execute:
                 made[index] = jax.lax.psum(made[index], heads)
             return tuple(made)
 
-        of_results = [place(role, len(result.shape)) for role, result in zip(_results(operation), results, strict=True)]
+        of_results = [place(role, len(result.shape)) for role, result in zip(result_roles(operation), results, strict=True)]
         of_arguments = [
             place(role, len(argument.shape)) for role, argument in zip(operation.roles, arguments, strict=True)
         ]
@@ -48,7 +48,7 @@ def partitioned(operation: Operation, execute: Execute) -> Execute:
         images, heads = _axes(operation, arguments)
         return tuple(
             _sharding(role, len(result.shape), mesh=mesh, images=images, heads=heads)
-            for role, result in zip(_results(operation), results, strict=True)
+            for role, result in zip(result_roles(operation), results, strict=True)
         )
 
     def rule(mesh: Any, arguments: Sequence[Any], results: Sequence[Any]) -> Any:
@@ -58,12 +58,13 @@ def partitioned(operation: Operation, execute: Execute) -> Execute:
     return whole
 
 
-def _results(operation: Operation) -> tuple[str, ...]:
+def result_roles(operation: Operation) -> tuple[str, ...]:
+    """What the results are, in their order."""
     return ("output",) if operation.wanted is None else operation.gradients
 
 
 def _dimension_of_heads(role: str) -> int | None:
-    if role in ("references", "shapes", "starts", "lengths"):
+    if role in ("references", "lengths", *METADATA):
         return None
     return 2  # of value [N, S, M, D], samples [N, Q, M, ...], output [N, Q, M*D]
 
@@ -85,14 +86,19 @@ def _axes(operation: Operation, arguments: Sequence[Any]) -> tuple[Any, Any]:
     return images, heads
 
 
-def _sharding(role: str, rank: int, *, mesh: Any, images: Any, heads: Any) -> NamedSharding:
+def spec_of(role: str, rank: int, images: Any, heads: Any) -> tuple[Any, ...]:
+    """The axes of the mesh that divide each dimension of an array."""
     spec: list[Any] = [None] * rank
-    if role not in ("shapes", "starts"):
+    if role not in METADATA:
         spec[0] = images
         dimension = _dimension_of_heads(role)
         if dimension is not None:
             spec[dimension] = heads
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return tuple(spec)
+
+
+def _sharding(role: str, rank: int, *, mesh: Any, images: Any, heads: Any) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*spec_of(role, rank, images, heads)))
 
 
 def _rule(operation: Operation, arguments: list[list[int]], results: list[list[int]]) -> Any:
@@ -101,7 +107,7 @@ def _rule(operation: Operation, arguments: list[list[int]], results: list[list[i
 
     def letters(role: str, shape: list[int]) -> str:
         made = [next(fresh) for _ in shape]
-        if role not in ("shapes", "starts"):
+        if role not in METADATA:
             made[0] = "n"
             heads = _dimension_of_heads(role)
             if heads is not None:
@@ -109,7 +115,7 @@ def _rule(operation: Operation, arguments: list[list[int]], results: list[list[i
         return " ".join(made)
 
     left = ", ".join(letters(role, shape) for role, shape in zip(operation.roles, arguments, strict=True))
-    right = ", ".join(letters(role, shape) for role, shape in zip(_results(operation), results, strict=True))
+    right = ", ".join(letters(role, shape) for role, shape in zip(result_roles(operation), results, strict=True))
     rule = f"{left} -> {right}"
     # Shardy wants them in the order in which they appear.
     replicated = [factor for factor in dict.fromkeys(re.findall(r"\w+", rule)) if factor not in ("n", "m")]
