@@ -1,4 +1,4 @@
-"""python -m benchmarks.jax: kernel time, host time and a training step of the JAX operator, beside torch's, on a GPU."""
+"""python -m benchmarks.jax: kernel time, host time and a training step with JAX, and with torch, on a GPU."""
 
 from __future__ import annotations
 

@@ -53,8 +53,7 @@ def with_gather(value: jax.Array, levels: Levels, references: Any, offsets: Any,
 def reference_points(levels: Levels) -> np.ndarray:
     """The centres of all pixels, for each level [1, Q, L, 2]."""
     centres = [
-        np.stack(np.meshgrid((np.arange(W) + 0.5) / W, (np.arange(H) + 0.5) / H), -1).reshape(-1, 2)
-        for H, W in levels
+        np.stack(np.meshgrid((np.arange(W) + 0.5) / W, (np.arange(H) + 0.5) / H), -1).reshape(-1, 2) for H, W in levels
     ]
     points = np.concatenate(centres)[None, :, None]
     return np.broadcast_to(points, (1, points.shape[1], len(levels), 2)).astype(np.float32)

@@ -12,6 +12,7 @@ from .cupy_module import (
 )
 from .dlpack import LAST_DEFAULT_STREAM
 from .frameworks import Framework, framework_of, tracks_gradient, view, view_metadata
+from .operators import operator_of
 from .views import Device, View, item_size
 from .xla import xla_wants_determinism
 
@@ -28,6 +29,7 @@ __all__ = [
     "cuda_unavailable",
     "framework_of",
     "item_size",
+    "operator_of",
     "require_cupy",
     "to_cupy",
     "to_numpy",

@@ -75,15 +75,28 @@ class _MetadataExtension(ctypes.Structure):
 class _Api(_Struct):
     """The table of XLA's functions, by their names without ``XLA_FFI_``."""
 
-    _fields_ = [("version", _Version), ("internal", _address)] + [
-        (name, _address)
-        for name in (
-            "Error_Create", "Error_GetMessage", "Error_Destroy", "Handler_Register", "Stream_Get", "Type_Register",
-            "ExecutionContext_Get", "State_Set", "State_Get", "DeviceMemory_Allocate", "DeviceMemory_Free",
-            "ThreadPool_Schedule", "ThreadPool_NumThreads", "Future_Create", "Future_SetAvailable", "Future_SetError",
-            "RunId_Get", "DeviceOrdinal_Get",
-        )
-    ]  # fmt: skip
+    _fields_ = [
+        ("version", _Version),
+        ("internal", _address),
+        ("Error_Create", _address),
+        ("Error_GetMessage", _address),
+        ("Error_Destroy", _address),
+        ("Handler_Register", _address),
+        ("Stream_Get", _address),
+        ("Type_Register", _address),
+        ("ExecutionContext_Get", _address),
+        ("State_Set", _address),
+        ("State_Get", _address),
+        ("DeviceMemory_Allocate", _address),
+        ("DeviceMemory_Free", _address),
+        ("ThreadPool_Schedule", _address),
+        ("ThreadPool_NumThreads", _address),
+        ("Future_Create", _address),
+        ("Future_SetAvailable", _address),
+        ("Future_SetError", _address),
+        ("RunId_Get", _address),
+        ("DeviceOrdinal_Get", _address),
+    ]
 
 
 class _ErrorArguments(_Struct):

@@ -55,9 +55,8 @@ def varying_alike(arrays: list[Any]) -> list[Any]:
 def _varying(array: Any, axes: frozenset[Any]) -> Any:
     if not axes:
         return array
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(array, tuple(axes), to="varying")
-    return jax.lax.pvary(array, tuple(axes))
+    lax: Any = jax.lax
+    return lax.pcast(array, tuple(axes), to="varying") if hasattr(lax, "pcast") else lax.pvary(array, tuple(axes))
 
 
 def abstract(shape: tuple[Any, ...], dtype: Any, spec: tuple[Any, ...], like: Any) -> Any:

@@ -55,7 +55,8 @@ def array_of(buffer: Buffer) -> np.ndarray:
     if 0 in buffer.shape:
         return np.empty(buffer.shape, dtype)
     nbytes = int(np.prod(buffer.shape, dtype=np.int64)) * dtype.itemsize
-    return np.frombuffer((ctypes.c_char * nbytes).from_address(buffer.data), dtype).reshape(buffer.shape)
+    memory = memoryview((ctypes.c_char * nbytes).from_address(buffer.data))
+    return np.frombuffer(memory, dtype).reshape(buffer.shape)
 
 
 def _sizes(levels: Any) -> Any:

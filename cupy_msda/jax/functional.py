@@ -1,4 +1,4 @@
-"""The public functions: arguments of a call to an operation and its arrays, checked by the rules of every other path."""
+"""The public functions: from arguments to an operation and its arrays, by the rules of every other path."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ def ms_deform_attn(
     spatial_shapes, level_start_index : sequences, or arrays
         Numbers that the host knows are a part of the compiled function. Arrays that ``jit`` traces, and arrays on a
         GPU, are checked by the kernels: a level that does not fit into S gives NaN on a GPU, and an error on a CPU.
+    im2col_step, num_points, interpolation, padding_mode, align_corners
+        Known when the function is traced.
     query_lengths : sequence or array [N], optional
         Traced or not.
     deterministic : bool, optional
@@ -128,6 +130,15 @@ def ms_deform_attn_fused(
 
 def attention(arguments: Arguments) -> jax.Array:
     """The output of a call, in which the arrays are JAX's or NumPy's."""
+    operation, problem, operands = read(arguments)
+    if problem.empty:
+        N, _, M, D = operands[0].shape
+        return jnp.zeros((N, operands[1].shape[1], M * D), operands[0].dtype)
+    return forward_p.bind(*operands, operation=operation)
+
+
+def read(arguments: Arguments) -> tuple[Operation, Problem, list[jax.Array]]:
+    """The operation of a call, its arrays in their order, and its problem, without levels where these are arrays."""
     given = {name: _array(name, array) for name, array in _arrays(arguments).items()}
     shapes = _metadata("spatial_shapes", arguments.spatial_shapes)
     starts = _metadata("level_start_index", arguments.level_start_index)
@@ -137,12 +148,9 @@ def attention(arguments: Arguments) -> jax.Array:
         deterministic = arrays.xla_wants_determinism()
     traced = any(isinstance(part, jax.Array) for part in (shapes, starts))
     problem = validated(
-        arguments.names, tuple((name, *_described(array)) for name, array in given.items()),
+        arguments.names, tuple((name, array.shape, array.dtype.name) for name, array in given.items()),
         *(_known(part, traced) for part in (shapes, starts)), _known(lengths, False), arguments.variant,
     )  # fmt: skip
-    if problem.empty:
-        N, _, M, D = given["value"].shape
-        return jnp.zeros((N, given[arguments.names.locations].shape[1], M * D), given["value"].dtype)
     operation = Operation(
         L=problem.L,
         levels=problem.levels,
@@ -156,7 +164,7 @@ def attention(arguments: Arguments) -> jax.Array:
     )
     metadata = [*((shapes, starts) if traced else ()), lengths]
     operands = [*given.values(), *(words(part) for part in metadata if part is not None)]
-    return forward_p.bind(*compat.varying_alike(operands), operation=operation)
+    return operation, problem, compat.varying_alike(operands)
 
 
 def _arrays(arguments: Arguments) -> dict[str, Any]:
@@ -181,15 +189,11 @@ def _metadata(name: str, metadata: Any) -> np.ndarray | jax.Array | None:
     """Metadata as an array: of JAX where the host does not know the numbers."""
     if metadata is None and name != "spatial_shapes":
         return None
-    if not is_traced_or_on_gpu(metadata):
+    if not (isinstance(metadata, jax.Array) and is_traced_or_on_gpu(metadata)):
         return arrays.to_numpy(validate.read_metadata(name, metadata))
     if not (jnp.issubdtype(metadata.dtype, jnp.integer) or 0 in metadata.shape):
         raise TypeError(f"{name}: expected an integer dtype, got {metadata.dtype.name}")
     return metadata
-
-
-def _described(array: Any) -> tuple[Any, ...]:
-    return array.shape, array.dtype.name
 
 
 def _known(metadata: Any, traced: bool) -> tuple[Any, ...] | None:
@@ -236,8 +240,7 @@ def validated(
 def _stand_in(shape: tuple[Any, ...], dtype: str, symbols: dict[str, int]) -> np.ndarray:
     """An array of one number. A symbolic size is a number that no other size is likely to be."""
     sizes = [
-        size if isinstance(size, int) else symbols.setdefault(str(size), 1_000_003 + 2 * len(symbols))
-        for size in shape
+        size if isinstance(size, int) else symbols.setdefault(str(size), 1_000_003 + 2 * len(symbols)) for size in shape
     ]
     try:
         known = np.dtype(getattr(ml_dtypes, dtype, dtype))

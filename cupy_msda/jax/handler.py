@@ -62,7 +62,7 @@ def _handler_of(run: Callable[[CallFrame], None], in_command_buffers: bool) -> C
     def handle(address: int) -> int | None:
         global _last_end
         frame = CallFrame(address)
-        if frame.stage != EXECUTE or frame.answer_metadata(in_command_buffers):
+        if frame.answer_metadata(in_command_buffers) or frame.stage != EXECUTE:
             return None
         begin(thread())
         try:

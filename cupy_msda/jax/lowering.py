@@ -1,4 +1,4 @@
-"""From a primitive to a custom call, for one platform: divided between devices, with its workspace, or as a callback."""
+"""From a primitive to a custom call of one platform: divided between devices, with its workspace, or a callback."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from .compat import mlir
 from .operation import Operation
 from .sharding import partitioned
 
-# Whether XLA calls the handlers of this package.
 _handled = compat.follows_handlers(jax.__version_info__)
 if _handled:
     handler.register()
+
+
+def handled() -> bool:
+    """Whether XLA calls the handlers of this package."""
+    return _handled
 
 
 def lowering(platform: str, *, multiple_results: bool) -> Any:

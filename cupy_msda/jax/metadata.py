@@ -10,15 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
-def is_traced_or_on_gpu(metadata: Any) -> bool:
+def is_traced_or_on_gpu(metadata: jax.Array) -> bool:
     """Whether the numbers of `metadata` are not known to the host."""
-    if not isinstance(metadata, jax.Array):
-        return False
-    if isinstance(metadata, jax.core.Tracer):
-        return True
-    return any(device.platform != "cpu" for device in metadata.devices())
+    return isinstance(metadata, Tracer) or any(device.platform != "cpu" for device in metadata.devices())
 
 
 def words(metadata: Any) -> jax.Array:

@@ -1,9 +1,9 @@
 """The operator as primitives of JAX, with the rules of every transformation.
 
 ``forward`` computes the output. Its tangent is another primitive, ``tangent``, which is linear in the tangents of the
-inputs; it is computed by functions of JAX, and its transpose is the primitive ``backward``, one call of the kernels that
-computes the gradients that are needed and no others. So reverse mode costs a forward and a backward, and forward mode
-and higher derivatives work too. Under ``vmap`` the new dimension becomes a part of N.
+inputs. Functions of JAX compute it. Its transpose is the primitive ``backward``: one call of the kernels, for the
+gradients that are needed and no others. So reverse mode costs a forward and a backward, and forward mode and higher
+derivatives work too. Under ``vmap`` the new dimension becomes a part of N.
 """
 
 from __future__ import annotations
@@ -74,17 +74,16 @@ backward_p.def_impl(lambda *arrays, operation: _backward(operation, *arrays))
 
 def _forward_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, operation: Operation) -> tuple[Any, Any]:
     output = forward_p.bind(*primals, operation=operation)
-    # A nearest pixel does not change with the location.
-    constant = ("references", "locations") if operation.variant.nearest and not operation.packed else ()
-    if operation.variant.nearest and operation.packed:
-        constant = ("references",)
+    constant: tuple[str, ...] = ()
+    if operation.variant.nearest:  # the pixel does not change with the location; a packed array holds logits too
+        constant = ("references",) if operation.packed else ("references", "locations")
     known = {
         name: tangent
         for name, tangent in zip(operation.inputs, tangents, strict=True)
         if name in operation.differentiable and name not in constant and not isinstance(tangent, ad.Zero)
     }
     if not known:
-        return output, ad.Zero.from_primal_value(output)
+        return output, ad.Zero(jax.typeof(output))
     return output, tangent_p.bind(*known.values(), *primals, operation=operation, names=tuple(known))
 
 

@@ -83,8 +83,8 @@ def backward(operation: Operation, grad_output: jax.Array, *inputs: jax.Array) -
 
 def _levels(operation: Operation, given: dict[str, Any], S: int) -> _Levels:
     if operation.levels is not None:
-        height, width, start = np.array(operation.levels, np.int32).reshape(-1, 3).T
-        return _Levels(*map(jnp.asarray, (height, width, start)), jnp.zeros(()))
+        known = jnp.asarray(np.array(operation.levels, np.int32).reshape(-1, 3))
+        return _Levels(known[:, 0], known[:, 1], known[:, 2], jnp.zeros(()))
     height, width = numbers(given["shapes"]).T
     pixels = height * width
     start = numbers(given["starts"]) if operation.starts else jnp.cumsum(pixels) - pixels
@@ -178,5 +178,3 @@ def _axis(location: jax.Array, size: jax.Array, variant: Variant) -> _Axis:
 def _masked(array: jax.Array, valid: jax.Array, fill: float = 0) -> jax.Array:
     """`array` with `fill` in the queries that are not `valid`."""
     return jnp.where(valid.reshape(*valid.shape, *(1,) * (array.ndim - 2)), array, fill)
-
-

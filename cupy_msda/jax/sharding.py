@@ -38,7 +38,9 @@ def partitioned(operation: Operation, execute: Execute) -> Execute:
                 made[index] = jax.lax.psum(made[index], heads)
             return tuple(made)
 
-        of_results = [place(role, len(result.shape)) for role, result in zip(result_roles(operation), results, strict=True)]
+        of_results = [
+            place(role, len(result.shape)) for role, result in zip(result_roles(operation), results, strict=True)
+        ]
         of_arguments = [
             place(role, len(argument.shape)) for role, argument in zip(operation.roles, arguments, strict=True)
         ]

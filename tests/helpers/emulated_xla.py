@@ -83,9 +83,11 @@ class _buffers:
         self.dimensions = [(ctypes.c_int64 * max(array.ndim, 1))(*array.shape) for array in arrays]
         self.buffers = [
             call_frame._Buffer(
-                dtype=_DTYPES[array.dtype.name], data=array.ctypes.data, rank=array.ndim,
+                dtype=_DTYPES[array.dtype.name],
+                data=array.ctypes.data,
+                rank=array.ndim,
                 dimensions=ctypes.addressof(dimensions),
-            )  # fmt: skip
+            )
             for array, dimensions in zip(arrays, self.dimensions, strict=True)
         ]
         self.pointers = (ctypes.c_void_p * len(arrays))(*map(ctypes.addressof, self.buffers))
