@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-KNOWN_VERSIONS = ((0, 1), (0, 4))  # oldest and newest
+_SPOKEN_VERSION = (0, 1)  # which XLA accepts as long as it keeps what is read here in its place
 EXECUTE = 3  # the stage in which a handler computes
 _METADATA = 1  # the extension by which XLA asks for a handler's metadata
 _COMMAND_BUFFER_COMPATIBLE = 1
@@ -134,7 +134,6 @@ class Functions:
         table = _Api.from_address(address)
         # These return at once: they keep the interpreter's lock.
         at_once, may_wait = ctypes.PYFUNCTYPE(_address, _address), ctypes.CFUNCTYPE(_address, _address)
-        self.version = (table.version.major, table.version.minor)
         self.create_error = at_once(table.Error_Create)
         self.destroy_error = at_once(table.Error_Destroy)
         self.get_stream = at_once(table.Stream_Get)
@@ -227,17 +226,19 @@ class CallFrame:
         self.functions.destroy_error(ctypes.addressof(_FreeArguments(struct_size=24, context=error)))
         return True
 
-    def answer_metadata(self, in_command_buffers: bool) -> bool:
-        """Whether this call asked for the handler's metadata, which are then given."""
-        if not self._frame.extension:
-            return False
-        extension = _MetadataExtension.from_address(self._frame.extension)
-        if extension.type != _METADATA:
-            return False
-        metadata = extension.metadata.contents
-        metadata.version.major, metadata.version.minor = KNOWN_VERSIONS[0]
-        metadata.traits = _COMMAND_BUFFER_COMPATIBLE if in_command_buffers else 0
-        return True
+
+def answer_metadata(address: int, in_command_buffers: bool) -> bool:
+    """Whether the call of this frame asked for the handler's metadata, which are then given."""
+    frame = _CallFrame.from_address(address)
+    if not frame.extension:
+        return False
+    extension = _MetadataExtension.from_address(frame.extension)
+    if extension.type != _METADATA:
+        return False
+    metadata = extension.metadata.contents
+    metadata.version.major, metadata.version.minor = _SPOKEN_VERSION
+    metadata.traits = _COMMAND_BUFFER_COMPATIBLE if in_command_buffers else 0
+    return True
 
 
 def dimensions(buffer: _Buffer) -> bytes:

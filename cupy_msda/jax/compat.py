@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -64,4 +65,4 @@ def abstract(shape: tuple[Any, ...], dtype: Any, spec: tuple[Any, ...], like: An
     sharding = jax.sharding.NamedSharding(like.sharding.mesh, jax.sharding.PartitionSpec(*spec))
     named = "manual_axis_type" if hasattr(like, "manual_axis_type") else "vma"
     variance = {named: getattr(like, named)} if hasattr(like, named) else {}
-    return jax.core.ShapedArray(shape, dtype, sharding=sharding, **variance)
+    return ShapedArray(shape, dtype, sharding=sharding, **variance)

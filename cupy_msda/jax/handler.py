@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from . import cpu_calls, cuda_calls
-from .call_frame import EXECUTE, CallFrame
+from .call_frame import EXECUTE, CallFrame, answer_metadata
 
 # A call whose workspace is one of its results may be recorded into a CUDA graph. One that allocates may not.
 TARGET = "cupy_msda"
@@ -61,8 +61,10 @@ def _handler_of(run: Callable[[CallFrame], None], in_command_buffers: bool) -> C
 
     def handle(address: int) -> int | None:
         global _last_end
+        if answer_metadata(address, in_command_buffers):  # where there may be no table of functions yet
+            return None
         frame = CallFrame(address)
-        if frame.answer_metadata(in_command_buffers) or frame.stage != EXECUTE:
+        if frame.stage != EXECUTE:
             return None
         begin(thread())
         try:

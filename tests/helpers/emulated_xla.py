@@ -26,7 +26,7 @@ class EmulatedXla:
         self.gpu, self.device, self.error, self.allocated, self.requested = gpu, device, None, {}, 0
         self._functions = []
         self.api = call_frame._Api(struct_size=ctypes.sizeof(call_frame._Api))
-        self.api.version.minor = call_frame.KNOWN_VERSIONS[1][1]
+        self.api.version.minor = 1
         for name, kind in _KINDS.items():
             answer = getattr(self, f"_{name}")
             function = call_frame.ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(kind))(
