@@ -158,7 +158,7 @@ def read(arguments: Arguments) -> tuple[Operation, Problem, list[jax.Array]]:
         ragged=problem.ragged,
         coordinates=problem.fused.coordinates if problem.fused else 0,
         packed=problem.packed,
-        variant=problem.variant,
+        variant=arguments.variant,
         im2col_step=im2col_step,
         deterministic=deterministic,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..arrays import Device
 from ..call import PLAIN, FusedFrontEnd, Problem, Variant, Wanted
+from ..validate import equal_points
 
 Shape = tuple[int, ...]
 # Arrays without a dimension N.
@@ -77,6 +78,7 @@ class Operation:
         P = 0
         if self.variant.num_points is None:
             P = shapes["locations"][3] // max(3 * self.L, 1) if self.packed else shapes["locations"][4]
+        variant, P = equal_points(self.variant, P)
         return Problem(
             N, S, M, D, self.L, P, shapes["locations"][1],
             value_dtype=dtypes["value"],
@@ -85,7 +87,7 @@ class Operation:
             levels=self.levels,
             im2col_step=self.im2col_step,
             deterministic=self.deterministic,
-            variant=self.variant,
+            variant=variant,
             ragged=self.ragged,
             fused=fused,
         )  # fmt: skip

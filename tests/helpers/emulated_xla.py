@@ -96,7 +96,6 @@ class _buffers:
 def operation_of(inputs, lengths=None, wanted=None, traced=False, **options):
     """The operation of the inputs of a test, and its arrays by role, as NumPy arrays."""
     from cupy_msda.call import Variant, contiguous_starts
-    from cupy_msda.validate import equal_points
 
     references = getattr(inputs, "references", None)
     shapes = inputs.shapes
@@ -110,7 +109,7 @@ def operation_of(inputs, lengths=None, wanted=None, traced=False, **options):
         ragged=lengths is not None,
         coordinates=0 if references is None else references.shape[-1],
         packed=inputs.weights is None,
-        variant=equal_points(variant)[0],
+        variant=variant,
         **options,
     )
     if wanted is not None:
@@ -125,20 +124,7 @@ def operation_of(inputs, lengths=None, wanted=None, traced=False, **options):
         "starts": None if inputs.starts is None else _words(inputs.starts),
         "lengths": None if lengths is None else _words(np.array(lengths)),
     }
-    if operation.variant.num_points is None and "num_points" in variant._fields and variant.num_points:
-        arrays |= _with_levels(inputs, arrays)
     return operation, {role: arrays[role] for role in operation.roles}
-
-
-def _with_levels(inputs, arrays):
-    """Locations and weights [L, P] instead of one dimension of equal numbers of points."""
-    L = len(inputs.shapes)
-    locations, weights = arrays["locations"], arrays["weights"]
-    N, Q, M, K = weights.shape
-    return {
-        "locations": locations.reshape(N, Q, M, L, K // L, 2),
-        "weights": weights.reshape(N, Q, M, L, K // L),
-    }
 
 
 def _words(numbers):
