@@ -53,7 +53,7 @@ class _CallFrame(_Struct):
 
 
 class _Buffer(_Struct):
-    _fields_ = [("dtype", _int), ("data", _address), ("rank", _size), ("dimensions", _address)]
+    _fields_ = [("dtype", _int), ("data", _size), ("rank", _size), ("dimensions", _address)]
 
 
 class _Bytes(ctypes.Structure):
@@ -104,7 +104,7 @@ class _ErrorArguments(_Struct):
 
 
 class _StreamArguments(_Struct):
-    _fields_ = [("context", _address), ("stream", _address)]
+    _fields_ = [("context", _address), ("stream", _size)]
 
 
 class _OrdinalArguments(_Struct):
@@ -153,46 +153,65 @@ def _functions_at(address: int) -> Functions:
     return found
 
 
+class _Request:
+    """The arguments of the two functions that every call asks: laid out once, used by one call at a time."""
+
+    def __init__(self) -> None:
+        self.stream = _StreamArguments(struct_size=ctypes.sizeof(_StreamArguments))
+        self.ordinal = _OrdinalArguments(struct_size=_OrdinalArguments.ordinal.offset + 4)
+        self.at_stream, self.at_ordinal = ctypes.addressof(self.stream), ctypes.addressof(self.ordinal)
+
+
+_requests: list[_Request] = []
+# Of as many pointers as a call has arguments or results at most: made once, because that takes longer than to read one.
+_ARRAYS = [_size * count for count in range(16)]
+
+
 class CallFrame:
     """One call of a handler: its buffers, its attribute, and what XLA offers it."""
+
+    __slots__ = ("_frame", "functions", "stage")
 
     def __init__(self, address: int) -> None:
         self._frame = frame = _CallFrame.from_address(address)
         self.stage = frame.stage
-        self.functions = _functions_at(frame.api)
+        self.functions = _functions.get(frame.api) or _functions_at(frame.api)
 
-    def arguments(self) -> list[_Buffer]:
-        return self._buffers(self._frame.arguments)
+    def addresses(self) -> tuple[list[int], list[int]]:
+        """Of the arguments, and of the results; 0 for an empty one."""
+        frame, buffer = self._frame, _Buffer.from_address
+        given, made = frame.arguments, frame.results
+        return (
+            [buffer(pointer).data for pointer in _ARRAYS[given.size].from_address(given.pointers)[:]],
+            [buffer(pointer).data for pointer in _ARRAYS[made.size].from_address(made.pointers)[:]],
+        )
 
-    def results(self) -> list[_Buffer]:
-        return self._buffers(self._frame.results)
+    def arguments(self) -> list[Buffer]:
+        return _described(self._frame.arguments)
 
-    @staticmethod
-    def _buffers(of: _Buffers) -> list[_Buffer]:
-        count = of.size
-        if not count:
-            return []
-        return [_Buffer.from_address(pointer) for pointer in (_size * count).from_address(of.pointers)]
+    def results(self) -> list[Buffer]:
+        return _described(self._frame.results)
 
     def attribute(self) -> bytes:
         """The one attribute, a string."""
-        first = _size.from_address(self._frame.attributes.pointers).value
-        text = _Bytes.from_address(first)
+        text = _Bytes.from_address(_size.from_address(self._frame.attributes.pointers).value)
         return ctypes.string_at(text.data, text.size)
 
-    def stream(self) -> int:
-        """Address of the CUDA stream that XLA runs this call on."""
-        given = _StreamArguments(struct_size=ctypes.sizeof(_StreamArguments), context=self._frame.context)
-        self._check(self.functions.get_stream(ctypes.addressof(given)), "stream")
-        return given.stream or 0
-
-    def ordinal(self) -> int:
-        """XLA's number of the device; -1 where it does not say."""
-        if self.functions.get_ordinal is None:
-            return -1
-        given = _OrdinalArguments(struct_size=_OrdinalArguments.ordinal.offset + 4, context=self._frame.context)
-        self._check(self.functions.get_ordinal(ctypes.addressof(given)), "device")
-        return given.ordinal
+    def stream_and_ordinal(self) -> tuple[int, int]:
+        """Address of the CUDA stream that XLA runs this call on, and XLA's number of the device, or -1."""
+        try:
+            request = _requests.pop()
+        except IndexError:
+            request = _Request()
+        functions, stream, ordinal = self.functions, request.stream, request.ordinal
+        stream.context = ordinal.context = self._frame.context
+        error = functions.get_stream(request.at_stream)
+        if not error and functions.get_ordinal:
+            error = functions.get_ordinal(request.at_ordinal)
+        self._check(error, "stream and device")
+        found = (stream.stream, ordinal.ordinal if functions.get_ordinal else -1)
+        _requests.append(request)
+        return found
 
     def allocate(self, nbytes: int) -> int:
         """Address of device memory from XLA's allocator, until :meth:`free`."""
@@ -217,7 +236,7 @@ class CallFrame:
         return self.functions.create_error(ctypes.addressof(given))
 
     def _check(self, error: int | None, what: str) -> None:
-        if self._failed(error):
+        if error and self._failed(error):
             raise RuntimeError(f"XLA refused a handler's request: {what}")
 
     def _failed(self, error: int | None) -> bool:
@@ -241,12 +260,11 @@ def answer_metadata(address: int, in_command_buffers: bool) -> bool:
     return True
 
 
-def dimensions(buffer: _Buffer) -> bytes:
-    """The shape of a buffer as the bytes of its int64 numbers."""
-    return ctypes.string_at(buffer.dimensions, 8 * buffer.rank) if buffer.rank else b""
+def _described(of: _Buffers) -> list[Buffer]:
+    pointers = (_size * of.size).from_address(of.pointers) if of.size else ()
+    return [_describe(_Buffer.from_address(pointer)) for pointer in pointers]
 
 
-def described(buffer: _Buffer) -> Buffer:
-    """Address, dtype and shape."""
+def _describe(buffer: _Buffer) -> Buffer:
     shape = tuple((_size * buffer.rank).from_address(buffer.dimensions)) if buffer.rank else ()
-    return Buffer(buffer.data or 0, DTYPES.get(buffer.dtype, f"XLA dtype {buffer.dtype}"), shape)
+    return Buffer(buffer.data, DTYPES.get(buffer.dtype, f"XLA dtype {buffer.dtype}"), shape)

@@ -10,15 +10,15 @@ import numpy as np
 
 from .. import api, validate
 from ..call import ALL, FUSED_NAMES, OPERATOR_NAMES, Arguments
-from .call_frame import Buffer, CallFrame, described
+from .call_frame import Buffer, CallFrame
 from .operation import Operation
 
 
 def run(frame: CallFrame) -> None:
     """Fills the results."""
-    operation = Operation.decode(frame.attribute())
-    arrays = [array_of(described(buffer)) for buffer in frame.arguments()]
-    results = [array_of(described(buffer)) for buffer in frame.results()]
+    operation, _ = Operation.decode(frame.attribute())
+    arrays = [array_of(buffer) for buffer in frame.arguments()]
+    results = [array_of(buffer) for buffer in frame.results()]
     for result, computed in zip(results, compute(operation, arrays), strict=True):
         result[...] = computed
 

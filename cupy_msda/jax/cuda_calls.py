@@ -7,7 +7,6 @@ call is a look-up, addresses and launches.
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..cuda import run as cuda
 from ..cuda.level_tables import level_table
 from ..cuda.session import on_device
 from ..cuda.steps import Addresses
-from .call_frame import DTYPES, CallFrame, dimensions
+from .call_frame import CallFrame
 from .operation import Operation, Shape
 
 # What vector loads need, and what XLA's buffers have unless one is a part of another.
@@ -35,36 +34,37 @@ _MOST_LAUNCHES = 4096
 
 def run(frame: CallFrame) -> None:
     """Queues the kernels of one call."""
-    arguments, results = frame.arguments(), frame.results()
-    given = [buffer.data or 0 for buffer in arguments]
-    made = [buffer.data or 0 for buffer in results]
+    given, made = frame.addresses()
+    stream, ordinal = frame.stream_and_ordinal()
     combined = 0
-    for address in (*given, *made):
+    for address in given:
+        combined |= address
+    for address in made:
         combined |= address
     alignment = combined & -combined if combined % ALIGNMENT else ALIGNMENT
-    key: Key = (
-        frame.attribute(), frame.ordinal(), alignment, dimensions(results[-1]),
-        *[(buffer.dtype, dimensions(buffer)) for buffer in arguments],
-    )  # fmt: skip
+    key: Key = (frame.attribute(), ordinal, alignment)
     launch = _launches.get(key)
     if launch is None:
-        operation = Operation.decode(key[0])
-        launch = _make(operation, arguments, frame, alignment)
+        launch = _make(frame, *key, stream)
+    launch(frame, stream, given, made)
+
+
+def _make(frame: CallFrame, attribute: bytes, ordinal: int, alignment: int, stream: int) -> Launch:
+    """The launch of a call, remembered by its attribute, and by its sizes where the attribute has none."""
+    operation, sized = Operation.decode(attribute)
+    arguments = frame.arguments()
+    shapes = {role: buffer.shape for role, buffer in zip(operation.roles, arguments, strict=True)}
+    dtypes = {role: buffer.dtype for role, buffer in zip(operation.roles, arguments, strict=True)}
+    key: Key = (attribute, ordinal, alignment, *(() if sized else shapes.values()))
+    launch = _launches.get(key)
+    if launch is None:
+        address = next((buffer.data for buffer in arguments if buffer.data), 0)
+        device = device_of(address) if address else max(ordinal, 0)
+        launch = launch_of(operation, operation.problem(shapes, dtypes, ("cuda", device)), alignment, stream)
         if len(_launches) >= _MOST_LAUNCHES:
             _launches.clear()
         _launches[key] = launch
-    launch(frame, frame.stream(), given, made)
-
-
-def _make(operation: Operation, arguments: list[Any], frame: CallFrame, alignment: int) -> Launch:
-    shapes = {}
-    dtypes = {}
-    for name, buffer in zip(operation.roles, arguments, strict=True):
-        shapes[name] = struct.unpack(f"={buffer.rank}q", dimensions(buffer))
-        dtypes[name] = DTYPES[buffer.dtype]
-    address = next((buffer.data for buffer in arguments if buffer.data), 0)
-    device = device_of(address) if address else max(frame.ordinal(), 0)
-    return launch_of(operation, operation.problem(shapes, dtypes, ("cuda", device)), alignment, frame.stream())
+    return launch
 
 
 def device_of(address: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +23,8 @@ TARGET = "cupy_msda"
 ALLOCATING_TARGET = "cupy_msda.allocating"
 _Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 _handlers: list[Any] = []  # XLA keeps addresses alone
-# Calls that run now, by their threads, and when the last one ended.
-_running: set[int] = set()
+# One entry per call that runs now, and when the last one ended.
+_running: list[None] = []
 _last_end = float("-inf")
 _QUIET_SECONDS = 0.1
 
@@ -57,7 +56,7 @@ def _wait_for_calls() -> None:
 
 
 def _handler_of(run: Callable[[CallFrame], None], in_command_buffers: bool) -> Callable[[int], int | None]:
-    begin, end, thread = _running.add, _running.discard, threading.get_ident
+    begin, end, now = _running.append, _running.pop, time.monotonic
 
     def handle(address: int) -> int | None:
         global _last_end
@@ -66,14 +65,14 @@ def _handler_of(run: Callable[[CallFrame], None], in_command_buffers: bool) -> C
         frame = CallFrame(address)
         if frame.stage != EXECUTE:
             return None
-        begin(thread())
+        begin(None)
         try:
             run(frame)
         except Exception as exception:  # an exception cannot leave a C function
             return frame.error(exception)
         finally:
-            end(thread())
-            _last_end = time.monotonic()
+            end()
+            _last_end = now()
         return None
 
     return handle

@@ -46,7 +46,8 @@ def _execute(platform: str, operation: Operation, *arrays: jax.Array) -> list[ja
         target, workspace = _prepared(operation, shapes, dtypes)
     made = [*results, jax.ShapeDtypeStruct((workspace,), np.uint8)] if workspace else results
     call = jax.ffi.ffi_call(target, made)
-    return list(call(*arrays, operation=operation.encode()))[: len(results)]
+    known = None if _symbolic(shapes) else [(shapes[role], dtypes[role]) for role in operation.roles]
+    return list(call(*arrays, operation=operation.encode(known)))[: len(results)]
 
 
 def _on_the_host(operation: Operation, *arrays: Any) -> list[np.ndarray]:
@@ -58,12 +59,15 @@ def _prepared(operation: Operation, shapes: dict[str, Any], dtypes: dict[str, st
 
     What has symbolic sizes, or is exported on a machine without a GPU, asks XLA for its workspace in each call.
     """
-    symbolic = any(not isinstance(size, int) for shape in shapes.values() for size in shape)
-    gpus = [] if symbolic else _local_gpus()
+    gpus = [] if _symbolic(shapes) else _local_gpus()
     needs = [cuda_calls.prepare(operation, operation.problem(shapes, dtypes, ("cuda", gpu))) for gpu in gpus]
     if not gpus:
         return handler.ALLOCATING_TARGET, 0
     return handler.TARGET, max(needs)
+
+
+def _symbolic(shapes: dict[str, Any]) -> bool:
+    return any(not isinstance(size, int) for shape in shapes.values() for size in shape)
 
 
 def _local_gpus() -> list[int]:

@@ -99,18 +99,23 @@ class Operation:
             return [((N, shapes["locations"][1], M * D), dtypes["value"])]
         return [(shapes[name], dtypes[name]) for name in self.gradients]
 
-    def encode(self) -> str:
-        """As an attribute that any process reads."""
+    def encode(self, arrays: Sequence[tuple[Shape, str]] | None = None) -> str:
+        """As an attribute that any process reads; with the shapes and dtypes of all arrays, if they are known.
+
+        These are not read again. They make calls whose kernels differ differ in their attributes.
+        """
         fields: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return json.dumps(fields, separators=(",", ":"))
+        return json.dumps(fields | {"arrays": arrays}, separators=(",", ":"))
 
     @staticmethod
-    def decode(attribute: bytes) -> Operation:
+    def decode(attribute: bytes) -> tuple[Operation, bool]:
+        """The operation, and whether the attribute has the shapes of the arrays."""
         fields = json.loads(attribute)
+        sized = fields.pop("arrays") is not None
         if fields["levels"] is not None:
             fields["levels"] = tuple(tuple(level) for level in fields["levels"])
         num_points, *others = fields["variant"]
         fields["variant"] = Variant(None if num_points is None else tuple(num_points), *others)
         if fields["wanted"] is not None:
             fields["wanted"] = Wanted(*fields["wanted"])
-        return Operation(**fields)
+        return Operation(**fields), sized

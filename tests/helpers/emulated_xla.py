@@ -22,7 +22,8 @@ _ERROR = 0xE0
 class EmulatedXla:
     """`error` is the last one that a handler made; `allocated` are the workspaces that have not been freed."""
 
-    def __init__(self, gpu, device=0):
+    def __init__(self, gpu, device=0, sized=True):
+        self.sized = sized
         self.gpu, self.device, self.error, self.allocated, self.requested = gpu, device, None, {}, 0
         self._functions = []
         self.api = call_frame._Api(struct_size=ctypes.sizeof(call_frame._Api))
@@ -61,7 +62,8 @@ class EmulatedXla:
         """Runs a handler for NumPy arrays over device memory."""
         run = {"CUDA": cuda_calls.run}[platform]
         arguments, made = _buffers(arrays), _buffers(results)
-        text = operation.encode().encode()
+        known = [(array.shape, array.dtype.name) for array in arrays]
+        text = operation.encode(known if self.sized else None).encode()
         attribute = call_frame._Bytes(ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p), len(text))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(attribute))
         frame = call_frame._CallFrame(
