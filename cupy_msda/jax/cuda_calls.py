@@ -42,10 +42,10 @@ def run(frame: CallFrame) -> None:
     for address in made:
         combined |= address
     alignment = combined & -combined if combined % ALIGNMENT else ALIGNMENT
-    key: Key = (frame.attribute(), ordinal, alignment)
-    launch = _launches.get(key)
+    attribute = frame.attribute()
+    launch = _launches.get((attribute, ordinal, alignment))
     if launch is None:
-        launch = _make(frame, *key, stream)
+        launch = _make(frame, attribute, ordinal, alignment, stream)
     launch(frame, stream, given, made)
 
 
