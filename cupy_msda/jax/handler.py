@@ -23,10 +23,10 @@ TARGET = "cupy_msda"
 ALLOCATING_TARGET = "cupy_msda.allocating"
 _Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
 _handlers: list[Any] = []  # XLA keeps addresses alone
-# One entry per call that runs now, and when the last one ended.
+# One entry per call that runs now, and when the last one ended, or was compiled.
 _running: list[None] = []
-_last_end = float("-inf")
-_QUIET_SECONDS = 0.1
+_last_time = float("-inf")
+_QUIET_SECONDS = 0.2
 
 
 def register() -> None:
@@ -40,18 +40,25 @@ def register() -> None:
     atexit.register(_wait_for_calls)
 
 
+def expect_calls() -> None:
+    """A call has been compiled."""
+    global _last_time
+    _last_time = time.monotonic()
+
+
 def _wait_for_calls() -> None:
     """Waits until XLA is likely to make no further call: one that began while Python ends would wait forever.
 
     JAX computes asynchronously, and does not say what it still has to compute. Its live arrays are waited for; results
     that nobody holds are taken for computed when no handler has been called for a while.
     """
-    if _last_end == float("-inf") and not _running:
+    if _last_time == float("-inf") and not _running:
         return
+    begin = time.monotonic()
     for array in jax.live_arrays():
         with contextlib.suppress(Exception):  # deleted, or the result of a failed call, which others report
             array.block_until_ready()
-    while _running or time.monotonic() - _last_end < _QUIET_SECONDS:
+    while _running or time.monotonic() - max(begin, _last_time) < _QUIET_SECONDS:
         time.sleep(_QUIET_SECONDS / 10)
 
 
@@ -59,7 +66,7 @@ def _handler_of(run: Callable[[CallFrame], None], in_command_buffers: bool) -> C
     begin, end, now = _running.append, _running.pop, time.monotonic
 
     def handle(address: int) -> int | None:
-        global _last_end
+        global _last_time
         if answer_metadata(address, in_command_buffers):  # where there may be no table of functions yet
             return None
         frame = CallFrame(address)
@@ -72,7 +79,7 @@ def _handler_of(run: Callable[[CallFrame], None], in_command_buffers: bool) -> C
             return frame.error(exception)
         finally:
             end()
-            _last_end = now()
+            _last_time = now()
         return None
 
     return handle

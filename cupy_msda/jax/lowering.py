@@ -41,6 +41,7 @@ def _execute(platform: str, operation: Operation, *arrays: jax.Array) -> list[ja
     results = [jax.ShapeDtypeStruct(*result) for result in operation.results(shapes, dtypes)]
     if not _handled:
         return list(jax.pure_callback(functools.partial(_on_the_host, operation), results, *arrays))
+    handler.expect_calls()
     target, workspace = handler.TARGET, 0
     if platform == "cuda":
         target, workspace = _prepared(operation, shapes, dtypes)

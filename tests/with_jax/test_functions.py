@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import cupy_msda
-from cupy_msda.jax import cpu_calls, ms_deform_attn
+from cupy_msda.jax import cpu_calls, ms_deform_attn, reference
+from cupy_msda.jax.primitives import forward_p
 from tests.helpers import cases
 from tests.helpers.cases import DTYPE_PAIRS, SMALL_CASES, VARIANTS
 from tests.helpers.jax_calls import FORMS, SMALL, function_of, inputs_of, output_and_gradients
@@ -16,9 +17,9 @@ NAMES = ("value", "locations", "weights", "references")
 
 
 @pytest.fixture(autouse=True)
-def x64():
+def x64_on_the_cpu():
     """The tests hold float64 too; :func:`test_without_x64` does without."""
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         yield
 
 
@@ -139,28 +140,29 @@ def test_numpy_reads_the_memory_of_xla(monkeypatch):
     assert seen == [[array.unsafe_buffer_pointer() for array in given]]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_functions_of_jax_compute_the_same(form):
-    """What serves devices without kernels, forward mode and second derivatives."""
-    from cupy_msda.jax import reference
-    from cupy_msda.jax.primitives import forward_p
+# Every branch of the functions of JAX, which take a second each to compile.
+IN_JAX = [("plain", case) for case in (SMALL, SMALL_CASES[4], *VARIANTS[:1], *VARIANTS[3:6])]
+IN_JAX += [(form, case) for form in FORMS if form != "plain" for case in (SMALL, VARIANTS[0])]
 
-    for case in (SMALL, *SMALL_CASES[:6], *VARIANTS):
-        inputs = inputs_of(case, FORMS[form], ("float64", "float64"))
-        function, arrays = function_of(inputs, **case.variant)
-        (equation,) = (
-            equation
-            for equation in jax.make_jaxpr(function)(*arrays.values()).jaxpr.eqns
-            if equation.primitive is forward_p
-        )
-        operation = equation.params["operation"]
-        want, want_gradients = output_and_gradients(function, arrays, inputs.grad_output)
-        got, gradients = output_and_gradients(
-            lambda *given, operation=operation: reference.forward(operation, *given), arrays, inputs.grad_output
-        )
-        assert_close(got, want, "float64", case.name)
-        for name, gradient in gradients.items():
-            assert_close(gradient, want_gradients[name], "float64", f"{case.name}: {name}")
+
+@pytest.mark.parametrize(("form", "case"), IN_JAX, ids=str)
+def test_functions_of_jax_compute_the_same(form, case):
+    """What serves devices without kernels, forward mode and second derivatives."""
+    inputs = inputs_of(case, FORMS[form], ("float64", "float64"))
+    function, arrays = function_of(inputs, **case.variant)
+    (equation,) = (
+        equation
+        for equation in jax.make_jaxpr(function)(*arrays.values()).jaxpr.eqns
+        if equation.primitive is forward_p
+    )
+    operation = equation.params["operation"]
+    want, want_gradients = output_and_gradients(function, arrays, inputs.grad_output)
+    got, gradients = output_and_gradients(
+        lambda *given: reference.forward(operation, *given), arrays, inputs.grad_output
+    )
+    assert_close(got, want, "float64")
+    for name, gradient in gradients.items():
+        assert_close(gradient, want_gradients[name], "float64", name)
 
 
 @pytest.mark.parametrize("form", FORMS)
