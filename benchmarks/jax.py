@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5, help="samples per time")
     options = parser.parse_args()
-    result: dict[str, Any] = {"provenance": provenance("cuda"), "jax": jax.__version__}
+    result: dict[str, Any] = {"provenance": provenance("cuda")}
     for name, measure in (("host", host_times), ("layers", steps), ("kernels", kernels)):
         result[name] = measure(options.repeats)
         print(name, json.dumps(result[name], indent=1), flush=True)
