@@ -219,7 +219,7 @@ def validated(
     NumPy arrays of the same shapes, without memory, pass the validation of every other path.
     """
     symbols: dict[str, int] = {}
-    given = {name: _stand_in(shape, dtype, symbols) for name, shape, dtype in operands}
+    given = {name: _stand_in(name, shape, dtype, symbols) for name, shape, dtype in operands}
     traced = shapes[1] is None
     S = given["value"].shape[1] if given["value"].ndim > 1 else 0
     arguments = Arguments(
@@ -237,7 +237,7 @@ def validated(
     return dataclasses.replace(problem, levels=None, value_strides=None) if traced else problem
 
 
-def _stand_in(shape: tuple[Any, ...], dtype: str, symbols: dict[str, int]) -> np.ndarray:
+def _stand_in(name: str, shape: tuple[Any, ...], dtype: str, symbols: dict[str, int]) -> np.ndarray:
     """An array of one number. A symbolic size is a number that no other size is likely to be."""
     sizes = [
         size if isinstance(size, int) else symbols.setdefault(str(size), 1_000_003 + 2 * len(symbols)) for size in shape
@@ -245,7 +245,7 @@ def _stand_in(shape: tuple[Any, ...], dtype: str, symbols: dict[str, int]) -> np
     try:
         known = np.dtype(getattr(ml_dtypes, dtype, dtype))
     except TypeError:
-        raise TypeError(f"expected an array of numbers, got dtype {dtype}") from None
+        raise TypeError(f"{name}: expected an array of numbers, got dtype {dtype}") from None
     return np.broadcast_to(np.zeros((), known), sizes)
 
 
@@ -253,5 +253,5 @@ def _numbers(known: tuple[Any, ...], number: int, symbols: dict[str, int]) -> np
     """Metadata as given, or this `number` in place of those that are traced."""
     if known[1] is not None:
         return np.frombuffer(known[1], known[2]).reshape(known[0])
-    sizes = _stand_in(known[0], "int64", symbols).shape
+    sizes = _stand_in("metadata", known[0], "int64", symbols).shape
     return np.full(sizes, number, np.int64)
