@@ -16,6 +16,7 @@ PACKAGES = (
     "cupy-msda",
     "cupy-cuda13x",
     "cupy-cuda12x",
+    "jax",
     "numpy",
     "torch",
     "triton",

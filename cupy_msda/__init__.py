@@ -1,7 +1,8 @@
 """Multi-scale deformable attention for NumPy, CuPy, torch, JAX and every other DLPack framework.
 
-``import cupy_msda`` imports NumPy and no other framework. The differentiable torch operator is in ``cupy_msda.torch``,
-which imports torch when it is first used; ``cupy_msda.plot`` draws with matplotlib.
+``import cupy_msda`` imports NumPy and no other framework. The differentiable operators of torch and JAX are in
+``cupy_msda.torch`` and ``cupy_msda.jax``, which import them when they are first used; ``cupy_msda.plot`` draws with
+matplotlib.
 """
 
 import importlib
@@ -28,19 +29,18 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import jax as jax
     from . import plot as plot
     from . import torch as torch
 else:
 
     def __getattr__(name):
-        """``cupy_msda.torch`` and ``cupy_msda.plot`` without an import of their own, when they are first used."""
-        if name == "plot":
-            return importlib.import_module(".plot", __name__)
-        if name != "torch":
+        """``cupy_msda.torch``, ``.jax`` and ``.plot`` without an import of their own, when they are first used."""
+        if name not in ("jax", "plot", "torch"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
-            return importlib.import_module(".torch", __name__)
+            return importlib.import_module(f".{name}", __name__)
         except ModuleNotFoundError as error:
-            if error.name != "torch":
+            if error.name != name:
                 raise
-            raise AttributeError(f"module {__name__!r} has no attribute 'torch' here: {error}") from error
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r} here: {error}") from error

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import arrays
 from . import validate as _validate
-from .call import ALL, EXTENSION_NAMES, FUSED_NAMES, Arguments, Call
+from .call import ALL, EXTENSION_NAMES, FUSED_NAMES, Arguments, Call, Wanted
 from .cpu import run as cpu
 from .cuda import run as cuda
 from .options import requested_variant
@@ -113,7 +113,7 @@ def ms_deform_attn(
         deterministic=deterministic,
         validate=validate,
     )
-    return forward(_validate.read(arguments))
+    return _forward(arguments)
 
 
 def ms_deform_attn_forward(
@@ -138,7 +138,7 @@ def ms_deform_attn_forward(
         im2col_step=im2col_step,
         names=EXTENSION_NAMES,
     )
-    return forward(_validate.read(arguments))
+    return _forward(arguments)
 
 
 def ms_deform_attn_backward(
@@ -193,7 +193,7 @@ def ms_deform_attn_backward(
         deterministic=deterministic,
         names=EXTENSION_NAMES,
     )
-    return backward(_validate.read(arguments, _given(grad_output)))[:3]
+    return _backward(arguments, grad_output, ALL)[:3]
 
 
 def ms_deform_attn_fused(
@@ -279,7 +279,7 @@ def ms_deform_attn_fused(
         validate=validate,
         names=FUSED_NAMES,
     )
-    return forward(_validate.read(arguments))
+    return _forward(arguments)
 
 
 def ms_deform_attn_fused_backward(
@@ -328,8 +328,8 @@ def ms_deform_attn_fused_backward(
         deterministic=deterministic,
         names=FUSED_NAMES,
     )
-    call = _validate.read(arguments, _given(grad_output), ALL._replace(references=True))
-    grad_value, grad_offsets, grad_logits, grad_references = backward(call)
+    wanted = ALL._replace(references=True)
+    grad_value, grad_offsets, grad_logits, grad_references = _backward(arguments, grad_output, wanted)
     return grad_value, grad_references, grad_offsets, grad_logits
 
 
@@ -342,11 +342,18 @@ def _refuse_gradients(function: str, **given: Any) -> None:
             )
 
 
-def _given(grad_output: Any) -> Any:
-    """The gradient of the output, which validation takes for a forward where it is None."""
-    if grad_output is None:
+def _forward(arguments: Arguments) -> Any:
+    operator = arrays.operator_of(arguments.value)
+    output = None if operator is None else operator.forward(arguments)
+    return forward(_validate.read(arguments)) if output is None else output
+
+
+def _backward(arguments: Arguments, grad_output: Any, wanted: Wanted) -> tuple[Any, Any, Any, Any]:
+    if grad_output is None:  # which validation takes for a forward
         raise TypeError("grad_output: expected an array of value's framework, got NoneType")
-    return grad_output
+    operator = arrays.operator_of(arguments.value)
+    gradients = None if operator is None else operator.backward(arguments, grad_output, wanted)
+    return backward(_validate.read(arguments, grad_output, wanted)) if gradients is None else gradients
 
 
 def forward(call: Call) -> Any:

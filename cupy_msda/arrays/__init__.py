@@ -12,7 +12,9 @@ from .cupy_module import (
 )
 from .dlpack import LAST_DEFAULT_STREAM
 from .frameworks import Framework, framework_of, tracks_gradient, view, view_metadata
+from .operators import operator_of
 from .views import Device, View, item_size
+from .xla import xla_wants_determinism
 
 __all__ = [
     "INSTALL_CUPY",
@@ -27,10 +29,12 @@ __all__ = [
     "cuda_unavailable",
     "framework_of",
     "item_size",
+    "operator_of",
     "require_cupy",
     "to_cupy",
     "to_numpy",
     "tracks_gradient",
     "view",
     "view_metadata",
+    "xla_wants_determinism",
 ]

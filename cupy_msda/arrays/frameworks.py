@@ -14,6 +14,7 @@ import numpy as np
 from .convert import require_cupy, storage_dtype, to_cupy, to_numpy
 from .dlpack import DEVICE_KINDS, LEGACY_STREAM, capsule_of, contiguous_strides, read_capsule
 from .views import Device, View
+from .xla import xla_wants_determinism
 
 
 class Framework:
@@ -212,12 +213,15 @@ class JaxFramework(Framework):
 
     def view(self, array: Any) -> View:
         if isinstance(array, sys.modules["jax"].core.Tracer):
-            raise TypeError("expected a concrete JAX array, got a tracer: call this outside jit, grad and vmap")
+            raise TypeError("expected a concrete JAX array, got a tracer: call the function of cupy_msda.jax")
         if not hasattr(array, "__dlpack__"):
             raise TypeError(f"expected a JAX array of numbers, got dtype {array.dtype}")
         if array.is_deleted():
             raise TypeError("expected a JAX array with data, got one whose buffer was donated or deleted")
         return super().view(array)
+
+    def wants_determinism(self) -> bool:
+        return xla_wants_determinism()
 
     def finish(self, array: Any, dtype: str, like: Any) -> Any:
         jnp = sys.modules["jax"].numpy

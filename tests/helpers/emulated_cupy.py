@@ -121,6 +121,7 @@ def _runtime(gpu):
         getDevice=lambda: gpu.device,
         setDevice=lambda number: setattr(gpu, "device", number),
         memsetAsync=gpu.fill,
+        pointerGetAttributes=lambda address: SimpleNamespace(device=gpu.memory.at(address).device),
         streamCreateWithFlags=lambda flags: streams.create(gpu.device),
         eventCreateWithFlags=lambda flags: streams.create(gpu.device),
         eventRecord=streams.record,

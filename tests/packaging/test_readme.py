@@ -16,7 +16,7 @@ SOURCES = [path for folder in ("cupy_msda", "cuda_src") for path in (ROOT / fold
 
 @pytest.mark.gpu_if_present
 def test_snippets_run():
-    assert len(SNIPPETS) == 9
+    assert len(SNIPPETS) == 10
     names = {}
     for snippet in SNIPPETS:
         if "import cupy\n" in snippet and not backends.GPU:
@@ -31,7 +31,7 @@ def snippets_of(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["models.md"])
+@pytest.mark.parametrize("page", ["models.md", "jax.md"])
 def test_snippets_of_a_page_run(page):
     names = {}
     for snippet in snippets_of(page):
