@@ -1,4 +1,4 @@
-"""A call on the CPU: arrays to NumPy, the plain or the fused operator, results to the caller's framework."""
+"""A call on the CPU: arrays to NumPy, the tier that runs, results to the caller's framework."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from .backward import plain_backward
 from .forward import plain_forward
 from .fused import fused_backward, fused_forward
 from .tasks import Inputs
+from .tier import compiled_tier
 
 
 def forward(call: Call) -> Any:
     """Output [N, Q, M*D] in the framework of value."""
-    run = fused_forward if call.problem.fused else plain_forward
+    compiled = compiled_tier()
+    run = compiled.forward if compiled else fused_forward if call.problem.fused else plain_forward
     with np.errstate(all="ignore"):  # NaN and infinity are legal inputs
         return _to_framework(run(_inputs(call)), call.operands.value)
 
@@ -27,7 +29,8 @@ def backward(call: Call) -> tuple[Any, Any, Any, Any]:
 
     In a packed call, the gradient of offsets and logits is one array, in the place of the locations'.
     """
-    run = fused_backward if call.problem.fused else plain_backward
+    compiled = compiled_tier()
+    run = compiled.backward if compiled else fused_backward if call.problem.fused else plain_backward
     with np.errstate(all="ignore"):
         gradients, operands = run(_inputs(call), call.wanted), call.operands
     return (
