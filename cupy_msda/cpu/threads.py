@@ -67,6 +67,9 @@ def _quota() -> int | None:
 def run_tasks(tasks: Sequence[_Task], work: Callable[[_Task], None], of_framework: int | None = None) -> None:
     """Call `work` with every task; the first exception of any thread reaches the caller."""
     _keep_freed_memory()
+    if len(tasks) == 1:
+        work(tasks[0])
+        return
     waiting: SimpleQueue[_Task] = SimpleQueue()
     for task in tasks:
         waiting.put(task)
