@@ -18,20 +18,16 @@ from .reference import Gradients
 
 # A model comes back to few layouts. One that never does must not fill the memory.
 _MOST_PROBLEMS = 4096
-_problems: dict[tuple[Any, ...], Problem] = {}
-
-
-def known(key: tuple[Any, ...] | None, arguments: Arguments) -> Problem | None:
-    """The problem of a call whose layout has this key; None for what must be validated."""
-    return _problems.get(key) if key is not None and arguments.value.is_cpu else None
+# The problems that are known, by layout.
+problems: dict[tuple[Any, ...] | None, Problem] = {}
 
 
 def remember(key: tuple[Any, ...] | None, problem: Problem) -> None:
     """Later calls with this key are of this problem."""
     if key is not None and problem.device[0] == "cpu":
-        if len(_problems) >= _MOST_PROBLEMS:
-            _problems.clear()
-        _problems[key] = problem
+        if len(problems) >= _MOST_PROBLEMS:
+            problems.clear()
+        problems[key] = problem
 
 
 def forward(problem: Problem, arguments: Arguments) -> Tensor:

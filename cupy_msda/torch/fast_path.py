@@ -242,16 +242,17 @@ def forward(arguments: Arguments, remember: bool = True) -> tuple[Tensor, Launch
         )  # fmt: skip
         if output is not None:
             return output, plan
-    problem = cpu_path.known(key, arguments)
+    problem = cpu_path.problems.get(key) if arguments.value.is_cpu else None
     if problem is not None:
         return cpu_path.forward(problem, arguments), None
     call = validate.read(arguments)
     output = api.forward(call)
-    cpu_path.remember(key, call.problem)
     if key is not None and plan is None and _repeatable(call):
         if len(plans) >= _MOST_PLANS:
             plans.clear()
         plan = plans[key] = LaunchPlan(call.problem, arguments)
+    else:
+        cpu_path.remember(key, call.problem)
     return output, plan
 
 
@@ -266,7 +267,7 @@ def backward(arguments: Arguments, grad_output: Tensor, wanted: Wanted) -> Gradi
         )  # fmt: skip
         if grads is not None:
             return grads
-    problem = cpu_path.known(key, arguments)
+    problem = cpu_path.problems.get(key) if arguments.value.is_cpu else None
     if problem is not None and _is_gradient(grad_output, arguments, problem):
         return cpu_path.backward(problem, arguments, grad_output, wanted)
     of_value, of_locations, of_weights, of_references = api.backward(validate.read(arguments, grad_output, wanted))

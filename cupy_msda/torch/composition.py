@@ -1,0 +1,91 @@
+"""The operator on the CPU by torch's own functions, where it is small and they are faster than NumPy.
+
+They round pixel coordinates in float32 and take NaN and infinity further than the contract does. So they serve plain
+sampling on levels of moderate size, and what they give counts only if it is finite: all that they read was finite then.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import PLAIN, Arguments, Problem, Wanted
+from .exportable import grid_sample_attention
+from .reference import Gradients
+from .samples import in_float, plain_samples
+
+# Pixels along an axis up to which float32 coordinates are within the tolerance.
+_MOST_PIXELS = 128
+# Most elements that are sampled, which a call holds between forward and backward.
+_MOST_ELEMENTS = 1 << 24
+# Up to so many sampled elements all images are worked on at once (docs/performance/decisions.md#cpu-composition).
+_CACHED_ELEMENTS = 1 << 22
+
+
+class Recorded(NamedTuple):
+    """An output and the inputs that it was computed from, whose gradients autograd recorded where they are wanted."""
+
+    output: Tensor
+    leaves: tuple[Tensor | None, ...]
+
+
+def sampled_elements(problem: Problem) -> int:
+    """The elements of all samples: D channels each."""
+    return problem.N * problem.Q * problem.M * problem.K * problem.D
+
+
+def can_run(problem: Problem) -> bool:
+    return (
+        problem.variant == PLAIN
+        and not problem.empty
+        and not problem.ragged
+        and problem.levels is not None
+        and max(max(h, w) for h, w, _ in problem.levels) <= _MOST_PIXELS
+        and sampled_elements(problem) <= _MOST_ELEMENTS
+    )
+
+
+def record(problem: Problem, arguments: Arguments, wanted: Wanted) -> Recorded | None:
+    """The output of a call that :func:`can_run`, in the accumulator dtype; None where it is not finite."""
+    wide = in_float(arguments)
+    tensors = (wide.value, wide.locations, wide.weights, wide.reference_points)
+    leaves = tuple(
+        None if tensor is None else tensor.detach().requires_grad_(asked)
+        for tensor, asked in zip(tensors, wanted, strict=True)
+    )
+    assert problem.levels is not None
+    sizes, starts = [(h, w) for h, w, _ in problem.levels], [start for *_, start in problem.levels]
+    given = Arguments(leaves[0], sizes, starts, leaves[3], leaves[1], leaves[2], names=arguments.names)
+    with torch.enable_grad() if any(wanted) else torch.no_grad():
+        given, locations, weights, _ = plain_samples(given)
+        locations = locations.reshape(problem.N, problem.Q, problem.M, problem.L, problem.P, 2)
+        step = _images_at_a_time(problem)
+        parts = zip(given.value.split(step), locations.split(step), weights.split(step), strict=True)
+        outputs = [grid_sample_attention(part, sizes, *samples, starts) for part, *samples in parts]
+        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return Recorded(output, leaves) if bool(output.detach().sum().isfinite()) else None
+
+
+def _images_at_a_time(problem: Problem) -> int:
+    """All images of a small call; of a large one, as many as keep what is sampled in the caches."""
+    elements = sampled_elements(problem)
+    if elements <= _CACHED_ELEMENTS:
+        return problem.N
+    return max(1, _CACHED_ELEMENTS // 4 * problem.N // elements)
+
+
+def gradients(recorded: Recorded, arguments: Arguments, grad_output: Tensor, wanted: Wanted) -> Gradients | None:
+    """The gradients that are wanted; None where the gradient of the output is not finite."""
+    grad_output = grad_output.to(recorded.output.dtype)
+    if not bool(grad_output.sum().isfinite()):
+        return None
+    leaves = [leaf for leaf, asked in zip(recorded.leaves, wanted, strict=True) if asked and leaf is not None]
+    found = iter(torch.autograd.grad(recorded.output, leaves, grad_output, retain_graph=True))
+    given = (arguments.value, arguments.locations, arguments.weights, arguments.reference_points)
+    of_value, of_locations, of_weights, of_references = (
+        next(found).to(tensor.dtype).contiguous() if asked and tensor is not None else None
+        for tensor, asked in zip(given, wanted, strict=True)
+    )
+    return of_value, of_locations, of_weights, of_references
