@@ -5,6 +5,8 @@ The first call of a layout is validated and leaves its :class:`Problem` here. Th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from torch import Tensor
 from ..call import Arguments, Problem, Wanted
 from ..cpu import run as cpu
 from ..cpu.tasks import Inputs
+from ..cpu.tier import compiled_tier
+from . import composition
 from .reference import Gradients
 
 # A model comes back to few layouts. One that never does must not fill the memory.
@@ -28,6 +32,62 @@ def remember(key: tuple[Any, ...] | None, problem: Problem) -> None:
         if len(problems) >= _MOST_PROBLEMS:
             problems.clear()
         problems[key] = problem
+
+
+class RecordedPlan:
+    """The backward of a call whose output is a composition that autograd has recorded.
+
+    What is recorded is freed by the first backward, and computed again for another one.
+    """
+
+    def __init__(self, problem: Problem, arguments: Arguments, recorded: composition.Recorded) -> None:
+        self._problem = problem
+        self._recorded: composition.Recorded | None = recorded
+        levels = problem.levels or ()
+        # Metadata is the problem's: the caller may change the lists that it came in.
+        self._settings = replace(
+            arguments, value=None, reference_points=None, locations=None, weights=None,
+            spatial_shapes=[(h, w) for h, w, _ in levels], level_start_index=[start for *_, start in levels],
+        )  # fmt: skip
+
+    def arguments(
+        self, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Any, references: Tensor | None
+    ) -> Arguments:
+        """The arguments of the call."""
+        return replace(
+            self._settings, value=value, locations=locations, weights=weights, reference_points=references
+        )
+
+    def backward(self, wanted: Wanted) -> Callable[..., Gradients | None]:
+        """``backward(grad_output, value, shapes, starts, locations, weights, references=None)`` -> the gradients that
+        are wanted, or None where something is not finite.
+        """
+
+        def backward(grad_output: Tensor, *operands: Any) -> Gradients | None:
+            arguments = self.arguments(*operands)
+            recorded, self._recorded = self._recorded, None
+            if recorded is None:
+                recorded = composition.record(self._problem, arguments, wanted)
+            return recorded and composition.gradients(recorded, arguments, grad_output, wanted)
+
+        return backward
+
+
+def composed(
+    problem: Problem, arguments: Arguments, wanted: Wanted | None
+) -> tuple[Tensor, RecordedPlan | None] | None:
+    """The output by torch's own functions, and its backward where gradients are wanted; None where NumPy computes it."""
+    if problem.device[0] != "cpu" or compiled_tier() is not None or not composition.can_run(problem):
+        return None
+    costs = composition.training_costs(problem, wanted) if wanted else composition.forward_costs(problem)
+    recorded = composition.record(problem, arguments, wanted or _NO_GRADIENT) if costs.composition_is_faster else None
+    if recorded is None:
+        return None
+    output = recorded.output.detach().to(arguments.value.dtype)
+    return output, RecordedPlan(problem, arguments, recorded) if wanted else None
+
+
+_NO_GRADIENT = Wanted(False, False, False)
 
 
 def forward(problem: Problem, arguments: Arguments) -> Tensor:

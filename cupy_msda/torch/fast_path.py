@@ -226,10 +226,13 @@ recent: dict[str, tuple[RecentCall, ...]] = {WITH_WEIGHTS: (), WITH_LOGITS: (), 
 _MOST_RECENT = 4
 
 
-def forward(arguments: Arguments, remember: bool = True) -> tuple[Tensor, LaunchPlan | None]:
-    """The output, recording no gradient, and the launch plan of the layout where there is one.
+def forward(
+    arguments: Arguments, remember: bool = True, wanted: Wanted | None = None
+) -> tuple[Tensor, LaunchPlan | cpu_path.RecordedPlan | None]:
+    """The output, recording no gradient, and the plan of the backward where there is one.
 
     Where the plan cache has the layout and `remember` is True, the layout is among the recent ones from then on.
+    `wanted` are the gradients that autograd will ask for.
     """
     key = layout_key(arguments)
     plan = plans.get(key)
@@ -242,10 +245,15 @@ def forward(arguments: Arguments, remember: bool = True) -> tuple[Tensor, Launch
         )  # fmt: skip
         if output is not None:
             return output, plan
-    problem = cpu_path.problems.get(key) if arguments.value.is_cpu else None
-    if problem is not None:
+    known = cpu_path.problems.get(key) if arguments.value.is_cpu else None
+    call = validate.read(arguments) if known is None else None
+    problem = call.problem if call else known
+    composed = cpu_path.composed(problem, arguments, wanted) if problem and key is not None else None
+    if composed is not None:
+        cpu_path.remember(key, problem)
+        return composed
+    if call is None:
         return cpu_path.forward(problem, arguments), None
-    call = validate.read(arguments)
     output = api.forward(call)
     if key is not None and plan is None and _repeatable(call):
         if len(plans) >= _MOST_PLANS:
