@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cupy_msda.cpu import tier
 from cupy_msda.torch import ms_deform_attn, ms_deform_attn_fused
 from cupy_msda.torch.exportable import grid_sample_attention
 
@@ -164,8 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    where = provenance("cpu")
-    result = {"provenance": where, "rows": []}
+    result = {"provenance": provenance("cpu"), "tier": tier.describe(), "rows": []}
     if options.out.exists():
         result = json.loads(options.out.read_text())
     seed, begin = result["provenance"]["commit"], time.perf_counter()

@@ -31,7 +31,7 @@ def compiled_tier() -> ModuleType | None:
     if isinstance(found, ModuleType):
         return found
     if setting == "numba":
-        raise RuntimeError(f"CUPY_MSDA_CPU: expected numba to be installed, got {found}: pip install 'cupy-msda[cpu]'")
+        raise RuntimeError(f"CUPY_MSDA_CPU: numba cannot be used, because {found}: pip install 'cupy-msda[cpu]'")
     return None
 
 
@@ -44,15 +44,15 @@ def describe() -> str:
         return f"fails: {error}"
     if os.environ.get("CUPY_MSDA_CPU") == "numpy":
         return "NumPy (CUPY_MSDA_CPU=numpy)"
-    return f"NumPy: {_load()}. pip install 'cupy-msda[cpu]' makes it several times as fast"
+    return f"NumPy, because {_load()}: pip install 'cupy-msda[cpu]'"
 
 
 @functools.cache
 def _load() -> ModuleType | str:
     """The compiled tier, or why it cannot be imported."""
     if importlib.util.find_spec("numba") is None:
-        return "no numba"
+        return "numba is not installed"
     try:
         return importlib.import_module(".compiled.run", __package__)
     except Exception as error:  # numba refuses a NumPy that it does not know, with ImportError or others
-        return f"{type(error).__name__}: {error}"
+        return f"its import fails with {type(error).__name__}: {error}"

@@ -101,7 +101,7 @@ def can_run(problem: Problem) -> bool:
 
 
 def record(problem: Problem, arguments: Arguments, wanted: Wanted) -> Recorded | None:
-    """The output of a call that :func:`can_run`, in the accumulator dtype; None where it is not finite."""
+    """The output of a call that :func:`can_run`, in the accumulator dtype; None where the contract differs."""
     wide = in_float(arguments)
     tensors = (wide.value, wide.locations, wide.weights, wide.reference_points)
     leaves = tuple(
@@ -114,11 +114,19 @@ def record(problem: Problem, arguments: Arguments, wanted: Wanted) -> Recorded |
     with torch.enable_grad() if any(wanted) else torch.no_grad():
         given, locations, weights, _ = plain_samples(given)
         locations = locations.reshape(problem.N, problem.Q, problem.M, problem.L, problem.P, 2)
+        if (wanted.locations or wanted.references) and _any_at_the_boundary(locations.detach(), sizes):
+            return None
         step = _images_at_a_time(problem)
         parts = zip(given.value.split(step), locations.split(step), weights.split(step), strict=True)
-        outputs = [grid_sample_attention(part, sizes, *samples, starts) for part, *samples in parts]
+        outputs = [grid_sample_attention(part, sizes, where, weight, starts) for part, where, weight in parts]
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return Recorded(output, leaves) if bool(output.detach().sum().isfinite()) else None
+
+
+def _any_at_the_boundary(locations: Tensor, sizes: list[tuple[int, int]]) -> bool:
+    """Whether a sample lies one pixel outside its level: it does not count, but has a gradient here."""
+    widths_and_heights = torch.tensor([[(w, h)] for h, w in sizes], dtype=locations.dtype, device="cpu")
+    return bool((locations * widths_and_heights == -0.5).any())
 
 
 def _images_at_a_time(problem: Problem) -> int:

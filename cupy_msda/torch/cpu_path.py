@@ -1,6 +1,6 @@
 """Eager calls on the CPU whose layout is known: from tensors to the CPU path and back without validation.
 
-The first call of a layout is validated and leaves its :class:`Problem` here. The key holds all that validation looks at.
+The first call of a layout is validated and leaves its :class:`Problem` here. The key holds all that validation reads.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ class RecordedPlan:
         self, value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Any, references: Tensor | None
     ) -> Arguments:
         """The arguments of the call."""
-        return replace(
-            self._settings, value=value, locations=locations, weights=weights, reference_points=references
-        )
+        return replace(self._settings, value=value, locations=locations, weights=weights, reference_points=references)
 
     def backward(self, wanted: Wanted) -> Callable[..., Gradients | None]:
         """``backward(grad_output, value, shapes, starts, locations, weights, references=None)`` -> the gradients that
@@ -76,7 +74,7 @@ class RecordedPlan:
 def composed(
     problem: Problem, arguments: Arguments, wanted: Wanted | None
 ) -> tuple[Tensor, RecordedPlan | None] | None:
-    """The output by torch's own functions, and its backward where gradients are wanted; None where NumPy computes it."""
+    """The output by torch's own functions, and its backward if gradients are wanted; None where NumPy computes it."""
     if problem.device[0] != "cpu" or compiled_tier() is not None or not composition.can_run(problem):
         return None
     costs = composition.training_costs(problem, wanted) if wanted else composition.forward_costs(problem)

@@ -4,8 +4,9 @@ A repeated CUDA call, whose layout is known, costs its outputs, its launches and
 
 The first call of a layout (shapes, dtypes, devices, strides, host metadata) is validated, planned and compiled, and
 leaves a :class:`LaunchPlan` in the plan cache. The key of the cache holds all that validation looks at, so a later call
-with that key needs addresses alone. They come from ``Tensor.data_ptr``, which is much faster than DLPack. A
-repeated call on the CPU goes to :mod:`.cpu_path`, and what has no key to :mod:`cupy_msda.api` every time. ``docs/performance`` has the measurements.
+with that key needs addresses alone. They come from ``Tensor.data_ptr``, which is much faster than DLPack. A repeated
+call on the CPU goes to :mod:`.cpu_path`, and what has no key to :mod:`cupy_msda.api` every time. ``docs/performance``
+has the measurements.
 """
 
 from __future__ import annotations
@@ -245,10 +246,11 @@ def forward(
         )  # fmt: skip
         if output is not None:
             return output, plan
-    known = cpu_path.problems.get(key) if arguments.value.is_cpu else None
-    call = validate.read(arguments) if known is None else None
-    problem = call.problem if call else known
-    composed = cpu_path.composed(problem, arguments, wanted) if problem and key is not None else None
+    problem, call = cpu_path.problems.get(key) if arguments.value.is_cpu else None, None
+    if problem is None:
+        call = validate.read(arguments)
+        problem = call.problem
+    composed = cpu_path.composed(problem, arguments, wanted)
     if composed is not None:
         cpu_path.remember(key, problem)
         return composed

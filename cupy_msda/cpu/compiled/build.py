@@ -56,7 +56,7 @@ def _arrays(value_dtype: str) -> tuple[types.Array, types.Array, types.Array, ty
     )  # fmt: skip
 
 
-def _readable(number: types.Type, dimensions: int) -> types.Array:
+def _readable(number: Any, dimensions: int) -> types.Array:
     """A contiguous array that may be read-only."""
     return types.Array(number, dimensions, "C", readonly=True)
 

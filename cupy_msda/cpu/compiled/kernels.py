@@ -77,6 +77,8 @@ def _from_float16(number: Any) -> Any:
 def _in_pixels(location: Any, size: int, options: tuple[bool, bool, bool]) -> Any:
     """Pixel coordinate, slope and whether it is in bounds, in a level of `size` pixels along the axis."""
     nearest, border, align_corners = options
+    pixel: Any
+    in_bounds: Any
     if nearest:
         # In the accumulator dtype, so that frameworks find the same pixel for the same numbers.
         pixel = np.float64(np.floor(location * type(location)(size) + type(location)(0.5)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,11 +39,12 @@ class _Vectors(NamedTuple):
     """Vectors [N, S, M, D] as the kernels address them: all elements from the first to the last, and strides."""
 
     elements: np.ndarray
-    strides: tuple[int, int, int]
+    strides: tuple[int, ...]
 
     def of(self, block: Block | Task) -> tuple[int, int, int, int]:
         """The index of a block's first element, and the strides."""
-        return (block.images.start * self.strides[0] + block.heads.start * self.strides[2], *self.strides)
+        image, pixel, head = self.strides
+        return block.images.start * image + block.heads.start * head, image, pixel, head
 
 
 class _Setup(NamedTuple):
