@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from types import ModuleType
 
@@ -50,9 +49,9 @@ def describe() -> str:
 @functools.cache
 def _load() -> ModuleType | str:
     """The compiled tier, or why it cannot be imported."""
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed"
     try:
         return importlib.import_module(".compiled.run", __package__)
+    except ModuleNotFoundError:
+        return "numba is not installed"
     except Exception as error:  # numba refuses a NumPy that it does not know, with ImportError or others
         return f"its import fails with {type(error).__name__}: {error}"

@@ -143,7 +143,7 @@ def gradients(recorded: Recorded, arguments: Arguments, grad_output: Tensor, wan
     if not bool(grad_output.sum().isfinite()):
         return None
     leaves = [leaf for leaf, asked in zip(recorded.leaves, wanted, strict=True) if asked and leaf is not None]
-    found = iter(torch.autograd.grad(recorded.output, leaves, grad_output, retain_graph=True))
+    found = iter(torch.autograd.grad(recorded.output, leaves, grad_output))
     given = (arguments.value, arguments.locations, arguments.weights, arguments.reference_points)
     of_value, of_locations, of_weights, of_references = (
         next(found).to(tensor.dtype).contiguous() if asked and tensor is not None else None

@@ -130,10 +130,10 @@ def test_a_forward_of_one_image_and_head_is_several_blocks():
     assert [query for block in blocks for query in range(9000)[block.queries]] == list(range(9000))
 
 
-@pytest.mark.parametrize(("Q", "count"), [(255, 1), (256, 1), (257, 2)])
+@pytest.mark.parametrize(("Q", "count"), [(511, 1), (512, 1), (513, 2)])
 def test_a_small_forward_is_one_block(Q, count):
     problem = call_of(*Case("small", N=1, M=4, queries=Q, P=2).inputs()[:6]).problem
-    assert run.ONE_BLOCK_SAMPLES == 256 * problem.M * problem.K
+    assert run.ONE_BLOCK_SAMPLES == 512 * problem.M * problem.K
     assert len(list(run._forward_blocks(problem, None))) == count
 
 

@@ -20,7 +20,7 @@ from . import build
 # Most samples of a block, so that its copies stay in the caches.
 BLOCK_SAMPLES = 1 << 15
 # A forward of so many samples is one block: a thread would take longer to start than it saves.
-ONE_BLOCK_SAMPLES = 1 << 12
+ONE_BLOCK_SAMPLES = 1 << 13
 # A forward of many samples has at least so many blocks, for threads to share.
 BLOCKS = 8
 # Heads and images share a task of the backward up to this many samples.
