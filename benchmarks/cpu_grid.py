@@ -141,7 +141,7 @@ def calls_of(cell: Cell) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor],
 
 
 def median_seconds(calls: list[Callable[[], Any]]) -> list[float]:
-    """Medians of calls in turns until each took `LEAST_SECONDS`, at least three times, after one that does not count."""
+    """Medians of calls in turns, until each took `LEAST_SECONDS`, at least three; the first of each does not count."""
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
