@@ -18,7 +18,7 @@ from .reference import Gradients
 from .samples import in_float, plain_samples
 
 # Pixels along an axis up to which float32 coordinates are within the tolerance.
-_MOST_PIXELS = 128
+_MOST_PIXELS = 168
 # Most elements that are sampled, which a call holds between forward and backward.
 _MOST_ELEMENTS = 1 << 24
 # Up to so many sampled elements all images are worked on at once (docs/performance/decisions.md#cpu-composition).
@@ -137,13 +137,18 @@ def _images_at_a_time(problem: Problem) -> int:
     return max(1, _CACHED_ELEMENTS // 4 * problem.N // elements)
 
 
-def gradients(recorded: Recorded, arguments: Arguments, grad_output: Tensor, wanted: Wanted) -> Gradients | None:
-    """The gradients that are wanted; None where the gradient of the output is not finite."""
+def gradients(
+    recorded: Recorded, arguments: Arguments, grad_output: Tensor, wanted: Wanted, kept: bool = False
+) -> Gradients | None:
+    """The gradients that are wanted; None where the gradient of the output is not finite.
+
+    `kept`: what is recorded serves another backward.
+    """
     grad_output = grad_output.to(recorded.output.dtype)
     if not bool(grad_output.sum().isfinite()):
         return None
     leaves = [leaf for leaf, asked in zip(recorded.leaves, wanted, strict=True) if asked and leaf is not None]
-    found = iter(torch.autograd.grad(recorded.output, leaves, grad_output))
+    found = iter(torch.autograd.grad(recorded.output, leaves, grad_output, retain_graph=kept))
     given = (arguments.value, arguments.locations, arguments.weights, arguments.reference_points)
     of_value, of_locations, of_weights, of_references = (
         next(found).to(tensor.dtype).contiguous() if asked and tensor is not None else None

@@ -17,7 +17,7 @@ from ..call import Arguments, Problem, Wanted
 from ..cpu import run as cpu
 from ..cpu.tasks import Inputs
 from ..cpu.tier import compiled_tier
-from . import composition
+from . import compat, composition
 from .reference import Gradients
 
 # A model comes back to few layouts. One that never does must not fill the memory.
@@ -37,7 +37,7 @@ def remember(key: tuple[Any, ...] | None, problem: Problem) -> None:
 class RecordedPlan:
     """The backward of a call whose output is a composition that autograd has recorded.
 
-    What is recorded is freed by the first backward, and computed again for another one.
+    What is recorded is freed by a backward that is the last one.
     """
 
     def __init__(self, problem: Problem, arguments: Arguments, recorded: composition.Recorded) -> None:
@@ -63,10 +63,10 @@ class RecordedPlan:
 
         def backward(grad_output: Tensor, *operands: Any) -> Gradients | None:
             arguments = self.arguments(*operands)
-            recorded, self._recorded = self._recorded, None
-            if recorded is None:
-                recorded = composition.record(self._problem, arguments, wanted)
-            return recorded and composition.gradients(recorded, arguments, grad_output, wanted)
+            recorded, kept = self._recorded, compat.graph_is_kept()
+            if not kept:
+                self._recorded = None
+            return recorded and composition.gradients(recorded, arguments, grad_output, wanted, kept)
 
         return backward
 
