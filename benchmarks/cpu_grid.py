@@ -115,8 +115,8 @@ def calls_of(cell: Cell) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor],
     sizes = torch.tensor([(w, h) for h, w in cell.levels], dtype=dtype)
     shapes = torch.tensor(cell.levels)
     starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
-    # torch 2.13's grid_sample of float16 may read outside of its memory, and end the process.
-    wide = torch.float32 if cell.dtype == "float16" else dtype
+    # torch 2.13's grid_sample of 16 bits may read outside of its memory, and end the process.
+    wide = torch.float32 if cell.dtype in ("float16", "bfloat16") else dtype
     extension = torch_ms_deform_attn().function
 
     def ours() -> Tensor:
