@@ -71,14 +71,19 @@ class RecordedPlan:
         return backward
 
 
+def composes(problem: Problem, wanted: Wanted | None) -> bool:
+    """Whether torch's own functions compute a call with these gradients, or none, where the contract allows it."""
+    if problem.device[0] != "cpu" or compiled_tier() is not None or not composition.can_run(problem):
+        return False
+    costs = composition.training_costs(problem, wanted) if wanted else composition.forward_costs(problem)
+    return costs.composition_is_faster
+
+
 def composed(
     problem: Problem, arguments: Arguments, wanted: Wanted | None
 ) -> tuple[Tensor, RecordedPlan | None] | None:
-    """The output by torch's own functions, and its backward if gradients are wanted; None where NumPy computes it."""
-    if problem.device[0] != "cpu" or compiled_tier() is not None or not composition.can_run(problem):
-        return None
-    costs = composition.training_costs(problem, wanted) if wanted else composition.forward_costs(problem)
-    recorded = composition.record(problem, arguments, wanted or _NO_GRADIENT) if costs.composition_is_faster else None
+    """The output by torch's own functions, and its backward if one is wanted; None where the contract differs."""
+    recorded = composition.record(problem, arguments, wanted or _NO_GRADIENT)
     if recorded is None:
         return None
     output = recorded.output.detach().to(arguments.value.dtype)
