@@ -29,7 +29,7 @@ def backward(value_dtype: str) -> Callable[..., None]:
     """:func:`.kernels.backward` for a value of this dtype."""
     value, levels, read, write = _arrays(value_dtype)
     sums = types.Tuple((types.Array(read.dtype, 1, "C"), _STRIDES, _FLAG))
-    gradients = types.Tuple((write, write, _FLAG, _FLAG))
+    gradients = types.Tuple((write, write, _FLAG))
     samples = types.Tuple((read, read, read))
     return _compiled(kernels.backward, value, _STRIDES, levels, samples, _OPTIONS, sums, gradients)
 

@@ -240,18 +240,6 @@ def _products(vector: np.ndarray, value: np.ndarray, at: Any, neighbours: int) -
     )
 
 
-@_dot_products
-def _dot_with_sample(vector: np.ndarray, value: np.ndarray, at: Any, factors: Any) -> Any:
-    """The dot product with what a sample reads: one sum instead of the four of :func:`_dot_four`."""
-    D, total = vector.shape[0], type(vector[0])(0)
-    a, b = value[at[0] : at[0] + D], value[at[1] : at[1] + D]
-    c, d = value[at[2] : at[2] + D], value[at[3] : at[3] + D]
-    for j in range(D):
-        upper = factors[0] * widen(a[j]) + factors[1] * widen(b[j])
-        total += vector[j] * (upper + (factors[2] * widen(c[j]) + factors[3] * widen(d[j])))
-    return total
-
-
 @_function
 def _derivatives(found: Samples, k: int, products: Any) -> Any:
     """Derivatives of sample k by its pixel coordinates, without its weight, and by the weight."""
@@ -268,20 +256,20 @@ def backward(
     samples: tuple[np.ndarray, np.ndarray, np.ndarray],
     options: tuple[bool, bool, bool],
     sums: tuple[np.ndarray, tuple[int, int, int, int], bool],
-    gradients: tuple[np.ndarray, np.ndarray, bool, bool],
+    gradients: tuple[np.ndarray, np.ndarray, bool],
 ) -> None:
     """Add to the gradient of value, and fill in those of locations and weights, of a block.
 
     As in :func:`forward`; `samples` also hold the gradient of the output [images, queries, heads, D]. `sums` are the
     gradient of value, its strides and whether it is wanted. `gradients` are those of locations and weights in the
-    shapes of these, and whether each is wanted; with that of locations comes that of weights.
+    shapes of these, and whether they are wanted.
     """
     locations, weights, grad_output = samples
     grad_value, steps, wants_value = sums
-    grad_locations, grad_weights, wants_locations, wants_weights = gradients
+    grad_locations, grad_weights, wants_samples = gradients
     images, queries, heads, K = weights.shape
     found, vector = _room_for(K, weights), np.empty(grad_output.shape[3], weights.dtype)
-    zero, one, clamped = weights.dtype.type(0), weights.dtype.type(1), options[0] or options[1]
+    zero, clamped = weights.dtype.type(0), options[0] or options[1]
     for image in range(images):
         for head in range(heads):
             origin = strides[0] + image * strides[1] + head * strides[3]
@@ -301,14 +289,8 @@ def backward(
                             _scatter(grad_value, at[2], factors[2], vector)
                         if neighbours & LOWER_RIGHT:
                             _scatter(grad_value, at[3], factors[3], vector)
-                    if not wants_locations:
-                        if wants_weights and neighbours == ALL_FOUR:
-                            at = _addresses(found, k, origin, strides[2])
-                            of_sample = _factors(found, k, one)
-                            grad_weights[image, query, head, k] = _dot_with_sample(vector, value, at, of_sample)
-                            continue
-                        if not wants_weights:
-                            continue
+                    if not wants_samples:
+                        continue
                     by_x, by_y, by_weight = zero, zero, zero
                     if neighbours:
                         at = _addresses(found, k, origin, strides[2])
@@ -316,7 +298,6 @@ def backward(
                         # Of a clamped coordinate it is 0, also where the pixels or the weight are NaN.
                         by_x = zero if clamped and found.slope_x[k] == 0 else by_x * (weight * found.slope_x[k])
                         by_y = zero if clamped and found.slope_y[k] == 0 else by_y * (weight * found.slope_y[k])
-                    if wants_locations:
-                        grad_locations[image, query, head, 2 * k] = by_x
-                        grad_locations[image, query, head, 2 * k + 1] = by_y
+                    grad_locations[image, query, head, 2 * k] = by_x
+                    grad_locations[image, query, head, 2 * k + 1] = by_y
                     grad_weights[image, query, head, k] = by_weight

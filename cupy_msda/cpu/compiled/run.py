@@ -202,7 +202,7 @@ def _backward_task(task: Task, setup: _Setup, gradients: Gradients) -> np.ndarra
         found = of_samples.arrays if of_samples else (_NOTHING.astype(setup.dtype),) * 2
         kernel(
             setup.value.elements, setup.value.of(task), setup.levels, samples, setup.options, sums,
-            (*found, gradients.locations is not None, wants_samples),
+            (*found, wants_samples),
         )  # fmt: skip
         if of_samples is not None:
             if references is not None:
