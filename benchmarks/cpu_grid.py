@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cupy_msda.cpu import tier
 from cupy_msda.torch import ms_deform_attn, ms_deform_attn_fused
 from cupy_msda.torch.exportable import grid_sample_attention
 
+from .implementations import torch_ms_deform_attn
 from .provenance import provenance
 
 LEVELS = (
@@ -77,27 +79,26 @@ def drawn(count: int, seed: str) -> list[Cell]:
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """Medians of both implementations in seconds, by direction."""
-    ours, theirs, leaves, grad_output = calls_of(cell)
+    """Medians of all implementations in seconds, by direction."""
+    calls, leaves, grad_output = calls_of(cell)
     record: dict[str, Any] = {"cell": asdict(cell)}
-    outputs = []
-    for name, call in (("ours", ours), ("grid_sample", theirs)):
-        with torch.no_grad():
-            record[f"{name} forward"] = median_seconds(call)
-        output = call()
+    with torch.no_grad():
+        forward = median_seconds(list(calls.values()))
+    outputs = [call() for call in calls.values()]
 
-        def backward(output: Tensor = output) -> Any:
-            return torch.autograd.grad(output, leaves, grad_output, retain_graph=True, allow_unused=True)
+    def backward_of(output: Tensor) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True, allow_unused=True)
 
-        record[f"{name} backward"] = median_seconds(backward)
-        outputs.append(output.detach().double())
-    have, want = outputs
+    backward = median_seconds([backward_of(output) for output in outputs])
+    for name, *seconds in zip(calls, forward, backward, strict=True):
+        record |= dict(zip((f"{name} forward", f"{name} backward"), seconds, strict=True))
+    have, want = (output.detach().double() for output in outputs[:2])
     error = float((have - want).norm() / want.norm())
     return record | {"error": error, "valid": error < TOLERANCE[cell.dtype]}
 
 
-def calls_of(cell: Cell) -> tuple[Callable[[], Tensor], Callable[[], Tensor], list[Tensor], Tensor]:
-    """Ours, the composition, the tensors that require a gradient, and the gradient of the output."""
+def calls_of(cell: Cell) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor], Tensor]:
+    """Ours, the composition, and the C++ of torch-ms-deform-attn if it is installed; leaves; gradient of the output."""
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, cell.dtype)
     L, S = len(cell.levels), sum(h * w for h, w in cell.levels)
 
@@ -112,48 +113,65 @@ def calls_of(cell: Cell) -> tuple[Callable[[], Tensor], Callable[[], Tensor], li
     named = {"value": value, "locations": samples, "weights": weights}
     leaves = [tensor.requires_grad_() for name, tensor in named.items() if cell.gradient in ("all", name)]
     sizes = torch.tensor([(w, h) for h, w in cell.levels], dtype=dtype)
+    shapes = torch.tensor(cell.levels)
+    starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
+    # torch 2.13's grid_sample of 16 bits may read outside of its memory, and end the process.
+    wide = torch.float32 if cell.dtype in ("float16", "bfloat16") else dtype
+    extension = torch_ms_deform_attn().function
 
     def ours() -> Tensor:
         if cell.fused:
             return ms_deform_attn_fused(value, cell.levels, None, references, samples, weights)
         return ms_deform_attn(value, cell.levels, None, samples, weights)
 
-    def theirs() -> Tensor:
+    def plain() -> tuple[Tensor, Tensor]:
         if not cell.fused:
-            return grid_sample_attention(value, cell.levels, samples, weights)
+            return samples, weights
         locations = references[:, :, None, :, None] + samples / sizes[:, None]
-        attention = weights.flatten(3).softmax(-1).view(weights.shape)
-        return grid_sample_attention(value, cell.levels, locations, attention)
+        return locations, weights.flatten(3).softmax(-1).view(weights.shape)
 
-    return ours, theirs, leaves, uniform(cell.N, cell.Q, cell.M * cell.D)
+    def theirs() -> Tensor:
+        locations, attention = plain()
+        return grid_sample_attention(value.to(wide), cell.levels, locations.to(wide), attention.to(wide)).to(dtype)
+
+    calls = {"ours": ours, "grid_sample": theirs}
+    if extension is not None:
+        calls["torch-ms-deform-attn"] = lambda: extension(value, shapes, starts, *plain())
+    return calls, leaves, uniform(cell.N, cell.Q, cell.M * cell.D)
 
 
-def median_seconds(call: Callable[[], Any]) -> float:
-    """The median of calls that take `LEAST_SECONDS` together, three at least, after one that is not counted."""
-    call()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < LEAST_SECONDS and len(times) < MOST_REPEATS):
-        begin = time.perf_counter()
+def median_seconds(calls: list[Callable[[], Any]]) -> list[float]:
+    """Medians of calls in turns, until each took `LEAST_SECONDS`, at least three; the first of each does not count."""
+    for call in calls:
         call()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    times: list[list[float]] = [[] for _ in calls]
+    while len(times[0]) < 3 or (min(map(sum, times)) < LEAST_SECONDS and len(times[0]) < MOST_REPEATS):
+        for call, taken in zip(calls, times, strict=True):
+            begin = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - begin)
+    return [statistics.median(taken) for taken in times]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By direction: geometric mean of the speed-up where the composition takes more than 1 ms, and the slower cells."""
-    found: dict[str, Any] = {}
-    for direction, margin in MARGIN.items():
-        pairs = [(row[f"ours {direction}"], row[f"grid_sample {direction}"], row["cell"]) for row in rows]
-        ratios = [theirs / ours for ours, theirs, _ in pairs if theirs > COUNTED_SECONDS]
-        slower = [cell for ours, theirs, cell in pairs if ours > max(1.1 * theirs, theirs + margin)]
-        found[direction] = {
-            "cells": len(pairs),
-            "counted": len(ratios),
-            "geometric_mean": round(math.exp(statistics.mean(map(math.log, ratios))), 2) if ratios else None,
-            "slower": len(slower),
-            "worst": round(min((theirs / ours for ours, theirs, _ in pairs), default=math.nan), 3),
-        }
-    return found
+    """By implementation that ours is compared with, and direction."""
+    names = [name.removesuffix(" forward") for name in rows[0] if name.endswith(" forward") and "ours" not in name]
+    return {name: {direction: compared(rows, name, direction) for direction in MARGIN} for name in names}
+
+
+def compared(rows: list[dict[str, Any]], name: str, direction: str) -> dict[str, Any]:
+    """Geometric mean of the speed-up where the other takes more than 1 ms, and the cells in which ours is slower."""
+    pairs = [(row[f"ours {direction}"], row[f"{name} {direction}"]) for row in rows]
+    ratios = [theirs / ours for ours, theirs in pairs if theirs > COUNTED_SECONDS]
+    slower = [ours > max(1.1 * theirs, theirs + MARGIN[direction]) for ours, theirs in pairs]
+    return {
+        "cells": len(pairs),
+        "counted": len(ratios),
+        "geometric_mean": round(math.exp(statistics.mean(map(math.log, ratios))), 2) if ratios else None,
+        "slower": sum(slower),
+        "counted_slower": sum(ratio < 1 for ratio in ratios),
+        "worst": round(min((theirs / ours for ours, theirs in pairs), default=math.nan), 3),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -164,8 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    where = provenance("cpu")
-    result = {"provenance": where, "rows": []}
+    result = {"provenance": provenance("cpu"), "tier": tier.describe(), "rows": []}
     if options.out.exists():
         result = json.loads(options.out.read_text())
     seed, begin = result["provenance"]["commit"], time.perf_counter()

@@ -60,6 +60,14 @@ def _keep(config, items, chosen):
     items[:] = chosen
 
 
+@pytest.fixture(autouse=True)
+def _tier(request, monkeypatch):
+    """The tier of the CPU path that a backend of the test names."""
+    for backend in _backends_of(request.node):
+        if getattr(backend, "tier", None):
+            monkeypatch.setenv("CUPY_MSDA_CPU", backend.tier)
+
+
 @pytest.fixture(params=backends.BACKENDS, ids=lambda b: b.name)
 def backend(request):
     return request.param

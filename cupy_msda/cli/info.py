@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, arrays
+from ..cpu import tier
 from .output import one_line
 
 # Distributions, of which one is enough, the name to print, and the command that installs one.
 _OPTIONAL = (
     (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "CuPy", arrays.INSTALL_CUPY),
+    (("numba",), "numba", "pip install 'cupy-msda[cpu]'"),
     (("torch",), "torch", "pip install 'cupy-msda[torch]'"),
     (("jax",), "JAX", "pip install jax"),
     (("ml_dtypes",), "ml_dtypes", "pip install ml_dtypes"),
@@ -40,6 +42,7 @@ def describe() -> list[tuple[str, str]]:
         rows.append(("GPU", f"not used: {reason}"))
     else:
         rows += _gpu_rows()
+    rows.append(("CPU", tier.describe()))
     rows.append(("kernel cache", _kernel_cache()))
     return rows
 

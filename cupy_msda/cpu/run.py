@@ -1,4 +1,4 @@
-"""A call on the CPU: arrays to NumPy, the plain or the fused operator, results to the caller's framework."""
+"""A call on the CPU: arrays to NumPy, the tier that runs, results to the caller's framework."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import View
-from ..call import Call
+from ..call import Call, Wanted
 from .backward import plain_backward
 from .forward import plain_forward
 from .fused import fused_backward, fused_forward
-from .tasks import Inputs
+from .tasks import Gradients, Inputs
+from .tier import compiled_tier
 
 
 def forward(call: Call) -> Any:
     """Output [N, Q, M*D] in the framework of value."""
-    run = fused_forward if call.problem.fused else plain_forward
-    with np.errstate(all="ignore"):  # NaN and infinity are legal inputs
-        return _to_framework(run(_inputs(call)), call.operands.value)
+    return _to_framework(run_forward(_inputs(call)), call.operands.value)
 
 
 def backward(call: Call) -> tuple[Any, Any, Any, Any]:
@@ -27,15 +26,29 @@ def backward(call: Call) -> tuple[Any, Any, Any, Any]:
 
     In a packed call, the gradient of offsets and logits is one array, in the place of the locations'.
     """
-    run = fused_backward if call.problem.fused else plain_backward
-    with np.errstate(all="ignore"):
-        gradients, operands = run(_inputs(call), call.wanted), call.operands
+    gradients, operands = run_backward(_inputs(call), call.wanted), call.operands
     return (
         _to_framework(gradients.value, operands.value),
         _to_framework(gradients.locations, operands.locations),
         _to_framework(gradients.weights, operands.weights),
         _to_framework(gradients.references, operands.references),
     )
+
+
+def run_forward(inputs: Inputs) -> np.ndarray:
+    """Output [N, Q, M*D] in the storage dtype of value, by the tier that runs."""
+    compiled = compiled_tier()
+    run = compiled.forward if compiled else fused_forward if inputs.problem.fused else plain_forward
+    with np.errstate(all="ignore"):  # NaN and infinity are legal inputs
+        return run(inputs)
+
+
+def run_backward(inputs: Inputs, wanted: Wanted) -> Gradients:
+    """The gradients that are wanted, each in the storage dtype of its input, by the tier that runs."""
+    compiled = compiled_tier()
+    run = compiled.backward if compiled else fused_backward if inputs.problem.fused else plain_backward
+    with np.errstate(all="ignore"):
+        return run(inputs, wanted)
 
 
 def _inputs(call: Call) -> Inputs:

@@ -77,10 +77,13 @@ class Task(NamedTuple):
         target[...] = found.reshape(target.shape)
 
 
-def divide(problem: Problem, lengths: Sequence[int] | None) -> list[Task]:
-    """The tasks of a call that is not empty: one of a small call, otherwise at least two, for threads to share."""
+def divide(problem: Problem, lengths: Sequence[int] | None, samples: int | None = None) -> list[Task]:
+    """The tasks of a call that is not empty: one of a small call, otherwise at least two, for threads to share.
+
+    `samples` are those up to which heads and images share a task, TASK_SAMPLES unless given.
+    """
     N, M = problem.N, problem.M
-    by_samples = -(-TASK_SAMPLES // (problem.Q * problem.K))
+    by_samples = -(-(samples or TASK_SAMPLES) // (problem.Q * problem.K))
     sum_bytes = problem.S * problem.D * np.dtype(problem.accumulator_dtype).itemsize
     by_memory = max(1, TASK_SUM_BYTES // sum_bytes)
     images = min(by_samples // M, by_memory // M, -(-N // 2))

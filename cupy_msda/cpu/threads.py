@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 
-from .tasks import Task
-
+_Task = TypeVar("_Task")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
@@ -64,10 +64,13 @@ def _quota() -> int | None:
     return None
 
 
-def run_tasks(tasks: Sequence[Task], work: Callable[[Task], None], of_framework: int | None = None) -> None:
+def run_tasks(tasks: Sequence[_Task], work: Callable[[_Task], None], of_framework: int | None = None) -> None:
     """Call `work` with every task; the first exception of any thread reaches the caller."""
     _keep_freed_memory()
-    waiting: SimpleQueue[Task] = SimpleQueue()
+    if len(tasks) == 1:
+        work(tasks[0])
+        return
+    waiting: SimpleQueue[_Task] = SimpleQueue()
     for task in tasks:
         waiting.put(task)
     errors: list[BaseException] = []

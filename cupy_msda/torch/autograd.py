@@ -49,7 +49,7 @@ class _Attention(torch.autograd.Function):
                 return output
             arguments = plan.arguments(value, shapes, starts, locations, weights, references)
         assert arguments is not None
-        output, ctx.plan = fast_path.forward(arguments)
+        output, ctx.plan = fast_path.forward(arguments, wanted=Wanted(*ctx.needs_input_grad[:4]))
         if ctx.plan is None:
             # Without the tensors, whose memory autograd frees with the saved ones.
             ctx.arguments = dataclasses.replace(

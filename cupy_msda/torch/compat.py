@@ -66,6 +66,14 @@ if _profiler_enabled is None or not hasattr(forward_ad, "_current_level"):
     observed = _assume_true
 
 
+_keeps_graph: Callable[[], bool] | None = _private("_C._autograd._get_current_graph_task_keep_graph")
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward that runs may run again (``retain_graph=True``). True where torch does not say."""
+    return _keeps_graph is None or _keeps_graph()
+
+
 def forward_mode() -> bool:
     """Whether a level of forward-mode gradients is active, and torch has what the checks under it need."""
     needed = (_without_transforms, _is_wrapped, _wrapped_tensor, _mapped_dimension, _detect_fake_mode)

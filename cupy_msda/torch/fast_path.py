@@ -4,8 +4,9 @@ A repeated CUDA call, whose layout is known, costs its outputs, its launches and
 
 The first call of a layout (shapes, dtypes, devices, strides, host metadata) is validated, planned and compiled, and
 leaves a :class:`LaunchPlan` in the plan cache. The key of the cache holds all that validation looks at, so a later call
-with that key needs addresses alone. They come from ``Tensor.data_ptr``, which is much faster than DLPack. What has no
-key, such as a call on the CPU, goes to :mod:`cupy_msda.api` every time. ``docs/performance`` has the measurements.
+with that key needs addresses alone. They come from ``Tensor.data_ptr``, which is much faster than DLPack. A repeated
+call on the CPU goes to :mod:`.cpu_path`, and what has no key to :mod:`cupy_msda.api` every time. ``docs/performance``
+has the measurements.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..cuda import run as cuda
 from ..cuda.level_tables import level_table
 from ..cuda.session import on_device
 from ..cuda.steps import Addresses
-from . import compat
+from . import compat, cpu_path
 from .reference import Gradients
 
 # What vector loads of the kernels need, and what torch's allocator gives.
@@ -226,10 +227,13 @@ recent: dict[str, tuple[RecentCall, ...]] = {WITH_WEIGHTS: (), WITH_LOGITS: (), 
 _MOST_RECENT = 4
 
 
-def forward(arguments: Arguments, remember: bool = True) -> tuple[Tensor, LaunchPlan | None]:
-    """The output, recording no gradient, and the launch plan of the layout where there is one.
+def forward(
+    arguments: Arguments, remember: bool = True, wanted: Wanted | None = None
+) -> tuple[Tensor, LaunchPlan | cpu_path.RecordedPlan | None]:
+    """The output, recording no gradient, and the plan of the backward where there is one.
 
     Where the plan cache has the layout and `remember` is True, the layout is among the recent ones from then on.
+    `wanted` are the gradients that autograd will ask for.
     """
     key = layout_key(arguments)
     plan = plans.get(key)
@@ -242,18 +246,30 @@ def forward(arguments: Arguments, remember: bool = True) -> tuple[Tensor, Launch
         )  # fmt: skip
         if output is not None:
             return output, plan
-    call = validate.read(arguments)
+    problem, call = cpu_path.problems.get(key) if arguments.value.is_cpu else None, None
+    if problem is None:
+        call = validate.read(arguments)
+        problem = call.problem
+    composed = cpu_path.composed(problem, arguments, wanted) if cpu_path.composes(problem, wanted) else None
+    if composed is not None:
+        cpu_path.remember(key, problem)
+        return composed
+    if call is None:
+        return cpu_path.forward(problem, arguments), None
     output = api.forward(call)
     if key is not None and plan is None and _repeatable(call):
         if len(plans) >= _MOST_PLANS:
             plans.clear()
         plan = plans[key] = LaunchPlan(call.problem, arguments)
+    else:
+        cpu_path.remember(key, call.problem)
     return output, plan
 
 
 def backward(arguments: Arguments, grad_output: Tensor, wanted: Wanted) -> Gradients:
     """The gradients that are wanted."""
-    plan = plans.get(layout_key(arguments))
+    key = layout_key(arguments)
+    plan = plans.get(key)
     if plan is not None and grad_output.dtype is arguments.value.dtype:
         grads = plan.backward(wanted)(
             grad_output, arguments.value, arguments.spatial_shapes, arguments.level_start_index, arguments.locations,
@@ -261,8 +277,21 @@ def backward(arguments: Arguments, grad_output: Tensor, wanted: Wanted) -> Gradi
         )  # fmt: skip
         if grads is not None:
             return grads
+    problem = cpu_path.problems.get(key) if arguments.value.is_cpu else None
+    if problem is not None and _is_gradient(grad_output, arguments, problem):
+        return cpu_path.backward(problem, arguments, grad_output, wanted)
     of_value, of_locations, of_weights, of_references = api.backward(validate.read(arguments, grad_output, wanted))
     return of_value, of_locations, of_weights, of_references
+
+
+def _is_gradient(grad_output: Tensor, arguments: Arguments, problem: Problem) -> bool:
+    """Whether `grad_output` is as validation wants it, and memory holds its elements."""
+    return (
+        compat.has_elements(grad_output)
+        and grad_output.is_cpu
+        and grad_output.dtype is arguments.value.dtype
+        and grad_output.shape == problem.output_shape
+    )
 
 
 def _remember(plan: LaunchPlan, arguments: Arguments) -> None:

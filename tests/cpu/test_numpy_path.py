@@ -21,6 +21,12 @@ from tests.helpers.calls import call_of
 from tests.helpers.checks import run_operator
 from tests.helpers.tolerance import assert_close
 
+
+@pytest.fixture(autouse=True)
+def _numpy_tier(monkeypatch):
+    monkeypatch.setenv("CUPY_MSDA_CPU", "numpy")
+
+
 # More samples per head than are worked on at all levels at once.
 MANY = backward.ALL_LEVELS_SAMPLES + 1
 

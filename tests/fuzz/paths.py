@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cupy_msda
 from cupy_msda.cpu import backward, cells, forward, tasks
-from cupy_msda.torch import decomposed, ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.cpu.tier import compiled_tier
+from cupy_msda.torch import composition, decomposed, ms_deform_attn, ms_deform_attn_fused
 
 from .compare import Outcome
 from .draw import Case
@@ -28,6 +30,9 @@ SMALL_BLOCKS = {
     cells: {"MAX_GROUP": 2, "MAX_PASSES": 2},
     tasks: {"TASK_SAMPLES": 8, "TASK_SUM_BYTES": 1 << 12},
 }
+COMPILED = compiled_tier()
+if COMPILED:
+    SMALL_BLOCKS[COMPILED] = {"TASK_SAMPLES": 8, "BLOCK_SAMPLES": 8, "ONE_BLOCK_SAMPLES": 4}
 
 
 GET: dict[str, Callable[[Any], np.ndarray]] = {
@@ -114,11 +119,29 @@ def run_compiled(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
     return _differentiate(case, passed(case, memory, "torch", device=device), torch.compile(chosen, fullgraph=True))
 
 
+def run_numpy(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
+    """The array functions by the NumPy tier, where the compiled one would run by itself."""
+    with _numpy_tier():
+        return run_array(case, memory, device)
+
+
+def run_composition(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
+    """The torch function by the NumPy tier, which takes torch's own functions wherever they can run."""
+    with _numpy_tier(), mock.patch.object(composition.Costs, "composition_is_faster", True):
+        return run_eager(case, memory, device)
+
+
+def _numpy_tier() -> Any:
+    return mock.patch.dict(os.environ, CUPY_MSDA_CPU="numpy")
+
+
 PATHS: dict[str, Callable[..., Outcome]] = {
     "array": run_array,
     "eager": run_eager,
     "registered": run_registered,
     "decomposed": run_decomposed,
+    "numpy": run_numpy,
+    "composition": run_composition,
     "compiled": run_compiled,
 }
 
@@ -277,6 +300,8 @@ def _settings(case: Case) -> Iterator[None]:
     """Small blocks where the case asks for them, and no warnings."""
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # Its sums have an order of their own; one path takes it.
+        stack.enter_context(mock.patch.object(composition.Costs, "composition_is_faster", False))
         if case.small_blocks:
             for module, numbers in SMALL_BLOCKS.items():
                 stack.enter_context(mock.patch.multiple(module, **numbers))

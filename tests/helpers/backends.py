@@ -18,7 +18,10 @@ GPU = has_gpu()
 
 
 class NumPyBackend:
-    name = "numpy"
+    """NumPy arrays, by the tier of the CPU path that runs by itself or by the one that `tier` names."""
+
+    def __init__(self, tier: str | None = None) -> None:
+        self.name, self.tier = tier or "numpy", tier
 
     def put(self, array):
         return None if array is None else array
@@ -77,7 +80,11 @@ class JaxBackend:
         return np.asarray(array)
 
 
-_CPU = [NumPyBackend()]
+# Both tiers of the CPU path take the whole matrix; the other frameworks take the one that runs by itself.
+_TIERS = [NumPyBackend("numpy")]
+if importlib.util.find_spec("numba"):
+    _TIERS.append(NumPyBackend("numba"))
+_CPU = [*_TIERS]
 _CUDA = []
 if importlib.util.find_spec("torch"):
     _CPU.append(TorchBackend("cpu"))
@@ -92,4 +99,4 @@ if importlib.util.find_spec("jax"):
 CPU_BACKENDS, CUDA_BACKENDS = tuple(_CPU), tuple(_CUDA)
 BACKENDS = CPU_BACKENDS + CUDA_BACKENDS
 # The kernels are the same for every framework: dtypes and sizes run on one backend of each device.
-MAIN_BACKENDS = CPU_BACKENDS[:1] + CUDA_BACKENDS[:1]
+MAIN_BACKENDS = (*_TIERS, *CUDA_BACKENDS[:1])

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from cupy_msda.arrays.frameworks import TorchFramework
-from cupy_msda.torch import compat, fast_path
+from cupy_msda.torch import compat, cpu_path, fast_path
 from tests.helpers import emulated_gpu
 
 
@@ -190,8 +190,9 @@ def install(monkeypatch, **options):
 
 
 def forget_plans(monkeypatch):
-    """An empty plan cache."""
+    """Empty caches of layouts."""
     monkeypatch.setattr(fast_path, "plans", {})
+    monkeypatch.setattr(cpu_path, "problems", {})
     for form in fast_path.recent:
         monkeypatch.setitem(fast_path.recent, form, ())
 

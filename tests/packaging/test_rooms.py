@@ -143,7 +143,18 @@ def test_only_the_room_of_a_framework_imports_it(module):
     assert "cupy" not in outside  # arrays.require_cupy imports it where a call needs it
     if room not in ("torch", "jax"):
         at_import = imports_of(module, iter(ast.parse(MODULES[module].read_text()).body))[1]
-        assert at_import <= {*sys.stdlib_module_names, "numpy"}
+        assert at_import <= {*sys.stdlib_module_names, "numpy", *(["numba"] if in_compiled_tier(module) else [])}
+    assert "numba" not in outside or in_compiled_tier(module)
+
+
+def in_compiled_tier(module: str) -> bool:
+    return module.startswith("cpu.compiled")
+
+
+@pytest.mark.parametrize("module", ["cpu.compiled.kernels", "cpu.compiled.front_end"])
+def test_a_file_of_compiled_kernels_imports_no_other(module):
+    """numba's cache is as old as the kernel's file, whatever has changed in others."""
+    assert not imports_of(module)[0]
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if PURE.fullmatch(module)])

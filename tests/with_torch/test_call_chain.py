@@ -16,13 +16,18 @@ import torch
 
 import cupy_msda
 from cupy_msda.call import Arguments, Call
-from cupy_msda.torch import ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.torch import cpu_path, ms_deform_attn, ms_deform_attn_fused
 from tests.helpers.torch_calls import tensors
 
 PACKAGE = Path(cupy_msda.__file__).parent
 # Of 12 in all. cuda/run.py makes the other four: it plans, prepares the launch, compiles the kernel and launches it.
 MOST_HOPS = 12 - 4
 TENSORS_AND_CALLS = (torch.Tensor, Arguments, Call)
+
+
+@pytest.fixture(autouse=True)
+def _cold(monkeypatch):
+    monkeypatch.setattr(cpu_path, "problems", {})
 
 
 def file_of(frame):

@@ -15,7 +15,7 @@ import torch
 from cupy_msda import validate
 from cupy_msda.call import FUSED_NAMES, PLAIN, Arguments
 from cupy_msda.cuda import plan as planner
-from cupy_msda.torch import decomposed, fast_path, functional, ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.torch import cpu_path, decomposed, fast_path, functional, ms_deform_attn, ms_deform_attn_fused
 from cupy_msda.torch.fast_path import PACKED, WITH_LOGITS, WITH_WEIGHTS
 from tests.helpers.torch_calls import between_other_operations, tensors
 
@@ -54,6 +54,7 @@ def call(arguments, **settings):
 @pytest.fixture
 def no_plans(monkeypatch):
     monkeypatch.setattr(fast_path, "plans", {})
+    monkeypatch.setattr(cpu_path, "problems", {})
     for form in FORMS:
         monkeypatch.setitem(fast_path.recent, form, ())
 

@@ -1,0 +1,303 @@
+"""The operator as loops over samples, forward and backward, for numba.
+
+numba's cache looks at the file of a kernel alone, so that a kernel calls no function of another file. Only dot products
+may be summed in another order than written: a rule of infinity and NaN depends on no such sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+# Bits of the neighbours of a sample that are inside its level.
+UPPER_LEFT, UPPER_RIGHT, LOWER_LEFT, LOWER_RIGHT, ALL_FOUR = 1, 2, 4, 8, 15
+# Columns of the array of levels.
+HEIGHT, WIDTH, START, POINTS = range(4)
+
+_function = numba.njit(nogil=True)
+_sums = numba.njit(nogil=True, fastmath={"contract"})
+_dot_products = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
+
+
+class Samples(NamedTuple):
+    """The samples of one query and head: pixel of the upper left neighbour, which neighbours count, fractions, slopes.
+
+    `width` is that of the level. A slope is the derivative of the pixel coordinate; it is 0 where that is clamped.
+    """
+
+    pixel: np.ndarray
+    neighbours: np.ndarray
+    width: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    slope_x: np.ndarray
+    slope_y: np.ndarray
+
+
+@_function
+def _room_for(K: int, like: np.ndarray) -> Samples:
+    whole, number = np.empty((3, K), np.int64), np.empty((4, K), like.dtype)
+    return Samples(whole[0], whole[1], whole[2], number[0], number[1], number[2], number[3])
+
+
+def widen(number: Any) -> Any:
+    """An element of value in the accumulator dtype; uint16 and int16 are the bits of bfloat16 and float16."""
+    raise NotImplementedError  # numba compiles one of the functions below
+
+
+@overload(widen)
+def _widen(number: Any) -> Any:
+    if isinstance(number, types.Float):
+        return _unchanged
+    return _from_bfloat16 if number == types.uint16 else _from_float16
+
+
+def _unchanged(number: Any) -> Any:
+    return number
+
+
+def _from_bfloat16(number: Any) -> Any:
+    return np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+
+
+def _from_float16(number: Any) -> Any:
+    bits = np.uint32(number) & np.uint32(0x7FFF)
+    # The exponent moves from 15 to 127, or from that of infinity to that of infinity.
+    bias = np.uint32(224 << 23) if bits >= np.uint32(0x7C00) else np.uint32(112 << 23)
+    normal = np.uint32((bits << np.uint32(13)) + bias).view(np.float32)
+    found = normal if bits >= np.uint32(0x0400) else np.float32(np.int32(bits)) * np.float32(2.0**-24)
+    return -found if number < 0 else found
+
+
+@_function
+def _in_pixels(location: Any, size: int, options: tuple[bool, bool, bool]) -> Any:
+    """Pixel coordinate, slope and whether it is in bounds, in a level of `size` pixels along the axis."""
+    nearest, border, align_corners = options
+    pixel: Any
+    in_bounds: Any
+    if nearest:
+        # In the accumulator dtype, so that frameworks find the same pixel for the same numbers.
+        pixel = np.float64(np.floor(location * type(location)(size) + type(location)(0.5)))
+        slope = 0.0
+    else:
+        slope = float(size - 1 if align_corners else size)
+        if border:
+            slope = max(slope, 1.0)  # on one pixel: 0 times infinity is no coordinate to clamp
+        pixel = np.float64(location) * slope
+        if not align_corners:
+            pixel -= 0.5
+    if nearest or border:
+        in_bounds = not np.isnan(pixel)
+        if not (pixel > 0 and pixel < size - 1):
+            slope = 0.0
+        pixel = min(max(pixel, 0.0), size - 1.0) if in_bounds else 0.0
+    else:
+        in_bounds = pixel > -1 and pixel < size
+        pixel = pixel if in_bounds else 0.0
+    return pixel, slope, in_bounds
+
+
+@_function
+def _locate(locations: np.ndarray, levels: np.ndarray, options: tuple[bool, bool, bool], found: Samples) -> None:
+    """Fill in the samples of `locations` [2 * K]."""
+    first = 0
+    for level in range(levels.shape[0]):
+        height, width, start = levels[level, HEIGHT], levels[level, WIDTH], levels[level, START]
+        for k in range(first, first + levels[level, POINTS]):
+            x, slope_x, x_in_bounds = _in_pixels(locations[2 * k], width, options)
+            y, slope_y, y_in_bounds = _in_pixels(locations[2 * k + 1], height, options)
+            left, top = np.floor(x), np.floor(y)
+            column, row = np.int64(left), np.int64(top)
+            columns = np.int64(column >= 0) + 2 * np.int64(column < width - 1 and not options[0])
+            rows = np.int64(row >= 0) + 4 * np.int64(row < height - 1 and not options[0])
+            found.neighbours[k] = columns * rows if x_in_bounds and y_in_bounds else 0
+            found.pixel[k] = start + row * width + column
+            found.width[k] = width
+            found.x[k], found.y[k] = x - left, y - top
+            found.slope_x[k], found.slope_y[k] = slope_x, slope_y
+        first += levels[level, POINTS]
+
+
+@_function
+def _factors(found: Samples, k: int, weight: Any) -> Any:
+    """The factors of the four neighbours of sample k in the output."""
+    x, y, one = found.x[k], found.y[k], type(weight)(1)
+    top, bottom = (one - y) * weight, y * weight
+    return (one - x) * top, x * top, (one - x) * bottom, x * bottom
+
+
+@_function
+def _addresses(found: Samples, k: int, origin: int, step: int) -> Any:
+    """Where the vectors of the four neighbours of sample k begin; `step` is from one pixel to the next."""
+    first, below = origin + found.pixel[k] * step, found.width[k] * step
+    return first, first + step, first + below, first + below + step
+
+
+@_sums
+def _gather_four(total: np.ndarray, value: np.ndarray, at: Any, factors: Any) -> None:
+    D = total.shape[0]
+    a, b = value[at[0] : at[0] + D], value[at[1] : at[1] + D]
+    c, d = value[at[2] : at[2] + D], value[at[3] : at[3] + D]
+    for j in range(D):
+        upper = factors[0] * widen(a[j]) + factors[1] * widen(b[j])
+        total[j] += upper + (factors[2] * widen(c[j]) + factors[3] * widen(d[j]))
+
+
+@_sums
+def _gather(total: np.ndarray, value: np.ndarray, at: int, factor: Any) -> None:
+    vector = value[at : at + total.shape[0]]
+    for j in range(total.shape[0]):
+        total[j] += factor * widen(vector[j])
+
+
+@_sums
+def _scatter(value: np.ndarray, at: int, factor: Any, vector: np.ndarray) -> None:
+    target = value[at : at + vector.shape[0]]
+    for j in range(vector.shape[0]):
+        target[j] += factor * vector[j]
+
+
+@_dot_products
+def _dot_four(vector: np.ndarray, value: np.ndarray, at: Any) -> Any:
+    D, zero = vector.shape[0], type(vector[0])(0)
+    of_a, of_b, of_c, of_d = zero, zero, zero, zero
+    a, b = value[at[0] : at[0] + D], value[at[1] : at[1] + D]
+    c, d = value[at[2] : at[2] + D], value[at[3] : at[3] + D]
+    for j in range(D):
+        of_a += vector[j] * widen(a[j])
+        of_b += vector[j] * widen(b[j])
+        of_c += vector[j] * widen(c[j])
+        of_d += vector[j] * widen(d[j])
+    return of_a, of_b, of_c, of_d
+
+
+@_dot_products
+def _dot(vector: np.ndarray, value: np.ndarray, at: int) -> Any:
+    total, other = type(vector[0])(0), value[at : at + vector.shape[0]]
+    for j in range(vector.shape[0]):
+        total += vector[j] * widen(other[j])
+    return total
+
+
+def forward(
+    value: np.ndarray,
+    strides: tuple[int, int, int, int],
+    levels: np.ndarray,
+    samples: tuple[np.ndarray, np.ndarray],
+    options: tuple[bool, bool, bool],
+    output: np.ndarray,
+) -> None:
+    """Fill `output` [images, queries, heads, D] of a block.
+
+    `strides` are the index of the block's first vector in `value` and the steps from one image, pixel and head to the
+    next. `samples` are locations [images, queries, heads, 2 * K] and weights [images, queries, heads, K].
+    """
+    locations, weights = samples
+    images, queries, heads, K = weights.shape
+    found, total = _room_for(K, weights), np.empty(output.shape[3], weights.dtype)
+    for image in range(images):
+        for query in range(queries):
+            for head in range(heads):
+                origin = strides[0] + image * strides[1] + head * strides[3]
+                _locate(locations[image, query, head], levels, options, found)
+                total[:] = 0
+                for k in range(K):
+                    neighbours = found.neighbours[k]
+                    if neighbours == 0:
+                        continue
+                    factors = _factors(found, k, weights[image, query, head, k])
+                    at = _addresses(found, k, origin, strides[2])
+                    if neighbours == ALL_FOUR:
+                        _gather_four(total, value, at, factors)
+                        continue
+                    if neighbours & UPPER_LEFT:
+                        _gather(total, value, at[0], factors[0])
+                    if neighbours & UPPER_RIGHT:
+                        _gather(total, value, at[1], factors[1])
+                    if neighbours & LOWER_LEFT:
+                        _gather(total, value, at[2], factors[2])
+                    if neighbours & LOWER_RIGHT:
+                        _gather(total, value, at[3], factors[3])
+                for j in range(output.shape[3]):
+                    output[image, query, head, j] = total[j]
+
+
+@_function
+def _products(vector: np.ndarray, value: np.ndarray, at: Any, neighbours: int) -> Any:
+    """Dot products of the gradient of the output with the four neighbours; 0 for one outside the level."""
+    if neighbours == ALL_FOUR:
+        return _dot_four(vector, value, at)
+    zero = type(vector[0])(0)
+    return (
+        _dot(vector, value, at[0]) if neighbours & UPPER_LEFT else zero,
+        _dot(vector, value, at[1]) if neighbours & UPPER_RIGHT else zero,
+        _dot(vector, value, at[2]) if neighbours & LOWER_LEFT else zero,
+        _dot(vector, value, at[3]) if neighbours & LOWER_RIGHT else zero,
+    )
+
+
+@_function
+def _derivatives(found: Samples, k: int, products: Any) -> Any:
+    """Derivatives of sample k by its pixel coordinates, without its weight, and by the weight."""
+    x, y, one = found.x[k], found.y[k], type(products[0])(1)
+    upper, lower = (one - x) * products[0] + x * products[1], (one - x) * products[2] + x * products[3]
+    by_x = (one - y) * (products[1] - products[0]) + y * (products[3] - products[2])
+    return by_x, lower - upper, (one - y) * upper + y * lower
+
+
+def backward(
+    value: np.ndarray,
+    strides: tuple[int, int, int, int],
+    levels: np.ndarray,
+    samples: tuple[np.ndarray, np.ndarray, np.ndarray],
+    options: tuple[bool, bool, bool],
+    sums: tuple[np.ndarray, tuple[int, int, int, int], bool],
+    gradients: tuple[np.ndarray, np.ndarray, bool],
+) -> None:
+    """Add to the gradient of value, and fill in those of locations and weights, of a block.
+
+    As in :func:`forward`; `samples` also hold the gradient of the output [images, queries, heads, D]. `sums` are the
+    gradient of value, its strides and whether it is wanted. `gradients` are those of locations and weights in the
+    shapes of these, and whether they are wanted.
+    """
+    locations, weights, grad_output = samples
+    grad_value, steps, wants_value = sums
+    grad_locations, grad_weights, wants_samples = gradients
+    images, queries, heads, K = weights.shape
+    found, vector = _room_for(K, weights), np.empty(grad_output.shape[3], weights.dtype)
+    zero, clamped = weights.dtype.type(0), options[0] or options[1]
+    for image in range(images):
+        for head in range(heads):
+            origin = strides[0] + image * strides[1] + head * strides[3]
+            target = steps[0] + image * steps[1] + head * steps[3]
+            for query in range(queries):
+                vector[:] = grad_output[image, query, head]
+                _locate(locations[image, query, head], levels, options, found)
+                for k in range(K):
+                    neighbours, weight = found.neighbours[k], weights[image, query, head, k]
+                    if neighbours and wants_value:
+                        factors, at = _factors(found, k, weight), _addresses(found, k, target, steps[2])
+                        if neighbours & UPPER_LEFT:
+                            _scatter(grad_value, at[0], factors[0], vector)
+                        if neighbours & UPPER_RIGHT:
+                            _scatter(grad_value, at[1], factors[1], vector)
+                        if neighbours & LOWER_LEFT:
+                            _scatter(grad_value, at[2], factors[2], vector)
+                        if neighbours & LOWER_RIGHT:
+                            _scatter(grad_value, at[3], factors[3], vector)
+                    if not wants_samples:
+                        continue
+                    by_x, by_y, by_weight = zero, zero, zero
+                    if neighbours:
+                        at = _addresses(found, k, origin, strides[2])
+                        by_x, by_y, by_weight = _derivatives(found, k, _products(vector, value, at, neighbours))
+                        # Of a clamped coordinate it is 0, also where the pixels or the weight are NaN.
+                        by_x = zero if clamped and found.slope_x[k] == 0 else by_x * (weight * found.slope_x[k])
+                        by_y = zero if clamped and found.slope_y[k] == 0 else by_y * (weight * found.slope_y[k])
+                    grad_locations[image, query, head, 2 * k] = by_x
+                    grad_locations[image, query, head, 2 * k + 1] = by_y
+                    grad_weights[image, query, head, k] = by_weight

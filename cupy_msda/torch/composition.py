@@ -1,0 +1,157 @@
+"""The operator on the CPU by torch's own functions, where the compiled tier is missing and they are faster than NumPy.
+
+They round pixel coordinates in float32 and take NaN and infinity further than the contract does. So they serve plain
+sampling on levels of moderate size, and what they give counts only if it is finite: all that they read was finite then.
+What decides is the arguments alone, so that the same call always has the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import PLAIN, SIXTEEN_BIT, Arguments, Problem, Wanted
+from .exportable import grid_sample_attention
+from .reference import Gradients
+from .samples import in_float, plain_samples
+
+# Pixels along an axis up to which float32 coordinates are within the tolerance.
+_MOST_PIXELS = 168
+# Most elements that are sampled, which a call holds between forward and backward.
+_MOST_ELEMENTS = 1 << 24
+# Up to so many sampled elements all images are worked on at once (docs/performance/decisions.md#cpu-composition).
+_CACHED_ELEMENTS = 1 << 22
+
+
+class Costs(NamedTuple):
+    """Estimated nanoseconds on one thread of a composition and of NumPy.
+
+    Fitted to 400 drawn calls (docs/performance/decisions.md#cpu-composition).
+    """
+
+    composition: float
+    numpy: float
+
+    @property
+    def composition_is_faster(self) -> bool:
+        return self.composition < self.numpy
+
+
+def forward_costs(problem: Problem) -> Costs:
+    """What the output costs, without a gradient to record."""
+    sizes = _Sizes.of(problem)
+    # For one image or one head, a level is a part of value without a copy.
+    copied = sizes.value if problem.N > 1 and problem.M > 1 else 0
+    of_levels, of_samples = 110e3 + 40e3 * problem.L, 4 * sizes.sampled + 10 * sizes.samples
+    return Costs(
+        composition=of_levels + of_samples + 3 * copied + 0.6 * sizes.cast,
+        numpy=190e3 + 90 * sizes.samples + 3.4 * sizes.sampled,
+    )
+
+
+def training_costs(problem: Problem, wanted: Wanted) -> Costs:
+    """What the output and the gradients that are wanted cost."""
+    sizes, forward = _Sizes.of(problem), forward_costs(problem)
+    composition, numpy = 100e3 + 25e3 * problem.L, 650e3 + 250 * sizes.samples + 3.5 * sizes.sampled
+    if wanted.value:
+        composition += 6 * sizes.value + 2 * sizes.cast + 8 * sizes.sampled
+        numpy += 1.1 * sizes.value + 7 * sizes.cast
+    elif wanted.locations or wanted.references:
+        composition += 3.5 * sizes.sampled
+    else:
+        composition += 2 * sizes.sampled
+    if wanted.locations or wanted.references:
+        composition += 20 * sizes.samples
+    return Costs(forward.composition + composition, forward.numpy + numpy)
+
+
+class _Sizes(NamedTuple):
+    """Elements of value, and of a value that is cast; samples, and the elements that they have: D channels each."""
+
+    value: int
+    cast: int
+    samples: int
+    sampled: int
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Sizes:
+        value, samples = problem.N * problem.S * problem.M * problem.D, problem.N * problem.Q * problem.M * problem.K
+        return cls(value, value if problem.value_dtype in SIXTEEN_BIT else 0, samples, samples * problem.D)
+
+
+class Recorded(NamedTuple):
+    """An output and the inputs that it was computed from, whose gradients autograd recorded where they are wanted."""
+
+    output: Tensor
+    leaves: tuple[Tensor | None, ...]
+
+
+def can_run(problem: Problem) -> bool:
+    """Whether a call has a composition whose result is within the contract's tolerance."""
+    return (
+        problem.variant == PLAIN
+        and not problem.empty
+        and not problem.ragged
+        and problem.levels is not None
+        and max(max(h, w) for h, w, _ in problem.levels) <= _MOST_PIXELS
+        and _Sizes.of(problem).sampled <= _MOST_ELEMENTS
+    )
+
+
+def record(problem: Problem, arguments: Arguments, wanted: Wanted) -> Recorded | None:
+    """The output of a call that :func:`can_run`, in the accumulator dtype; None where the contract differs."""
+    wide = in_float(arguments)
+    tensors = (wide.value, wide.locations, wide.weights, wide.reference_points)
+    leaves = tuple(
+        None if tensor is None else tensor.detach().requires_grad_(asked)
+        for tensor, asked in zip(tensors, wanted, strict=True)
+    )
+    assert problem.levels is not None
+    sizes, starts = [(h, w) for h, w, _ in problem.levels], [start for *_, start in problem.levels]
+    given = Arguments(leaves[0], sizes, starts, leaves[3], leaves[1], leaves[2], names=arguments.names)
+    with torch.enable_grad() if any(wanted) else torch.no_grad():
+        given, locations, weights, _ = plain_samples(given)
+        locations = locations.reshape(problem.N, problem.Q, problem.M, problem.L, problem.P, 2)
+        if (wanted.locations or wanted.references) and _any_at_the_boundary(locations.detach(), sizes):
+            return None
+        step = _images_at_a_time(problem)
+        parts = zip(given.value.split(step), locations.split(step), weights.split(step), strict=True)
+        outputs = [grid_sample_attention(part, sizes, where, weight, starts) for part, where, weight in parts]
+        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return Recorded(output, leaves) if bool(output.detach().sum().isfinite()) else None
+
+
+def _any_at_the_boundary(locations: Tensor, sizes: list[tuple[int, int]]) -> bool:
+    """Whether a sample lies one pixel outside its level: it does not count, but has a gradient here."""
+    widths_and_heights = torch.tensor([[(w, h)] for h, w in sizes], dtype=locations.dtype, device="cpu")
+    return bool((locations * widths_and_heights == -0.5).any())
+
+
+def _images_at_a_time(problem: Problem) -> int:
+    """All images of a small call; of a large one, as many as keep what is sampled in the caches."""
+    elements = _Sizes.of(problem).sampled
+    if elements <= _CACHED_ELEMENTS:
+        return problem.N
+    return max(1, _CACHED_ELEMENTS // 4 * problem.N // elements)
+
+
+def gradients(
+    recorded: Recorded, arguments: Arguments, grad_output: Tensor, wanted: Wanted, kept: bool = False
+) -> Gradients | None:
+    """The gradients that are wanted; None where the gradient of the output is not finite.
+
+    `kept`: what is recorded serves another backward.
+    """
+    grad_output = grad_output.to(recorded.output.dtype)
+    if not bool(grad_output.sum().isfinite()):
+        return None
+    leaves = [leaf for leaf, asked in zip(recorded.leaves, wanted, strict=True) if asked and leaf is not None]
+    found = iter(torch.autograd.grad(recorded.output, leaves, grad_output, retain_graph=kept))
+    given = (arguments.value, arguments.locations, arguments.weights, arguments.reference_points)
+    of_value, of_locations, of_weights, of_references = (
+        next(found).to(tensor.dtype).contiguous() if asked and tensor is not None else None
+        for tensor, asked in zip(given, wanted, strict=True)
+    )
+    return of_value, of_locations, of_weights, of_references
