@@ -19,13 +19,18 @@ MARGIN, MARGIN_US = 0.03, 1.0
 WRONG = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
 
 
+def errors_of(row: dict[str, Any], name: str) -> dict[str, float]:
+    """Without those that kinks decide: where float32 and float64 pick another cell, the gradient of a location jumps."""
+    return {kind: error for kind, error in row["errors"][name].items() if kind in ("output", "value", "weights")}
+
+
 def is_valid(row: dict[str, Any], name: str) -> bool:
-    return max(row["errors"][name].values()) < WRONG[row["cell"]["dtype"]]
+    return max(errors_of(row, name).values()) < WRONG[row["cell"]["dtype"]]
 
 
 def is_accurate(row: dict[str, Any], name: str) -> bool:
     """Whether an implementation is as accurate as this one."""
-    errors, ours = row["errors"][name], row["errors"]["ours"]
+    errors, ours = errors_of(row, name), errors_of(row, "ours")
     return all(error <= AS_ACCURATE * ours[kind] + 1e-12 for kind, error in errors.items())
 
 

@@ -64,16 +64,16 @@ __device__ __forceinline__ void choose_bucket_sizes(
     if (lane <= config::L) sizes.table.region[rank].first_bucket = is_level ? l : -1;
     __syncwarp();
     const int begins_with = lane <= config::L ? sizes.table.region[lane].first_bucket : -1;
-    const level_info own = levels[max(begins_with, 0)];
+    const level_info beginning = levels[max(begins_with, 0)];
     const int points = first_sample_of(max(begins_with, 0) + 1) - first_sample_of(max(begins_with, 0));
     __syncwarp();
-    if (begins_with >= 0) region.first_pixel = (int)max(min((long long)own.start - first_pixel, (long long)slab), 0ll);
+    if (begins_with >= 0) region.first_pixel = (int)max(min((long long)beginning.start - first_pixel, (long long)slab), 0ll);
     if (lane > config::L) region.first_pixel = slab;
     region.end_pixel = __shfl_sync(0xffffffffu, region.first_pixel, min(lane + 1, 31));
     if (lane == config::L) region.end_pixel = slab;
     unsigned buckets, end;
     for (;; contributions_per_bucket *= 2) {    // until there are few enough
-        if (begins_with >= 0) region.shift = shift_of_level(own, points, Q, contributions_per_bucket);
+        if (begins_with >= 0) region.shift = shift_of_level(beginning, points, Q, contributions_per_bucket);
         buckets = (unsigned)(region.end_pixel - region.first_pixel + (1 << region.shift) - 1) >> region.shift;
         if (lane > config::L) buckets = 0;
         end = inclusive_sum(buckets);

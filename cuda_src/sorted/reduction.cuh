@@ -7,6 +7,7 @@
 namespace msda {
 
 constexpr int vector_pitch = config::M * config::D;                 // elements from a pixel or query to the next
+using count_t = select<config::wide_counts, address_t, unsigned>;    // of the contributions to a bucket
 constexpr int padded_channels = channel_tiles * channel_tile;       // D, rounded up to whole channel tiles
 
 // The region of bucket `number`, to all lanes of a warp.

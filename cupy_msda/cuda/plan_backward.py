@@ -23,7 +23,7 @@ from .plan import Launch
 from .sorted_specs import CHUNK_BYTES, QUEUE_BYTES, TABLE_BYTES, segment_starts_bytes
 
 # Chunks that the contributions of all heads should fill, at most.
-CHUNKS = 1024
+CHUNKS = 512
 # Bytes of contributions between the launches, unless one head needs more: heads are done in groups.
 WORKSPACE = 256 << 20
 

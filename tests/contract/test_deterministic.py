@@ -155,6 +155,10 @@ def test_torchs_switch_is_followed(monkeypatch):
     assert torch.equal(gradient(deterministic=True), first)
 
 
+# Sums of the chunks that there may be: 3 / 2 times, twice, 512 of 64 value vectors of 32 channels in float32.
+SUMS_OF_CHUNKS = 13 << 20
+
+
 @pytest.mark.no_sanitizer
 def test_temporary_memory_is_bounded():
     import torch
@@ -169,5 +173,5 @@ def test_temporary_memory_is_bounded():
         grads = cupy_msda.ms_deform_attn_backward(*put, 64, deterministic=deterministic)
         extra = torch.cuda.max_memory_allocated() - before - sum(g.numel() * g.element_size() for g in grads)
         samples = put[4].numel()
-        assert extra <= (32 * samples * 1.2 + (1 << 20) if deterministic else 1 << 20)
+        assert extra <= (32 * samples * 1.2 + SUMS_OF_CHUNKS if deterministic else 1 << 20)
         assert extra <= plan_backward.WORKSPACE + (1 << 20)

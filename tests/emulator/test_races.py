@@ -108,7 +108,7 @@ def test_redundant_barriers_exist():
 # ---- with another fault ----------------------------------------------------------------------------------------------
 
 COUNT_KEY = "atomicAdd(shared.key_begin + key, 1u)"
-DONE = "atomicAdd(&counts->of_bucket[chunk.bucket].done, 1u)"
+DONE = "atomicAdd(&queue->chunk[first].done, 1u)"
 FAULTS = {
     "count of a key without an atomic addition": (
         "backward: aggregated",

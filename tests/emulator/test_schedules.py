@@ -23,7 +23,12 @@ def check(name, of):
             raise AssertionError(f"{schedule}: {error}") from None
 
 
-SMALL = ["forward: pixels, warps independent", "backward: pixels", "summation: block", "summation: warp"]
+SMALL = [
+    "forward: pixels, warps independent",
+    "backward: pixels",
+    "summation: sorted batches",
+    "summation: unsorted batches",
+]
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -5,9 +5,10 @@
 // are atomic, and they are not ordered. What orders them, as in CUDA:
 // - Two threads of a block: a barrier of the block between the accesses.
 // - Two lanes of a warp: __syncwarp() between them. It names all lanes here. Shuffles, votes and matches order nothing.
-// - Two blocks: access, fence, atomic addition to an integer in the one; in the other, later, an atomic addition to the same
-//   integer, fence, access. These may be of several threads of a block, with a barrier of the block between one and the next.
-//   Otherwise blocks are concurrent, though the emulator runs them one after the other.
+// - Two blocks, or two warps: access, fence, atomic addition to an integer in the one; in the other, later, an atomic
+//   addition to the same integer, fence, access. These may be of several threads of a block, with a barrier of the block
+//   between one and the next, or of a warp between fence and addition. Otherwise blocks are concurrent, though the emulator
+//   runs them one after the other.
 //
 // A read of shared memory that no thread of the block has written is reported, too: a barrier may be missing before it.
 // The log does not depend on the order in which the emulator runs the threads, as long as they take the same branches.
@@ -74,8 +75,9 @@ static uint32_t block, block_barriers;
 static int threads;
 static bool synchronises;                   // with other blocks: the block has had a fence or an atomic addition
 static std::vector<uint32_t> warp_barriers;
-// Of each thread: how many fences it has had, how many before the last barrier, and the block barrier of the last one.
-static std::vector<uint16_t> fences, fences_before_barrier;
+// Of each thread: how many fences it has had, how many before the last barrier of the block, and of its warp, and the block
+// barrier of the last one.
+static std::vector<uint16_t> fences, fences_before_barrier, fences_before_warp_barrier;
 static std::vector<uint32_t> barrier_of_last_fence;
 static uint32_t barrier_of_any_fence;
 
@@ -104,7 +106,8 @@ static bool is_ordered(const Moment& before, const Moment& now) {
     if (before.block != now.block)
         return synchronises && (is_released(before, acquired[now.thread]) || is_released(before, acquired[threads]));
     if (before.thread == now.thread || before.block_barriers != now.block_barriers) return true;
-    return before.thread / 32 == now.thread / 32 && before.warp_barriers != now.warp_barriers;
+    if (before.thread / 32 == now.thread / 32 && before.warp_barriers != now.warp_barriers) return true;
+    return synchronises && is_released(before, acquired[now.thread]);
 }
 
 void Accesses::add(const Moment& now) {
@@ -239,6 +242,7 @@ void begin_block(const void* shared_memory, size_t bytes, int block_threads) {
     warp_barriers.assign(threads / 32, 0);
     fences.assign(threads, 0);
     fences_before_barrier.assign(threads, 0);
+    fences_before_warp_barrier.assign(threads, 0);
     barrier_of_last_fence.assign(threads, 0);
     seen.assign(threads + 1, {});
     acquired.assign(threads + 1, {});
@@ -260,6 +264,7 @@ void end_launch() {
 void warp_barrier(int warp, int line) {
     reached.insert(line);
     ++warp_barriers[warp];
+    if (synchronises) std::copy_n(fences.begin() + 32 * warp, 32, fences_before_warp_barrier.begin() + 32 * warp);
 }
 
 void block_barrier(int line) {
@@ -293,6 +298,8 @@ void atomic_access(const void* address, size_t bytes, bool integer) {
     std::vector<Release>& additions = releases[address];
     seen[thread][address] = additions.size();
     Release release = {block, std::max(barrier_of_any_fence, barrier_of_last_fence[thread]), fences_before_barrier};
+    for (int t = thread / 32 * 32; t < thread / 32 * 32 + 32; ++t)
+        release.fences[t] = std::max(release.fences[t], fences_before_warp_barrier[t]);
     release.fences[thread] = fences[thread];
     additions.push_back(release);
 }

@@ -32,7 +32,7 @@ LAYERS = (
 )
 # These import the standard library and each other, and `arrays` for its types.
 PURE = re.compile(
-    r"call|cuda\.(axes|gpu|heuristics|index_width|kernel_spec|launch_tables|naive_specs|plan|plan_backward"
+    r"call|cuda\.(axes|cost_model|gpu|heuristics|index_width|kernel_spec|launch_tables|naive_specs|plan|plan_backward"
     r"|sorted_heuristics|sorted_specs|specs)"
     r"|arrays\.dlpack"
 )
