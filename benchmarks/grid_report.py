@@ -20,7 +20,7 @@ WRONG = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
 
 
 def errors_of(row: dict[str, Any], name: str) -> dict[str, float]:
-    """Without those that kinks decide: where float32 and float64 pick another cell, the gradient of a location jumps."""
+    """Without those that kinks decide: where float32 and float64 pick another cell, gradients of locations jump."""
     return {kind: error for kind, error in row["errors"][name].items() if kind in ("output", "value", "weights")}
 
 
