@@ -64,9 +64,16 @@ _tangent = jax.jit(
     lambda operation, names, *arrays: tangent_p.bind(*arrays, operation=operation, names=names), static_argnums=(0, 1)
 )
 _backward = jax.jit(lambda operation, *arrays: backward_p.bind(*arrays, operation=operation), static_argnums=0)
-forward_p.def_impl(lambda *inputs, operation: _forward(operation, *inputs))
-tangent_p.def_impl(lambda *arrays, operation, names: _tangent(operation, names, *arrays))
-backward_p.def_impl(lambda *arrays, operation: _backward(operation, *arrays))
+
+
+def _compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    with jax.disable_jit(False):  # else its body would come here again
+        return function(*arguments)
+
+
+forward_p.def_impl(lambda *inputs, operation: _compiled(_forward, operation, *inputs))
+tangent_p.def_impl(lambda *arrays, operation, names: _compiled(_tangent, operation, names, *arrays))
+backward_p.def_impl(lambda *arrays, operation: _compiled(_backward, operation, *arrays))
 
 
 # Derivatives.
@@ -142,7 +149,7 @@ def _fold(primitive: Any, roles: Callable[..., Sequence[str]]) -> Callable[..., 
     def rule(arrays: Sequence[Any], dimensions: Sequence[Any], **params: Any) -> tuple[Any, Any]:
         mapped = zip(arrays, dimensions, strict=True)
         size = next(array.shape[dimension] for array, dimension in mapped if dimension is not None)
-        folded = []
+        folded, images = [], 0
         for role, array, dimension in zip(roles(**params), arrays, dimensions, strict=True):
             if role in METADATA:
                 if dimension is not None:
@@ -156,11 +163,11 @@ def _fold(primitive: Any, roles: Callable[..., Sequence[str]]) -> Callable[..., 
                 array = jnp.broadcast_to(array[None], (size, *array.shape))
             else:
                 array = jnp.moveaxis(array, dimension, 0)
-            folded.append(array.reshape(size * array.shape[1], *array.shape[2:]))
+            images = array.shape[1]
+            folded.append(array.reshape(size * images, *array.shape[2:]))
         made = primitive.bind(*folded, **params)
         several = primitive.multiple_results
-        unfolded = [one.reshape(size, -1 if 0 not in one.shape else one.shape[0] // size, *one.shape[1:])
-                    for one in (made if several else [made])]  # fmt: skip
+        unfolded = [one.reshape(size, images, *one.shape[1:]) for one in (made if several else [made])]
         return (unfolded, [0] * len(unfolded)) if several else (unfolded[0], 0)
 
     return rule

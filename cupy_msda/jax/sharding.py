@@ -7,6 +7,7 @@ different heads.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ def partitioned(operation: Operation, execute: Execute) -> Execute:
         return tuple(execute(*arrays))
 
     def partition(mesh: Any, arguments: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
-        images, heads = _axes(operation, arguments)
+        images, heads = _axes(operation, arguments, mesh)
         place = functools.partial(_sharding, mesh=mesh, images=images, heads=heads)
 
         def on_one_device(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -47,7 +48,7 @@ def partitioned(operation: Operation, execute: Execute) -> Execute:
         return mesh, on_one_device, tuple(of_results), tuple(of_arguments)
 
     def infer(mesh: Any, arguments: Sequence[Any], results: Sequence[Any]) -> tuple[Any, ...]:
-        images, heads = _axes(operation, arguments)
+        images, heads = _axes(operation, arguments, mesh)
         return tuple(
             _sharding(role, len(result.shape), mesh=mesh, images=images, heads=heads)
             for role, result in zip(result_roles(operation), results, strict=True)
@@ -71,9 +72,13 @@ def _dimension_of_heads(role: str) -> int | None:
     return 2  # of value [N, S, M, D], samples [N, Q, M, ...], output [N, Q, M*D]
 
 
-def _axes(operation: Operation, arguments: Sequence[Any]) -> tuple[Any, Any]:
-    """The axes of the mesh that divide images and heads: those of value, or of the first array that is divided."""
+def _axes(operation: Operation, arguments: Sequence[Any], mesh: Any) -> tuple[Any, Any]:
+    """The axes of the mesh that divide images and heads: those of value, or of the first array that is divided.
+
+    None where they do not divide them evenly: devices that divide the channels M*D do not always divide the heads.
+    """
     images = heads = None
+    sizes = next(arguments[place].shape for place, role in enumerate(operation.roles) if _has_heads(role))
     for role in ("value", "grad_output", "locations", "weights", "references"):
         if role not in operation.roles:
             continue
@@ -85,7 +90,17 @@ def _axes(operation: Operation, arguments: Sequence[Any]) -> tuple[Any, Any]:
     used = set(images if isinstance(images, tuple) else (images,))
     if used & set(heads if isinstance(heads, tuple) else (heads,)) - {None}:
         heads = None
-    return images, heads
+    return _if_even(images, sizes[0], mesh), _if_even(heads, sizes[2], mesh)
+
+
+def _has_heads(role: str) -> bool:
+    """Whether the arrays have the dimensions N and M as the first and the third one."""
+    return role in ("value", "locations", "weights")
+
+
+def _if_even(axes: Any, size: int, mesh: Any) -> Any:
+    of_axes = axes if isinstance(axes, tuple) else (axes,)
+    return axes if axes and size % math.prod(mesh.shape[axis] for axis in of_axes) == 0 else None
 
 
 def spec_of(role: str, rank: int, images: Any, heads: Any) -> tuple[Any, ...]:

@@ -223,3 +223,21 @@ def test_gradients_are_those_of_finite_differences(draw):
     gradients = jax.grad(loss, argnums=tuple(range(len(given))))(*given)
     slope = sum(jnp.vdot(*pair) for pair in zip(gradients, direction, strict=True))
     assert float(slope) == pytest.approx(float(moved[0] - moved[1]) / (2 * step), rel=1e-4)
+
+
+def test_without_compilation():
+    inputs = inputs_of(SMALL)
+    function, arrays = function_of(inputs)
+    want = function(*arrays.values())
+    with jax.disable_jit():
+        np.testing.assert_array_equal(function(*arrays.values()), want)
+
+
+@pytest.mark.parametrize("mapped", [0, 1])
+def test_a_vmap_of_no_elements(mapped):
+    function, arrays = function_of(inputs_of(SMALL))
+    given = list(arrays.values())
+    want = function(*given).shape
+    given[mapped] = jnp.zeros((0, *given[mapped].shape), given[mapped].dtype)
+    axes = [0 if place == mapped else None for place in range(len(given))]
+    assert jax.vmap(function, in_axes=axes)(*given).shape == (0, *want)
