@@ -44,6 +44,7 @@ def test_cpu_arrays_are_not_copied(backend, dtype):
     view = arrays.view("value", theirs)
     pointer = {
         "numpy": lambda: theirs.ctypes.data,
+        "numba": lambda: theirs.ctypes.data,
         "torch-cpu": lambda: theirs.data_ptr(),
         "jax-cpu": lambda: theirs.unsafe_buffer_pointer(),
     }[backend.name]()

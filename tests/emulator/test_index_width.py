@@ -10,6 +10,7 @@ import pytest
 from cupy_msda.call import ALL, ValueStrides, Wanted
 from cupy_msda.cuda import plan, plan_backward
 from cupy_msda.cuda.gpu import H100
+from cupy_msda.cuda.sorted_specs import TABLE_BYTES
 from tests.helpers import cases, emulator
 from tests.helpers.cases import Case
 from tests.helpers.tolerance import assert_close
@@ -70,18 +71,21 @@ def compute_first_head():
 
     in_order = with_heads(np.zeros_like(inputs.value))
     summed = plan_backward.summation(replace(problem, deterministic=True), 16, H100)
-    buckets = summed.pixels // summed.reduce.spec.bucket_size
-    starts = np.zeros((summed.runs, 2 * buckets + 2), np.uint16)
+    starts = np.zeros((summed.runs, 2 * summed.buckets + 2), np.uint16)
+    table = np.zeros(TABLE_BYTES, np.uint8)
     contributions = np.zeros((summed.runs, summed.capacity, 4), np.float32)
-    slab = {"S": problem.S, "Q": problem.Q, "first_head": 0, "heads": HEADS, "first_pixel": 0, "pixels": summed.pixels}
+    assert not summed.queued
+    slab = {"first_head": 0, "heads": HEADS, "first_pixel": 0, "buckets": summed.buckets}
     arguments = {"locations": samples.pop("locations"), "metadata": samples.pop("metadata")} | samples
-    arguments |= {"segment_starts": starts, "contributions": contributions, "counts": 0} | slab
+    arguments |= {"segment_starts": starts, "contributions": contributions, "table": table, "queue": 0, "queued": 0}
+    arguments |= {"contributions_per_bucket": summed.contributions_per_bucket, "S": problem.S, "Q": problem.Q}
+    arguments |= slab | {"pixels": summed.pixels}
     run_first_head(summed.sort, summed.runs, arguments)
     arguments = {"grad_output": grad_output, "contributions": contributions, "segment_starts": starts}
-    arguments |= {"grad_value": in_order, "S": problem.S, "Q": problem.Q, "runs": summed.runs}
+    arguments |= {"grad_value": in_order, "table": table, "S": problem.S, "Q": problem.Q, "runs": summed.runs}
     arguments |= {"capacity": summed.capacity} | slab
-    arguments |= {"counts": 0, "list": 0, "chunk_sums": 0, "contributions_per_chunk": summed.bucket_chunk}
-    run_first_head(summed.reduce, buckets, arguments)
+    arguments |= {"queue": 0, "chunk_sums": 0, "chunk_size": summed.chunk_size}
+    run_first_head(summed.reduce, -(-summed.buckets // summed.reduce.spec.block.warps), arguments)
     return [array[:, :, 0].copy() for array in (output, totals, grads, in_order)]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cupy_msda.call import Wanted
-from cupy_msda.cuda import heuristics, kernels
+from cupy_msda.cuda import kernels
 from tests.helpers import cases, emulator
 from tests.helpers.cases import Case
 from tests.helpers.tolerance import assert_close
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 def test_gradients_of_samples(D, aggregated, location, monkeypatch):
     case = Case("tensor_cores", levels=((5, 6), (2, 2)), N=1, M=2, D=D, P=4, queries=70 if aggregated else 9)
     inputs = case.inputs("float16", location, seed=33)
-    monkeypatch.setattr(heuristics, "AGGREGATED_SAMPLES", 1)
+    monkeypatch.setattr(emulator, "is_dense", lambda _: True)
     got = emulator.backward(inputs, wanted=Wanted(value=aggregated), sanitize=D == 64)
     for grad, want in zip(got[1:], cases.expected(inputs)[1][1:], strict=True):
         assert_close(grad, want, location)
@@ -32,7 +32,7 @@ def test_without_tensor_cores(D, dtype, aggregated, monkeypatch):
     assert without != text
     case = Case("fma", levels=((5, 6), (2, 2)), N=1, M=2, D=D, P=4, queries=70)
     inputs = case.inputs(dtype, "float32", seed=35)
-    monkeypatch.setattr(heuristics, "AGGREGATED_SAMPLES", 1)
+    monkeypatch.setattr(emulator, "is_dense", lambda _: True)
     got = emulator.backward(inputs, wanted=Wanted(value=aggregated), text=without)
     for grad, want in zip(got[1:], cases.expected(inputs)[1][1:], strict=True):
         assert_close(grad, want, "float32")
