@@ -30,13 +30,11 @@ from cupy_msda.cuda import cost_model, run
 
 from .cases import FusedInputs, Inputs
 from .grid_cells import Cell, drawn, inputs_of
-from .grid_report import summary
+from .grid_report import WAYS, summary
 from .implementations import deformops, torch_ms_deform_attn
 from .provenance import provenance
 from .timing import interleaved
 
-WAYS = ("sorted", "atomics", "aggregated")
-# Bytes of value, so many at least, that successive calls read: more than the L2 cache holds.
 COLD_BYTES, MAX_INPUTS = 192 << 20, 4
 REPEATS = 7
 
