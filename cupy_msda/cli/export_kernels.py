@@ -55,8 +55,8 @@ def _read(key: str, text: str, annotation: str) -> Any:
 
 def read_dtypes(text: str) -> tuple[str, str]:
     """The dtypes of value and of locations: ``float16``, or ``float16/float32``."""
-    value, _, locations = text.partition("/")
-    locations = locations or value
+    value, slash, locations = text.partition("/")
+    locations = locations if slash else value
     if value not in VALUE_DTYPES or locations not in (value, "float32") or (value == "float64" != locations):
         raise CommandError(
             f"--dtypes: expected {', '.join(VALUE_DTYPES)}, float16/float32 or bfloat16/float32, got {text!r}"

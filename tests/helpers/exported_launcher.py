@@ -10,7 +10,7 @@ from cupy_msda.cuda import c_sources
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic")
-STUB = Path(__file__).parent / "stub_libcuda.c"
+STUB, PROGRAM = (Path(__file__).parent / name for name in ("stub_libcuda.c", "exported_program.c"))
 # 64-bit words of the kernel's parameters.
 WORDS = (1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1)
 
@@ -55,6 +55,32 @@ def compile_objects(folder):
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return sorted(folder.glob("cupy_msda_*.o"))
+
+
+def compile_program(folder, configuration, libcuda):
+    """``exported_program.c`` with the sources in `folder`, for one configuration, linked with nothing but `libcuda`."""
+    program = folder / f"run_{configuration}"
+    command = [
+        COMPILER, *STRICT, f"-DCONFIGURATION={configuration}", f"-I{folder}", PROGRAM, *sorted(folder.glob("cupy_*.c")),
+        libcuda, "-o", program,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def run_program(program, folder, arrays, sizes, output):
+    """`output`, written by the program for these `arrays` by their names in ``cupy_msda_arguments``."""
+    for name, array in arrays.items():
+        (folder / f"{name}.bin").write_bytes(array.tobytes())
+    done = subprocess.run(
+        [program, folder, *map(str, sizes), str(output.nbytes)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    written = (folder / "output.bin").read_bytes()
+    assert len(written) == output.nbytes
+    output.view("u1").reshape(-1)[:] = list(written)
+    return output
 
 
 class Launcher:

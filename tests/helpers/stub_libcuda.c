@@ -1,11 +1,12 @@
-/* The functions of libcuda that the exported launcher calls: a device described by variables, and a launch that calls back. */
+/* libcuda without a GPU: a device that variables describe, memory of the host, and a launch that calls back. */
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef int launch_callback(const unsigned *grid, unsigned threads, unsigned shared_bytes, void *stream, void **parameters);
 
 launch_callback *stub_launch;
-int stub_major, stub_minor, stub_multiprocessors;
+int stub_major = 9, stub_minor, stub_multiprocessors = 132;
 int stub_attributes[16];        /* of the kernel, as they were set last */
 int stub_load_status, stub_unloaded;
 const void *stub_image;
@@ -54,5 +55,38 @@ int cuLaunchKernel(void *launched, unsigned x, unsigned y, unsigned z, unsigned 
                    unsigned shared_bytes, void *stream, void **parameters, void **extra) {
     const unsigned grid[3] = {x, y, z};
     if (launched != &function || block_y != 1 || block_z != 1 || extra) return 400;
-    return stub_launch(grid, block_x, shared_bytes, stream, parameters);
+    return stub_launch ? stub_launch(grid, block_x, shared_bytes, stream, parameters) : 0;
 }
+
+/* ---- what a whole program calls ----------------------------------------------------------------------------- */
+
+int cuInit(unsigned flags) { return flags != 0; }
+
+int cuDeviceGet(int *device, int ordinal) {
+    *device = ordinal;
+    return ordinal != 0;
+}
+
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    *context = &module;
+    return device != 0;
+}
+
+int cuCtxSetCurrent(void *context) { return context != &module; }
+
+int cuMemAlloc_v2(unsigned long long *memory, size_t bytes) {
+    *memory = (unsigned long long)(size_t)calloc(bytes, 1);     /* at a multiple of 16 bytes */
+    return *memory == 0;
+}
+
+int cuMemcpyHtoD_v2(unsigned long long to, const void *from, size_t bytes) {
+    memcpy((void *)(size_t)to, from, bytes);
+    return 0;
+}
+
+int cuMemcpyDtoH_v2(void *to, unsigned long long from, size_t bytes) {
+    memcpy(to, (const void *)(size_t)from, bytes);
+    return 0;
+}
+
+int cuStreamSynchronize(void *stream) { return stream != NULL; }

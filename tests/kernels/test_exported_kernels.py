@@ -234,14 +234,25 @@ def test_the_objects_need_libcuda_alone(exports, tmp_path):
     assert "cuLaunchKernel" in undefined
 
 
+def test_a_program_without_python_runs(exports, tmp_path):
+    """With the stub, whose launch writes nothing: the arguments are read, and checked by the launcher."""
+    exported_launcher.c_sources.write([exports["decoder"]], tmp_path)
+    program = exported_launcher.compile_program(tmp_path, "cupy_msda_decoder", exported_launcher.STUB)
+    arrays = {"value": np.ones((1, 6, 8, 32), "f4"), "spatial_shapes": np.array([[2, 3]])}
+    arrays |= {"locations": np.ones(32, "f4"), "weights": np.ones(16, "f4")}
+    output = exported_launcher.run_program(program, tmp_path, arrays, (1, 6, 1), np.ones((1, 1, 256), "f4"))
+    assert not output.any()
+    (tmp_path / "weights.bin").unlink()
+    done = subprocess.run([program, tmp_path, "1", "6", "1", "1024"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"cupy_msda_forward: status {NULL}\n")
+
+
 def test_a_program_in_cplusplus_reads_the_headers(exports, tmp_path):
     exported_launcher.c_sources.write([exports["decoder"]], tmp_path)
     compiler = emulator.COMPILER
     if compiler is None:
         pytest.skip("needs g++")
-    program = (
-        '#include "cupy_msda_kernels.h"\nint main() { return cupy_msda_decoder.cubin_count != 2; }\n'
-    )
+    program = '#include "cupy_msda_kernels.h"\nint main() { return cupy_msda_decoder.cubin_count != 2; }\n'
     (tmp_path / "program.cpp").write_text(program)
     command = [compiler, "-std=c++11", "-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only", "program.cpp"]
     subprocess.run(command, cwd=tmp_path, check=True)
