@@ -1,7 +1,7 @@
 """Export to ONNX for TensorRT: the operator as the plugin that TensorRT ships, ``MultiscaleDeformableAttnPlugin_TRT``.
 
-The plugin samples bilinearly, with zeros outside a level, in levels of equally many points. Every other call becomes one
-of that form.
+The plugin samples bilinearly, with zeros outside a level, and takes as many points in each level. Every other call
+becomes one of that form.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def test_a_decomposed_package_runs_in_a_program_in_cplusplus(tmp_path):
     assert not any("cupy_msda" in str(node.target) for node in program.graph.nodes)
     root = Path(torch.__file__).parent
     command = [
-        emulator.COMPILER, "-std=c++20", PROGRAM, f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu",
-        "-lc10", f"-Wl,-rpath,{root / 'lib'}", "-o", tmp_path / "program",
+        emulator.COMPILER, "-std=c++20", PROGRAM, f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch",
+        "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}", "-o", tmp_path / "program",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -65,9 +65,7 @@ CALLS = {
 # The default exporter takes seconds, so most of its cases are long ones.
 SHORT = ("plain", "points")
 CASES = [
-    pytest.param(
-        name, dynamo, id=f"{name}-{exporter}", marks=() if name in SHORT or not dynamo else pytest.mark.long
-    )
+    pytest.param(name, dynamo, id=f"{name}-{exporter}", marks=() if name in SHORT or not dynamo else pytest.mark.long)
     for name in CALLS
     for exporter, dynamo in EXPORTERS.items()
 ]
@@ -171,7 +169,7 @@ def test_other_plugin_versions_are_refused(version):
 
 def test_float64_is_refused_with_the_remedy(tmp_path):
     inputs = [tensor.double() for tensor in inputs_of()]
-    with pytest.raises(TypeError, match="value: expected float32 or a 16-bit dtype, .* got float64"), tensorrt():
+    with pytest.raises(TypeError, match=r"value: expected float32 or a 16-bit dtype, .* got float64"), tensorrt():
         torch.onnx.export(Net(), tuple(inputs), tmp_path / "net.onnx", dynamo=False, verbose=False)
 
 
@@ -186,3 +184,29 @@ def test_outside_of_the_context_and_of_an_export_nothing_changes(tmp_path):
     plugins, others = nodes(tmp_path / "net.onnx")
     assert not plugins
     assert "GridSample" in others
+
+
+@pytest.mark.long
+def test_a_whole_model_of_another_package(tmp_path):
+    from tests.helpers import transformers_models
+
+    torch.manual_seed(0)
+    model, inputs = transformers_models.MODELS["deformable_detr"]()
+    images = inputs["pixel_values"].float()
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model.eval().float()
+
+        def forward(self, images):
+            return self.model(pixel_values=images).encoder_last_hidden_state
+
+    net = Encoder().requires_grad_(False)
+    with cupy_msda.torch.patch(model):
+        want = net(images)
+        path = export(net, (images,), tmp_path / "net.onnx", True)
+    plugins, others = nodes(path)
+    assert len(plugins) == 2  # the decoder's nodes are not part of the output
+    assert "GridSample" not in others
+    np.testing.assert_allclose(evaluate(path, (images,)), want, rtol=1e-3, atol=1e-4)
