@@ -111,6 +111,7 @@ def join() -> Place:
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")
         return Place(rank, world, torch.device("cpu"))
+    torch.backends.cudnn.allow_tf32 = False  # float32 alone: TF32's rounding differs between numbers of images
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)

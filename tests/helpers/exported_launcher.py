@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from cupy_msda.cuda import c_sources
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -69,18 +71,22 @@ def compile_program(folder, configuration, libcuda):
     return program
 
 
-def run_program(program, folder, arrays, sizes, output):
-    """`output`, written by the program for these `arrays` by their names in ``cupy_msda_arguments``."""
+def libcuda():
+    """The file of the driver's library, which no folder of the linker may have."""
+    ctypes.CDLL("libcuda.so.1")
+    mapped = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    return next(path for path in mapped if Path(path).name.startswith("libcuda.so"))
+
+
+def run_program(program, folder, arrays, sizes, like):
+    """The output of the program, as an array like `like`, for `arrays` by their names in ``cupy_msda_arguments``."""
     for name, array in arrays.items():
         (folder / f"{name}.bin").write_bytes(array.tobytes())
     done = subprocess.run(
-        [program, folder, *map(str, sizes), str(output.nbytes)], capture_output=True, text=True, timeout=60
+        [program, folder, *map(str, sizes), str(like.nbytes)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    written = (folder / "output.bin").read_bytes()
-    assert len(written) == output.nbytes
-    output.view("u1").reshape(-1)[:] = list(written)
-    return output
+    return np.frombuffer((folder / "output.bin").read_bytes(), like.dtype).reshape(like.shape)
 
 
 class Launcher:
