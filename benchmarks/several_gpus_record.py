@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .provenance import provenance
+from .several_gpus_report import several_gpus_table
 
 ROOT = Path(__file__).parent.parent
 MODES = ("ddp", "fsdp", "compiled")
@@ -82,22 +83,6 @@ def run_tests() -> dict[str, Any]:
     return {"tests": list(TESTS), "exit": done.returncode, "summary": lines[-1:], "seconds": seconds}
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """Markdown: images per second of each mode, and how many times those of one process."""
-    rows = [one for one in record["records"] if "images_per_second" in one]
-    single = {one["mode"]: one["images_per_second"] for one in rows if one["processes"] == 1}
-    lines = [
-        "| mode | GPUs | images per second | scaling efficiency | gradient error |",
-        "| --- | --: | --: | --: | --: |",
-    ]
-    for one in sorted(rows, key=lambda one: (MODES.index(one["mode"]), one["processes"])):
-        speed, processes = one["images_per_second"], one["processes"]
-        efficiency = f"{speed / (processes * single[one['mode']]):.0%}" if one["mode"] in single else ""
-        cells = (one["mode"], processes, f"{speed:.1f}", efficiency, f"{one['gradient_error']:.0e}")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.several_gpus_record", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -121,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if gpus > 1 and record.content["tests"] is None:
         record.content["tests"] = run_tests()
         record.write()
-    print(table(record.content))
+    print(several_gpus_table(record.content, f"In {options.out}."))
     return (record.content["tests"] or {"exit": 0})["exit"]
 
 

@@ -16,12 +16,14 @@ def programs(monkeypatch):
         started.append((module, processes, list(arguments)))
         if module == "benchmarks.first_call":
             assert environment["CUPY_CACHE_DIR"]
-            yield {"mode": "first call", "processes": processes}
+            seconds = {"first_call_s": 3.0, "second_call_s": 0.001, "largest_difference": 0.0}
+            yield {"mode": "first call", "processes": processes, "gpus": 2, "cached_before": 0} | seconds
             return
         for mode in several_gpus_record.MODES:
             if mode in arguments:
                 speed = {1: 10.0, 2: 19.0}[processes]
-                yield {"mode": mode, "processes": processes, "images_per_second": speed, "gradient_error": 2e-6}
+                sizes = {"images_per_process": 2, "size": [64, 96], "gradient_error": 2e-6}
+                yield {"mode": mode, "processes": processes, "images_per_second": speed} | sizes
 
     monkeypatch.setattr(several_gpus_record, "launched", launched)
     return started
@@ -42,7 +44,9 @@ def test_what_the_file_has_is_not_run_again(programs, tmp_path, capsys):
     out.write_text(json.dumps(content))
     assert several_gpus_record.main(arguments) == 0
     assert programs == [("benchmarks.several_gpus", 2, ["--modes", "fsdp", "--small"])]
-    assert "| fsdp | 2 | 19.0 | 95% | 2e-06 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| FSDP2 | 2 | 19.0 | 95% | 2e-06 |" in printed
+    assert "The first call of 8 processes at once on 2 GPUs, with 0 kernels in the cache: 3.0 s" in printed
 
 
 def test_the_tests_for_two_gpus_are_there():
