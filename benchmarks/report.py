@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import detector, fused_report, models_report, scaling, served_report
+from . import detector, fused_report, models_report, scaling, served_report, several_gpus_report
 from .backward import SKEWS
 
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).parent.parent / "README.md"
-MODELS_PAGE = README.parent / "docs/models.md"
-# The parts of the README and of that page, and the recorded results of each.
+# Pages of parts that are not in the README.
+PAGES = {"served": README.parent / "docs/models.md", "several_gpus": README.parent / "docs/several_gpus.md"}
+# The parts of the README and of these pages, and the recorded results of each.
 PARTS = {
     "benchmark": ("benchmark_*.json",),
     "shapes": ("shapes_*.json",),
@@ -24,6 +25,7 @@ PARTS = {
     "models": ("models_*.json",),
     "fused": ("fused_*.json", "front_end_*.json"),
     "served": ("served_models.json",),
+    "several_gpus": ("several_gpus_*.json",),
 }
 # Names of steps in records from before 28 November 2026, and those of today.
 OLD_STEPS = {
@@ -184,15 +186,25 @@ def served_table(path: Path, result: dict[str, Any]) -> str:
     return served_report.served_table(result, path.name)
 
 
+def several_gpus_table(path: Path, result: dict[str, Any]) -> str:
+    """Markdown: training on several GPUs."""
+    return several_gpus_report.several_gpus_table(result, recorded(result["provenance"], path))
+
+
 def page_of(part: str) -> Path:
     """The page that has a part."""
-    return MODELS_PAGE if part == "served" else README
+    return PAGES.get(part, README)
 
 
 def enclosed(part: str) -> str:
     """A part of its page between its markers."""
     begin, end = markers(part)
-    tables = {"overhead": overhead_table, "backward": backward_table, "fused": fused_table, "served": served_table}
+    tables = {
+        "overhead": overhead_table, "backward": backward_table, "fused": fused_table, "served": served_table,
+        "several_gpus": several_gpus_table,
+    }  # fmt: skip
+    if not files(PARTS[part]):
+        return f"{begin}\nNot recorded yet.\n{end}"
     table = models_table() if part == "models" else tables.get(part, comparison_table)(*latest(PARTS[part]))
     return f"{begin}\n{table}\n{end}"
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m cupy_msda demo | info | check``."""
+"""The command line: ``python -m cupy_msda demo | info | check | export-kernels``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import TextIO
 
 from . import __version__
-from .cli import check, demo, environment, info, photograph, picture
+from .cli import check, demo, environment, export_kernels, info, photograph, picture
 from .cli.output import CommandError, OutputError, complain, discard, flush, say
 
 OUT = "msda_demo.png"
 _INTERRUPTED = 130  # 128 and the number of SIGINT, as shells count it
 _CHECK = "Exit status: 0 where every result is right, 1 where one is wrong, 2 where nothing can be checked."
+_EXPORT = (
+    "cupy_msda_launch.h documents the functions, cupy_msda_kernels.h the configurations. No GPU and no compiler is "
+    "needed."
+)
 _DEMO = f"""
 An image of any mode becomes RGB, upright and on white; of several frames the first. It may have up to
 {photograph.MAX_PIXELS:,} pixels, for which the demo takes 1.5 GB of memory. It is made smaller, in proportion,
@@ -70,11 +74,33 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help=words, description=f"{words.capitalize()}.")
     words = "run the golden cases on every backend of this machine"
     commands.add_parser("check", help=words, description=f"{words.capitalize()}. {_CHECK}")
+    words = "write the forward as cubins and C sources, for programs without Python"
+    _add_export_options(
+        commands.add_parser("export-kernels", help=words, description=f"{words.capitalize()}. {_EXPORT}")
+    )
     return parser
 
 
+def _add_export_options(of_export: argparse.ArgumentParser) -> None:
+    of_export.add_argument(
+        "--sizes",
+        nargs="+",
+        required=True,
+        metavar="'NAME levels=HxW,... N=... Q=...'",
+        help=f"a name and the fields of cupy_msda.Sizes, such as '{export_kernels.EXAMPLE}'",
+    )
+    of_export.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32"],
+        help="of value, or of value and locations: float16/float32 (default: float32)",
+    )
+    of_export.add_argument("--arch", nargs="+", required=True, help="compute capabilities, such as 80 90")
+    of_export.add_argument("--out", type=Path, required=True, help="folder to write; existing files are replaced")
+
+
 def _run(options: argparse.Namespace) -> int:
-    commands = {"demo": _demo, "info": _info, "check": _check}
+    commands = {"demo": _demo, "info": _info, "check": _check, "export-kernels": _export_kernels}
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # notes, even where the user's settings make them errors
         warnings.showwarning = _note  # restored on leaving
@@ -139,6 +165,14 @@ def _check(_: argparse.Namespace) -> int:
         say(f"{'not checked':22}{what}")
     say(check.verdict(rows))
     return 0 if all(row.passed for row in rows) else 1
+
+
+def _export_kernels(options: argparse.Namespace) -> int:
+    for one in export_kernels.export(options.sizes, options.dtypes, options.arch, options.out):
+        compiled = ", ".join(f"sm_{cubin.architecture} ({len(cubin.image)} bytes)" for cubin in one.cubins)
+        say(f"{f'cupy_msda_{one.name}':40}{compiled}")
+    say(f"{'folder':40}{options.out}")
+    return 0
 
 
 if __name__ == "__main__":

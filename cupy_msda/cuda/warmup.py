@@ -140,19 +140,9 @@ def launches(
             raise TypeError(f"dtypes: expected float16, bfloat16, float32 or float64, got {dtype!r}")
     found = []
     for size, dtype in product(sizes, dtypes):
-        if not size.levels or min(min(level) for level in size.levels) <= 0:
-            raise ValueError(f"sizes: expected levels of positive (H, W), got {size.levels!r}")
-        S = size.S
-        levels = size.contiguous_levels
-        form = options.requested_variant(size.num_points, size.interpolation, size.padding_mode, size.align_corners)
-        variant, P = validate.equal_points(options.read_variant(form, len(levels)), size.P)
         location_dtypes = dict.fromkeys((dtype, "float32") if dtype in SIXTEEN_BIT else (dtype,))
-        for location_dtype, fused in product(location_dtypes, _fused_front_ends(size, location_dtypes)):
-            call = Problem(
-                size.N, S, size.M, size.D, len(levels), P, S if size.Q is None else size.Q,
-                value_dtype=dtype, location_dtype=location_dtype, device=("cuda", device),
-                levels=levels, variant=variant, ragged=size.ragged, fused=fused,
-            )  # fmt: skip
+        for location_dtype, fused in product(location_dtypes, fused_front_ends(size, location_dtypes)):
+            call = problem_of(size, dtype, location_dtype, fused, device)
             found.append(plan.forward(call, plan.VECTOR_BYTES, gpu))
             if backward:
                 for deterministic, of_references in product((False, True), (False, True) if fused else (False,)):
@@ -162,7 +152,21 @@ def launches(
     return found
 
 
-def _fused_front_ends(size: Sizes, dtypes: Iterable[str]) -> list[FusedFrontEnd | None]:
+def problem_of(size: Sizes, dtype: str, location_dtype: str, fused: FusedFrontEnd | None, device: int) -> Problem:
+    """The problem of a call of this size on a CUDA device, with a contiguous value."""
+    if not size.levels or min(min(level) for level in size.levels) <= 0:
+        raise ValueError(f"sizes: expected levels of positive (H, W), got {size.levels!r}")
+    S, levels = size.S, size.contiguous_levels
+    form = options.requested_variant(size.num_points, size.interpolation, size.padding_mode, size.align_corners)
+    variant, P = validate.equal_points(options.read_variant(form, len(levels)), size.P)
+    return Problem(
+        size.N, S, size.M, size.D, len(levels), P, S if size.Q is None else size.Q,
+        value_dtype=dtype, location_dtype=location_dtype, device=("cuda", device),
+        levels=levels, variant=variant, ragged=size.ragged, fused=fused,
+    )  # fmt: skip
+
+
+def fused_front_ends(size: Sizes, dtypes: Iterable[str]) -> list[FusedFrontEnd | None]:
     """What the samples of calls of this size come from: reference points of each dtype, or nothing."""
     coordinates = size.reference_coordinates
     if coordinates is None:

@@ -24,6 +24,7 @@ from .derivatives import registered_forward
 from .dtypes import dtypes_agree
 from .exportable import exportable_attention
 from .fast_path import PACKED, WITH_LOGITS, WITH_WEIGHTS, recent
+from .onnx import exports_plugin, plugin_attention
 from .overrides import hand_over, overriding
 from .watchers import call_watched, watchers
 
@@ -232,6 +233,8 @@ def _attention(arguments: Arguments) -> Tensor:
                 return checks.zeros(arguments, problem)
     elif arguments.variant != PLAIN:
         read_variant(arguments.variant, len(arguments.spatial_shapes))
+    if exports_plugin():
+        return plugin_attention(arguments)
     if _decomposed or torch.onnx.is_in_onnx_export():
         return exportable_attention(arguments)
     return registered_forward(arguments)
