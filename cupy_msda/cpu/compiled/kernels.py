@@ -132,54 +132,50 @@ def _factors(found: Samples, k: int, weight: Any) -> Any:
 
 @_function
 def _addresses(found: Samples, k: int, origin: int, step: int) -> Any:
-    """Where the vectors of the four neighbours of sample k begin; `step` is from one pixel to the next."""
-    first, below = origin + found.pixel[k] * step, found.width[k] * step
-    return first, first + step, first + below, first + below + step
+    """Where the vectors of the four neighbours of sample k begin; `step` is from one pixel to the next.
+
+    Unsigned, so that numba does not ask of each index whether it counts from the end.
+    """
+    first, to_right, below = np.uintp(origin + found.pixel[k] * step), np.uintp(step), np.uintp(found.width[k] * step)
+    return first, first + to_right, first + below, first + below + to_right
 
 
 @_sums
 def _gather_four(total: np.ndarray, value: np.ndarray, at: Any, factors: Any) -> None:
-    D = total.shape[0]
-    a, b = value[at[0] : at[0] + D], value[at[1] : at[1] + D]
-    c, d = value[at[2] : at[2] + D], value[at[3] : at[3] + D]
-    for j in range(D):
-        upper = factors[0] * widen(a[j]) + factors[1] * widen(b[j])
-        total[j] += upper + (factors[2] * widen(c[j]) + factors[3] * widen(d[j]))
+    for j in range(np.uintp(total.shape[0])):
+        upper = factors[0] * widen(value[at[0] + j]) + factors[1] * widen(value[at[1] + j])
+        total[j] += upper + (factors[2] * widen(value[at[2] + j]) + factors[3] * widen(value[at[3] + j]))
 
 
 @_sums
-def _gather(total: np.ndarray, value: np.ndarray, at: int, factor: Any) -> None:
-    vector = value[at : at + total.shape[0]]
-    for j in range(total.shape[0]):
-        total[j] += factor * widen(vector[j])
+def _gather(total: np.ndarray, value: np.ndarray, at: Any, factor: Any) -> None:
+    for j in range(np.uintp(total.shape[0])):
+        total[j] += factor * widen(value[at + j])
 
 
 @_sums
-def _scatter(value: np.ndarray, at: int, factor: Any, vector: np.ndarray) -> None:
-    target = value[at : at + vector.shape[0]]
-    for j in range(vector.shape[0]):
-        target[j] += factor * vector[j]
+def _scatter(value: np.ndarray, at: Any, factor: Any, vector: np.ndarray) -> None:
+    for j in range(np.uintp(vector.shape[0])):
+        value[at + j] += factor * vector[j]
 
 
 @_dot_products
 def _dot_four(vector: np.ndarray, value: np.ndarray, at: Any) -> Any:
-    D, zero = vector.shape[0], type(vector[0])(0)
+    zero = type(vector[0])(0)
     of_a, of_b, of_c, of_d = zero, zero, zero, zero
-    a, b = value[at[0] : at[0] + D], value[at[1] : at[1] + D]
-    c, d = value[at[2] : at[2] + D], value[at[3] : at[3] + D]
-    for j in range(D):
-        of_a += vector[j] * widen(a[j])
-        of_b += vector[j] * widen(b[j])
-        of_c += vector[j] * widen(c[j])
-        of_d += vector[j] * widen(d[j])
+    for j in range(np.uintp(vector.shape[0])):
+        of_a += vector[j] * widen(value[at[0] + j])
+        of_b += vector[j] * widen(value[at[1] + j])
+        of_c += vector[j] * widen(value[at[2] + j])
+        of_d += vector[j] * widen(value[at[3] + j])
     return of_a, of_b, of_c, of_d
 
 
 @_dot_products
-def _dot(vector: np.ndarray, value: np.ndarray, at: int) -> Any:
-    total, other = type(vector[0])(0), value[at : at + vector.shape[0]]
-    for j in range(vector.shape[0]):
-        total += vector[j] * widen(other[j])
+def _dot(vector: np.ndarray, value: np.ndarray, at: Any) -> Any:
+    total = type(vector[0])(0)
+    for j in range(np.uintp(vector.shape[0])):
+        total += vector[j] * widen(value[at + j])
     return total
 
 
