@@ -9,6 +9,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from . import plots
+
 WAYS = ("sorted", "atomics", "aggregated")
 OURS = ("ours", "deterministic", *WAYS)
 # A peer is as accurate where each of its errors is at most so many times ours.
@@ -106,37 +108,30 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def plot(rows: list[dict[str, Any]], target: Path) -> None:
     """Ratios over cells, sorted; one curve per direction and kind of peer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, (axes,) = plots.panels(1, height=3.6)
     usual = [row for row in rows if row["cell"]["sampling"] != "degenerate"]
-    for direction, color in (("forward", "tab:blue"), ("backward", "tab:orange")):
+    for direction, color in zip(("forward", "backward"), plots.COLOURS, strict=False):
         for accurate, style in ((True, "-"), (False, ":")):
             found = [ratio for ratio, *_ in ratios(usual, direction, accurate)]
             share = [100 * (index + 0.5) / len(found) for index in range(len(found))]
-            kind = "as accurate" if accurate else "any, 16-bit atomics included"
-            axes.plot(share, found, style, color=color, label=f"{direction}, fastest peer ({kind})")
-    axes.axhline(1, color="gray", linewidth=1)
-    axes.set(
-        xlabel="cells, sorted by the ratio [%]",
-        ylabel="time of the fastest peer / time of cupy_msda",
-        yscale="log",
-        xlim=(0, 100),
-    )
-    ticks = (0.5, 1, 2, 4, 8, 16)
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(target, dpi=150)
+            axes.plot(
+                share, found, style, color=color, label=f"{direction}, {'as accurate' if accurate else 'all peers'}"
+            )
+    axes.axhline(1, color=plots.GREY, linewidth=1)
+    axes.set(xlabel="cells, sorted by the ratio [%]", yscale="log", xlim=(0, 100))
+    axes.set_title("time of the fastest peer / time of cupy_msda")
+    ticks = (0.5, 1, 2, 4, 8)
+    axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid()
+    plots.legend(figure, axes)
+    plots.save(figure, target)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grid_report", description=__doc__)
     parser.add_argument("file", type=Path, help="a record of benchmarks.grid")
-    parser.add_argument("--plot", type=Path, help="PNG file to write")
+    parser.add_argument("--plot", type=Path, help="SVG file to write")
     options = parser.parse_args(arguments)
     rows = json.loads(options.file.read_text())["rows"]
     print(json.dumps(summary(rows), indent=1))
