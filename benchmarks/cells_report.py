@@ -32,9 +32,9 @@ def cells_table(path: Path, result: dict[str, Any]) -> str:
     lines += [
         "",
         f"The time of the fastest peer over that of this operator, in {len(rows)} drawn cells. Peers: "
-        f"{', '.join(peers)}. As accurate: no error is more than {grid_report.AS_ACCURATE} times this operator's; this "
-        "leaves out 16-bit sums. "
-        "Degenerate: all samples of a level on one point; these count in the last column alone. Where the default is "
+        f"{', '.join(f'`{name}`' for name in peers)}. As accurate: no error is more than {grid_report.AS_ACCURATE} "
+        "times this operator's; this leaves out 16-bit sums. Degenerate: all samples of a level on one point; these "
+        "count in the last column alone. Where the default is "
         f"not deterministic, `deterministic=True` takes {deterministic[0]:.2f} times its time in the geometric mean, "
         f"{deterministic[1]:.2f} at most. " + recorded(result["provenance"], path),
     ]

@@ -133,6 +133,7 @@ def smoothed(losses: list[float], window: int = 25) -> list[float]:
     return [sum(losses[i : i + window]) / window for i in range(0, len(losses) - window + 1, window)]
 
 
+@plots.styled
 def plot_losses(result: dict[str, Any], path: Path) -> None:
     """Loss curves, one panel per precision."""
     precisions = list(dict.fromkeys(record["amp"] for record in result["records"]))

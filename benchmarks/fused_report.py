@@ -40,6 +40,7 @@ def fused_table(result: dict[str, Any], recorded: str) -> str:
     return "\n".join(lines)
 
 
+@plots.styled
 def plot_fused(result: dict[str, Any], path: Path) -> None:
     """Speed-up over the unfused sequence, with its arithmetic in the inputs' dtype and in float32."""
     records = result["records"]
@@ -55,6 +56,6 @@ def plot_fused(result: dict[str, Any], path: Path) -> None:
             series[label] = [times[name]["median_us"] / times["points, fused"]["median_us"] for times in found]
         plots.dots(ax, workloads, series)
         plots.factors(ax, (1, 1.5, 2, 3, 4, 6))
-        ax.set_title(f"{direction}: speed-up over the unfused sequence")
+        ax.set_title(f"{direction}: speed-up over unfused")
     plots.legend(figure, axes[0])
     plots.save(figure, path)

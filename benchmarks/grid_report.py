@@ -106,6 +106,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+@plots.styled
 def plot(rows: list[dict[str, Any]], target: Path) -> None:
     """Ratios over cells, sorted; one curve per direction and kind of peer."""
     figure, (axes,) = plots.panels(1, height=3.6)

@@ -97,13 +97,14 @@ def models_table(results: Collection[dict[str, Any]], recorded: str) -> str:
     return "\n".join(lines)
 
 
+@plots.styled
 def plot_models(results: Iterable[dict[str, Any]], path: Path) -> None:
     """GPU time and peak memory of original and patched models."""
     rows = by_row(results)
     labels = [f"{model}\n{dtype}, {mode}" for model, dtype, mode in rows]
     panels = {
-        "GPU, milliseconds per call": lambda record: record.get("gpu_us", float("nan")) / 1e3,
-        "peak memory, GiB": lambda record: record["peak_bytes"] / 2**30,
+        "GPU, ms per call": lambda record: record.get("gpu_us", float("nan")) / 1e3,
+        "peak, GiB": lambda record: record["peak_bytes"] / 2**30,
     }
     figure, axes = plots.panels(1, 2, height=0.4 * len(rows) + 1, sharey=True)
     for ax, (title, number) in zip(axes, panels.items(), strict=True):

@@ -202,6 +202,7 @@ def startup_text(path: Path, result: dict[str, Any]) -> str:
     )
 
 
+@plots.styled
 def plot_comparison(result: dict[str, Any], path: Path) -> None:
     """The time of every implementation for every workload, with the floors."""
     times = medians(result)
@@ -223,13 +224,14 @@ def plot_comparison(result: dict[str, Any], path: Path) -> None:
                 color=plots.COLOURS[3 if kind == "hbm" else 4],
                 label=label,
             )
-        ax.set_xscale("log")
+        plots.logarithmic(ax, (1, 10, 100, 1000, 10000))
         ax.set_xlim(left=1)
         ax.set_title(f"{direction}, {dtype}: microseconds")
     plots.legend(figure, axes[0])
     plots.save(figure, path)
 
 
+@plots.styled
 def plot_overhead(result: dict[str, Any], path: Path) -> None:
     """Host time of each implementation and usage, and of the steps of a forward."""
     records = result["records"]
@@ -238,8 +240,8 @@ def plot_overhead(result: dict[str, Any], path: Path) -> None:
     figure, (above, below) = plots.panels(2, height=5, height_ratios=(4, 3))
     times = {(record["implementation"], record["usage"]): record["median_us"] for record in records}
     plots.dots(above, usages, {name: [times[name, usage] for usage in usages] for name in names})
-    above.set_xscale("log")
-    above.set_title("host microseconds per call (tiny_call)")
+    plots.logarithmic(above, (20, 50, 100, 200, 500))
+    above.set_title("host microseconds per call of tiny_call")
     plots.legend(figure, above)
     whole, *steps = result["steps"]
     labels = [step_name(step) for step in steps] + ["Python between the steps"]
@@ -248,10 +250,11 @@ def plot_overhead(result: dict[str, Any], path: Path) -> None:
     bars = below.barh(labels, parts, color=plots.COLOURS[0])
     below.bar_label(bars, fmt="%.1f", padding=2, color=plots.GREY)
     below.invert_yaxis()
-    below.set_title(f"steps of a forward, {whole['median_us']:.1f} microseconds in all")
+    below.set_title(f"steps of a forward: {whole['median_us']:.1f} microseconds")
     plots.save(figure, path)
 
 
+@plots.styled
 def plot_backward(result: dict[str, Any], path: Path) -> None:
     """The time with skewed locations relative to local ones, for every workload."""
     figure, axes = plots.panels(2, height=5, sharex=True)
@@ -261,6 +264,6 @@ def plot_backward(result: dict[str, Any], path: Path) -> None:
         series = {label: [t[f"{mode}, {kind}"] / t[mode] for t in times] for kind, label in SKEWS.items()}
         plots.dots(ax, [record["workload"] for record in records], series)
         plots.factors(ax, (0.25, 0.5, 1, 2, 3))
-        ax.set_title(f"{mode}, float32: time relative to the workload's own locations")
+        ax.set_title(f"{mode}, float32: time relative to local ones")
     plots.legend(figure, axes[0], columns=3)
     plots.save(figure, path)

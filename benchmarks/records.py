@@ -64,11 +64,11 @@ def recorded(where: dict[str, Any], *paths: Path) -> str:
 
 def records_table() -> str:
     """Markdown: every record with its date, commit and machine."""
-    lines = ["| file | date | commit | machine | what |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| file | what | date | commit | machine |", "| --- | --- | --- | --- | --- |"]
     for path in sorted(RESULTS.glob("*.json")):
         where = json.loads(path.read_text())["provenance"]
         machine = where.get("gpu") or f"{where['cpu']}, threads: {where['threads']}"
-        cells = (path.name, where["date"][:10], where.get("commit", "")[:7], machine, content_of(path.stem))
+        cells = (path.name, content_of(path.stem), where["date"][:10], where.get("commit", "")[:7], machine)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

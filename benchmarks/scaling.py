@@ -68,6 +68,7 @@ def measure_cpu(workload: cases.Workload, threads: int, repeats: int) -> list[di
     return records
 
 
+@plots.styled
 def plot_scaling(result: dict[str, Any], path: Path) -> None:
     """Time over the number of samples for each axis, and a line of proportional time."""
     records = result["records"]
@@ -85,7 +86,7 @@ def plot_scaling(result: dict[str, Any], path: Path) -> None:
         ax.set_yscale("log")
         ax.minorticks_off()
         ax.grid()
-        ax.set_title(f"{direction}, ms over samples, by {axis}")
+        ax.set_title(f"{direction}, by {axis}: ms")
     plots.legend(figure, found[0], columns=3)
     plots.save(figure, path)
 

@@ -42,3 +42,9 @@ def test_a_problem_is_named(site, wrong, words):
 def test_an_empty_folder_is_a_problem(tmp_path):
     (line,) = problems(tmp_path)
     assert "expected a folder with HTML files" in line
+
+
+def test_the_drawings_are_what_their_script_draws():
+    draw = runpy.run_path(str(pages.DOCS / "figures" / "draw.py"))
+    files = {path.stem: path.read_text() for path in (pages.DOCS / "figures").glob("*.svg")}
+    assert files == {function.__name__: function().svg() for function in draw["DRAWINGS"]}
