@@ -26,7 +26,12 @@ def anchors(page):
 
 def links(page):
     """(file, anchor or '') of each link of a page that stays in the repository."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    return links_in(page.read_text(), page)
+
+
+def links_in(text, page):
+    """The same of a text, as a part of this page."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"https?:|mailto:", target):
             name, _, anchor = target.partition("#")
             yield (page.parent / name if name else page), anchor
