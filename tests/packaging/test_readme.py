@@ -1,6 +1,7 @@
 """The README fits on a page, its snippets run on their own, and it says what other files say."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ def test_a_snippet_runs_on_its_own(snippet):
     for name in ("torch", "transformers", "jax"):
         if f"import {name}" in snippet or f"from {name}" in snippet:
             pytest.importorskip(name)
-    exec(compile(snippet, str(README), "exec"), {})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="cupy_msda")
+        exec(compile(snippet, str(README), "exec"), {})
 
 
 def test_its_commands_are_those_that_ci_reads():
