@@ -9,34 +9,32 @@ from . import grid_report
 from .operator_report import DIRECTIONS, head
 from .records import recorded
 
-KINDS = {True: "peers that are as accurate", False: "all peers"}
+KINDS = {"float32 sums": "peers with float32 sums", "as accurate": "peers that are as accurate", "any": "all peers"}
 CPU_RECORDS = ("grid_numba_*.json", "grid_numpy_*.json")
 
 
 def cells_table(path: Path, result: dict[str, Any]) -> str:
     """Markdown: the fastest peer of each cell over this operator."""
+    found = grid_report.summary(result)
     rows = result["rows"]
-    found = grid_report.summary(rows)
-    lines = head(("geometric mean", "faster in", "degenerate sampling"), first="direction, compared with")
+    lines = head(("geometric mean", "faster in", "slower in", "degenerate sampling"), first="direction, compared with")
     for direction in DIRECTIONS:
-        for accurate, kind in KINDS.items():
-            numbers = found[f"{direction}, {'as accurate' if accurate else 'any'}"]
-            cells = (
-                f"{numbers['geometric mean']:.2f}x",
-                numbers["faster in"] + " cells",
-                f"{numbers['degenerate']:.2f}x",
-            )
-            lines.append(f"| {direction}, {kind} | {' | '.join(cells)} |")
+        for kind, label in KINDS.items():
+            numbers = found[f"{direction}, {kind}"]
+            means = [f"{numbers[name]:.2f}x" for name in ("geometric mean", "degenerate")]
+            cells = (means[0], f"{numbers['faster in']} cells", f"{len(numbers['slower'])}", means[1])
+            lines.append(f"| {direction}, {label} | {' | '.join(cells)} |")
     peers = dict.fromkeys(name for row in rows for name in row["forward"] if name not in grid_report.OURS)
     deterministic = found["deterministic over default"]["elsewhere"]
     lines += [
         "",
         f"The time of the fastest peer over that of this operator, in {len(rows)} drawn cells. Peers: "
-        f"{', '.join(f'`{name}`' for name in peers)}. As accurate: no error is more than {grid_report.AS_ACCURATE} "
-        "times this operator's; this leaves out 16-bit sums. Degenerate: all samples of a level on one point; these "
-        "count in the last column alone. Where the default is "
-        f"not deterministic, `deterministic=True` takes {deterministic[0]:.2f} times its time in the geometric mean, "
-        f"{deterministic[1]:.2f} at most. " + recorded(result["provenance"], path),
+        f"{', '.join(f'`{name}`' for name in peers)}. Float32 sums: 16-bit gradients are summed in float32, as here. As "
+        f"accurate: no error is more than {grid_report.AS_ACCURATE} times this operator's. Slower: by more than "
+        f"{100 * grid_report.MARGIN:.0f} % and {grid_report.MARGIN_US:g} microsecond, and so once more where the cell "
+        "was measured twice. Degenerate: all samples of a level on one point; the first two columns leave these out. "
+        f"Where the default is not deterministic, `deterministic=True` takes {deterministic[0]:.2f} times its time in "
+        f"the mean, {deterministic[1]:.2f} at most. " + recorded(result["provenance"], path),
     ]
     return "\n".join(lines)
 

@@ -69,9 +69,9 @@ def mean_of(times: dict[Any, float], baseline: str, dtype: str, direction: str) 
 
 
 def of_cells(rows: list[dict[str, Any]], direction: str) -> list[str]:
-    """Means over cells without degenerate sampling, against all peers and against those that are as accurate."""
+    """Means over cells without degenerate sampling, against all peers and against those with float32 sums."""
     usual = [row for row in rows if row["cell"]["sampling"] != "degenerate"]
-    found = (grid_report.ratios(usual, direction, accurate) for accurate in (False, True))
+    found = (grid_report.ratios(usual, direction, kind) for kind in ("any", "float32 sums"))
     return [f"{grid_report.mean([ratio for ratio, *_ in ratios]):.1f}" for ratios in found]
 
 

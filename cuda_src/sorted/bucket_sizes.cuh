@@ -21,9 +21,7 @@ struct bucket_sizes {
 };
 
 __device__ __forceinline__ bucket_region load_region(const bucket_region* source) {
-    union { uint4 word; bucket_region region; } whole;
-    whole.word = *reinterpret_cast<const uint4*>(source);
-    return whole.region;
+    return as_region(*reinterpret_cast<const uint4*>(source));
 }
 
 // The largest buckets of a level that have at most so many contributions each, where these are spread evenly.

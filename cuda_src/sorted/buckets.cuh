@@ -56,6 +56,12 @@ struct alignas(16) bucket_region {
     int first_pixel, end_pixel;     // in the slab
     int shift;                      // a bucket has 1 << shift pixels, the last one of a region maybe fewer
 };
+// One load of 16 bytes.
+__device__ __forceinline__ bucket_region as_region(uint4 loaded) {
+    union { uint4 word; bucket_region region; } whole;
+    whole.word = loaded;
+    return whole.region;
+}
 struct bucket_table {
     bucket_region region[max_regions];      // by their first pixel; unused ones begin after all buckets
     unsigned buckets, padding[3];           // of all regions

@@ -73,14 +73,10 @@ __device__ __forceinline__ void add_chunks(
             set_to_zero(sum);
 #pragma unroll 4
             for (unsigned chunk = 0; chunk < chunks; ++chunk) {
+                lane_sum of_chunk;
+                load_sum(of_pixel + chunk * chunk_sum_size, lane, of_chunk);
 #pragma unroll
-                for (int w = 0; w < words; ++w) {
-                    const acc_t* of_chunk = of_pixel + chunk * chunk_sum_size;
-                    sum_word word;
-                    word.word = __ldcg(&word_of(const_cast<acc_t*>(of_chunk), lane, w)->word);
-#pragma unroll
-                    for (int v = 0; v < in_word; ++v) sum[w * in_word + v] += word.element[v];
-                }
+                for (int v = 0; v < config::vec; ++v) sum[v] += of_chunk[v];
             }
             if (config::D % channel_tile == 0 || channel < config::D)
                 store_value_vector(bucket.grad_value(arrays) + (long long)pixel * vector_pitch + channel, sum);
@@ -112,9 +108,10 @@ extern "C" __global__ void __launch_bounds__(threads_per_block, config::min_bloc
     if (queue && whole) {
         const count_t count = count_contributions(arrays, bucket, first_slice), size = (count_t)chunk_size;
         if (count > 2 * size) {
+            const unsigned chunks = (unsigned)((count + size - 1) / size);
             whole = false;
-            next_listed = list_chunks(queue, head * of_head + number, (unsigned)((count + size - 1) / size));
-            listed_end = next_listed + (unsigned)((count + size - 1) / size);
+            next_listed = list_chunks(queue, head * of_head + number, chunks);
+            listed_end = next_listed + chunks;
         }
     }
 #pragma unroll 1

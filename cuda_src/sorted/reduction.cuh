@@ -12,16 +12,14 @@ constexpr int padded_channels = channel_tiles * channel_tile;       // D, rounde
 
 // The region of bucket `number`, to all lanes of a warp.
 __device__ __forceinline__ bucket_region region_of_bucket(const bucket_table* __restrict__ table, unsigned number) {
-    const uint4* word = reinterpret_cast<const uint4*>(table->region + threadIdx.x % 32);
-    union { uint4 word; bucket_region region; } mine;
-    mine.word = __ldg(word);
+    const bucket_region mine = as_region(__ldg(reinterpret_cast<const uint4*>(table->region + threadIdx.x % 32)));
     // The last one that begins at the bucket or before.
-    const int lane = __popc(__ballot_sync(0xffffffffu, mine.region.first_bucket <= (int)number)) - 1;
+    const int lane = __popc(__ballot_sync(0xffffffffu, mine.first_bucket <= (int)number)) - 1;
     bucket_region found;
-    found.first_bucket = __shfl_sync(0xffffffffu, mine.region.first_bucket, lane);
-    found.first_pixel = __shfl_sync(0xffffffffu, mine.region.first_pixel, lane);
-    found.end_pixel = __shfl_sync(0xffffffffu, mine.region.end_pixel, lane);
-    found.shift = __shfl_sync(0xffffffffu, mine.region.shift, lane);
+    found.first_bucket = __shfl_sync(0xffffffffu, mine.first_bucket, lane);
+    found.first_pixel = __shfl_sync(0xffffffffu, mine.first_pixel, lane);
+    found.end_pixel = __shfl_sync(0xffffffffu, mine.end_pixel, lane);
+    found.shift = __shfl_sync(0xffffffffu, mine.shift, lane);
     return found;
 }
 

@@ -123,15 +123,25 @@ def forward_channels(problem: Problem, alignment: int) -> ChannelAxes:
 def backward_channels(problem: Problem, alignment: int, sums: bool) -> ChannelAxes:
     """Where the kernel `sums` grad_value, a lane holds 16 bytes of the float32 or float64 gradient.
 
-    Wider lanes make two vector reductions each.
+    Wider lanes make two vector reductions each. Without sums, a fused call has so many lanes that their registers hold
+    all samples of the query.
     docs/performance/decisions.md#backward-gradient-vector-width
+    docs/performance/decisions.md#fused-lanes-for-the-softmax
     """
     widest = VECTOR_BYTES
     if sums:
         widest = VECTOR_BYTES // item_size(problem.accumulator_dtype) * item_size(problem.value_dtype)
     vec = _vector(problem, min(alignment, problem.stride_alignment, widest))
+    channels = _power_of_two_lanes(problem, vec)
+    if problem.fused and not sums:
+        while channels.vec > 1 and channels.lanes < 32 and MAX_SAMPLES_PER_LANE * channels.lanes < problem.K:
+            channels = _power_of_two_lanes(problem, channels.vec // 2)
+    return channels
+
+
+def _power_of_two_lanes(problem: Problem, vec: int) -> ChannelAxes:
+    """As the shuffles of the backward need them."""
     channels = _channel_axes(problem, vec)
-    # The shuffles need a power of two.
     return channels.with_axes(lanes=1 << (channels.lanes - 1).bit_length())
 
 
@@ -170,11 +180,18 @@ def _heads_per_warp(problem: Problem, lanes: int) -> int:
     return math.gcd(problem.M, min(LINE_BYTES // row, MAX_HEADS_PER_WARP, 1 << (32 // lanes).bit_length() - 1))
 
 
-def _lane_groups(entry: ForwardEntry, lanes: int, K: int) -> int:
-    """Groups of `lanes` lanes that share the samples of a query, where there is work for them."""
-    if not entry.lanes_per_query or lanes & (lanes - 1):
+def _lane_groups(entry: ForwardEntry, lanes: int, problem: Problem) -> int:
+    """Groups of `lanes` lanes that share the samples of a query, where there is work for them.
+
+    In a fused call there are so many that their registers hold all samples of the query.
+    docs/performance/decisions.md#fused-lanes-for-the-softmax
+    """
+    if lanes & (lanes - 1):
         return 1  # the shuffles that add up their sums need a power of two
-    return max(1, min(entry.lanes_per_query // lanes, 1 << (K.bit_length() - 1)))
+    groups = max(1, min(entry.lanes_per_query // lanes, 1 << (problem.K.bit_length() - 1)))
+    while problem.fused and groups * lanes < 32 and MAX_SAMPLES_PER_LANE * groups * lanes < problem.K:
+        groups *= 2
+    return groups
 
 
 # ---- samples in shared memory ----------------------------------------------------------------------------------------
@@ -236,7 +253,7 @@ def forward(problem: Problem, alignment: int, gpu: Gpu) -> ForwardSpec:
 def _forward(problem: Problem, alignment: int, gpu: Gpu, wide_index: bool) -> ForwardSpec:
     channels = forward_channels(problem, alignment)
     entry = _forward_entry(problem, channels, gpu)
-    groups = _lane_groups(entry, channels.lanes, problem.K)
+    groups = _lane_groups(entry, channels.lanes, problem)
     per_query = channels.lanes * groups
     masked = entry.masked_neighbours and channels.channel_tiles == 1 and not problem.variant.clamped
     most = _most_in_chunk(problem, per_query, wide_index, unrolled=masked)
@@ -325,7 +342,8 @@ def _samples_entry(problem: Problem, channel_tiles: int, table: BackwardTable) -
 def _aggregated(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, wide_index: bool) -> BackwardSpec | None:
     """The kernel whose blocks aggregate their samples, if these fit into shared memory.
 
-    In 16 bits half of the lanes make the products with value, each with 16 bytes of a vector.
+    With many samples per query a block has fewer queries. In 16 bits half of the lanes make the products with value,
+    each with 16 bytes of a vector.
     docs/performance/decisions.md#backward-mma-products
     """
     table, narrow = table_of(gpu).backward, problem.value_dtype in SIXTEEN_BIT
@@ -336,9 +354,14 @@ def _aggregated(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, wide
     whole_lanes = channels.lanes >= 8 and problem.D % channels.channel_tile == 0
     paired = narrow and wide_loads and whole_lanes and (wanted.locations or wanted.weights)
     tiles = max(1, table.aggregated_queries * channels.lanes // (32 * entry.warps))
-    spec = _backward_spec(problem, channels, entry, gpu, wanted, wide_index, tiles)
-    spec = replace(spec, aggregation_bits=table.aggregation_bits, paired_tiles=2 if paired else 1)
-    return spec if spec.shared_bytes <= SHARED_WITHOUT_OPT_IN else None
+    while tiles:
+        spec = _backward_spec(problem, channels, entry, gpu, wanted, wide_index, tiles)
+        paired = paired and tiles > 1
+        spec = replace(spec, aggregation_bits=table.aggregation_bits, paired_tiles=2 if paired else 1)
+        if spec.shared_bytes <= SHARED_WITHOUT_OPT_IN:
+            return spec
+        tiles //= 2
+    return None
 
 
 def _backward_spec(

@@ -177,7 +177,8 @@ def _chunks(heads: int, contributions: int, channel_tiles: int) -> tuple[int, in
     chunk_size, largest = sorted_heuristics.SMALLEST_CHUNK * more, sorted_heuristics.LARGEST_CHUNK * more
     while chunk_size < largest and heads * contributions > CHUNKS * chunk_size:
         chunk_size *= 2
-    return chunk_size, heads * (3 * contributions // chunk_size) if contributions > 2 * chunk_size else 0
+    splits = contributions > sorted_heuristics.FEWEST_CHUNKS * chunk_size
+    return chunk_size, heads * (3 * contributions // chunk_size) if splits else 0
 
 
 def _aligned(nbytes: int) -> int:

@@ -24,15 +24,18 @@ BUCKET_BYTES = 8 * 1024
 MAX_BUCKET_SIZE, SMALLEST_BUCKET, MAX_BUCKETS = 64, 4, 1536
 # Of the buckets of one of several slabs, a share of this is kept for small ones, at most.
 SMALL_SHARE = 3
-# Contributions that a bucket should have, at least and at most. Fewer leave a warp's batches empty, and more of them
-# need more warps of a multiprocessor than there are. docs/performance/decisions.md#sorted-bucket-size
-FEWEST_CONTRIBUTIONS, MOST_CONTRIBUTIONS, BUCKETS_PER_MULTIPROCESSOR = 128, 256, 16
+# Contributions that a bucket should have: a batch or two. Where a multiprocessor would get fewer than 8 such buckets,
+# smaller ones shorten the longest sum; where more than 16, larger ones need fewer warps.
+# docs/performance/decisions.md#sorted-bucket-size
+FEWEST_CONTRIBUTIONS, USUAL_CONTRIBUTIONS, MOST_CONTRIBUTIONS = 64, 128, 256
+FEW_BUCKETS, MANY_BUCKETS = 8, 16
 # Contributions that a warp sorts at a time, in bytes: as many as its registers hold. It takes a few unsorted ones where
 # a bucket of full size has fewer than so many. docs/performance/decisions.md#sorted-batches
 BATCH_BYTES, UNSORTED_BATCH, SORTED_FROM = 2048, 32, 64
-# Contributions of a chunk of a very large bucket, at least and at most.
+# Contributions of a chunk of a very large bucket, at least and at most. Where a head has fewer than four chunks of
+# them, counting the contributions of each bucket costs more than a split saves.
 # docs/performance/decisions.md#sorted-chunks-of-a-bucket
-SMALLEST_CHUNK, LARGEST_CHUNK = 1024, 8192
+SMALLEST_CHUNK, LARGEST_CHUNK, FEWEST_CHUNKS = 512, 8192, 4
 # Contributions of a sorted run in shared memory, in bytes: a size that every architecture has.
 RUN_BYTES = 48 * 1024
 
@@ -58,9 +61,10 @@ def contributions_of_head(problem: Problem) -> int:
 
 def contributions_per_bucket(problem: Problem, gpu: Gpu) -> int:
     """Contributions that a bucket should have: so few that the buckets fill the GPU, but not too few."""
-    filling = gpu.multiprocessors * BUCKETS_PER_MULTIPROCESSOR
-    found = problem.N * problem.M * contributions_of_head(problem) // filling
-    return max(FEWEST_CONTRIBUTIONS, min(found, MOST_CONTRIBUTIONS))
+    of_multiprocessor = problem.N * problem.M * contributions_of_head(problem) // gpu.multiprocessors
+    few = min(of_multiprocessor // FEW_BUCKETS, USUAL_CONTRIBUTIONS)
+    many = min(of_multiprocessor // MANY_BUCKETS, MOST_CONTRIBUTIONS)
+    return max(FEWEST_CONTRIBUTIONS, few, many)
 
 
 def slabs(problem: Problem) -> int:
@@ -77,13 +81,22 @@ def _bucket_size(channels: ChannelAxes) -> int:
 
 def slab(problem: Problem, bucket_size: int, contributions_per_bucket: int) -> tuple[int, int]:
     """Pixels of a launch, and buckets of a head in it, at most: with room for small ones where levels are coarse."""
-    regions = problem.L + 1
-    small = min(problem.S // SMALLEST_BUCKET, contributions_of_head(problem) // contributions_per_bucket)
+    regions, small = problem.L + 1, _small_buckets(problem, bucket_size, contributions_per_bucket)
     if -(-problem.S // bucket_size) + regions <= MAX_BUCKETS:
         return problem.S, min(MAX_BUCKETS, -(-problem.S // bucket_size) + regions + small)
     room = max(1, MAX_BUCKETS - regions - min(small, MAX_BUCKETS // SMALL_SHARE))
     slabs = -(-problem.S // (room * bucket_size))
     return -(-problem.S // (slabs * bucket_size)) * bucket_size, max(MAX_BUCKETS, regions + 1)
+
+
+def _small_buckets(problem: Problem, bucket_size: int, contributions_per_bucket: int) -> int:
+    """Buckets that crowded levels have besides those of full size, about.
+
+    Only L and S are known here. The largest level has S / L pixels or more, and may need none.
+    """
+    of_level = len(problem.variant.neighbours) * problem.Q * max(problem.points)
+    crowded = problem.L - (of_level * bucket_size * problem.L <= contributions_per_bucket * problem.S)
+    return min(problem.S // SMALLEST_BUCKET, crowded * of_level // contributions_per_bucket)
 
 
 def bucket_sort(problem: Problem, bucket_size: int, gpu: Gpu) -> BucketSortSpec:

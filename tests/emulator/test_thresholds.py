@@ -215,15 +215,23 @@ def test_many_buckets_of_a_block(S):
     assert_close(emulator.summation(inputs, sanitize=True), expected(inputs)[1][0], "float32")
 
 
-def test_a_bucket_of_just_a_chunk_is_not_split(monkeypatch):
+def test_a_bucket_of_just_two_chunks_is_not_split(monkeypatch):
     monkeypatch.setattr(sorted_heuristics, "SMALLEST_CHUNK", 256)
-    for contributions in (*around(512), *around(1024)):
+    for contributions in (*around(2 * 256), *around(3 * 256)):
         # In a level one pixel high a sample has one contribution.
-        case = replace(ONE_HEAD, levels=((1, 16),), queries=contributions)
+        case = replace(ONE_HEAD, levels=((1, 256),), queries=contributions + 4 * 256)
+        assert summation_of(case).queued
         inputs = case.inputs(seed=45)
-        inputs.locations[..., 0] = np.linspace(0.02, 0.98, contributions)[:, None, None, None]
+        inputs.locations[..., 0] = np.linspace(0.5, 0.98, case.queries)[:, None, None, None]
+        inputs.locations[:, :contributions, ..., 0] = 2.75 / 256  # pixels 2 and 3, in the first bucket
         inputs.locations[..., 1] = 0.5
         assert_close(emulator.summation(inputs), expected(inputs)[1][0], "float32")
+
+
+def test_heads_of_few_contributions_have_no_chunks(monkeypatch):
+    monkeypatch.setattr(sorted_heuristics, "SMALLEST_CHUNK", 256)
+    queries = around(4 * 256 // 2)
+    assert [bool(summation_of(replace(ONE_HEAD, queries=Q)).queued) for Q in queries] == [False, False, True]
 
 
 def test_a_warp_sorts_batches_of_buckets_with_many_contributions():
