@@ -29,8 +29,8 @@ def cells_table(path: Path, result: dict[str, Any]) -> str:
     lines += [
         "",
         f"The time of the fastest peer over that of this operator, in {len(rows)} drawn cells. Peers: "
-        f"{', '.join(f'`{name}`' for name in peers)}. Float32 sums: 16-bit gradients are summed in float32, as here. As "
-        f"accurate: no error is more than {grid_report.AS_ACCURATE} times this operator's. Slower: by more than "
+        f"{', '.join(f'`{name}`' for name in peers)}. Float32 sums: 16-bit gradients are summed in float32, as here. "
+        f"As accurate: no error is more than {grid_report.AS_ACCURATE} times this operator's. Slower: by more than "
         f"{100 * grid_report.MARGIN:.0f} % and {grid_report.MARGIN_US:g} microsecond, and so once more where the cell "
         "was measured twice. Degenerate: all samples of a level on one point; the first two columns leave these out. "
         f"Where the default is not deterministic, `deterministic=True` takes {deterministic[0]:.2f} times its time in "
