@@ -28,13 +28,16 @@ CONTENTS = {
     "models": "whole models, original and patched",
     "mutation": "drawn changes of the sources, and which of them the tests find (`python -m tests.mutation`)",
     "overhead": "host time of a torch call",
+    "release_jobs": "the jobs of the workflows, in fresh environments",
     "removals": "the cost of five features, each taken out ([removals](decisions.md#removals))",
     "rooms": "the workloads before and after the sources were rewritten",
     "sanitizers": "every budgeted specialisation under compute-sanitizer",
     "scaling": "CPU time over Q, N and P",
     "served_models": "models of other packages, served and compared on a CPU",
+    "several_gpus": "DDP, FSDP2 and compiled DDP of a served model, on one GPU and on two",
     "shapes": "other D, L and P",
     "startup": "the time of a first call",
+    "tuning": "tuned cells against the default, measured twice, and a spoilt table that tuning repairs",
 }
 
 
@@ -66,8 +69,9 @@ def records_table() -> str:
     """Markdown: every record with its date, commit and machine."""
     lines = ["| file | what | date | commit | machine |", "| --- | --- | --- | --- | --- |"]
     for path in sorted(RESULTS.glob("*.json")):
-        where = json.loads(path.read_text())["provenance"]
-        machine = where.get("gpu") or f"{where['cpu']}, threads: {where['threads']}"
+        result = json.loads(path.read_text())
+        where = result.get("provenance", result)
+        machine = where.get("gpu") or where.get("cpu", "")
         cells = (path.name, content_of(path.stem), where["date"][:10], where.get("commit", "")[:7], machine)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

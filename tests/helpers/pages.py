@@ -7,10 +7,15 @@ ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 
 
-def snippets(page):
-    """The Python snippets of a page that run, in their order."""
-    found = re.findall(r"^(<!-- before -->\n)?```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [snippet for before, snippet in found if not before]
+def snippets(page, *, gpu=False):
+    """The Python snippets of a page that run, in their order.
+
+    A comment above a snippet may say `before`: code that the reader replaces; or `needs a GPU`.
+    """
+    found = re.findall(r"^(?:<!-- ([\w ]+) -->\n)?```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    skipped = ("before",) if gpu else ("before", "needs a GPU")
+    assert {comment for comment, _ in found} <= {"", "before", "needs a GPU"}, page
+    return [snippet for comment, snippet in found if comment not in skipped]
 
 
 def command_after(page, marker):
