@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cupy_msda.torch import MSDeformAttn, decomposed
 
+from . import plots
 from .cases import pixel_centres
 from .provenance import provenance
 
@@ -132,22 +133,21 @@ def smoothed(losses: list[float], window: int = 25) -> list[float]:
     return [sum(losses[i : i + window]) / window for i in range(0, len(losses) - window + 1, window)]
 
 
+@plots.styled
 def plot_losses(result: dict[str, Any], path: Path) -> None:
     """Loss curves, one panel per precision."""
-    from matplotlib.figure import Figure
-
     precisions = list(dict.fromkeys(record["amp"] for record in result["records"]))
-    figure = Figure(figsize=(4.5 * len(precisions), 3.5), layout="constrained")
-    for ax, precision in zip(figure.subplots(1, len(precisions), squeeze=False)[0], precisions, strict=True):
+    figure, axes = plots.panels(len(precisions), height=1.8 * len(precisions) + 0.6, sharex=True)
+    for ax, precision in zip(axes, precisions, strict=True):
         for record in result["records"]:
             if record["amp"] == precision:
                 style = "-" if record["implementation"] == "cupy_msda" else "--"
                 ax.plot(record["losses"], style, label=record["implementation"], linewidth=1)
-        ax.set_title("float32" if precision == "None" else f"autocast to {precision}")
-        ax.set_xlabel("step")
-        ax.set_ylabel("loss")
-        ax.legend()
-    figure.savefig(path, dpi=80)
+        ax.set_title("loss, " + ("float32" if precision == "None" else f"autocast to {precision}"))
+        ax.grid()
+    axes[-1].set_xlabel("step")
+    plots.legend(figure, axes[0])
+    plots.save(figure, path)
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""The README's table and plot of the fused operator, from the records of ``benchmarks.fused``."""
+"""The table and the plot of the fused operator, from the records of ``benchmarks.fused``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from . import plots
 
 REFERENCES = ("points", "boxes")
 DIRECTIONS = ("forward", "backward")
@@ -38,25 +40,22 @@ def fused_table(result: dict[str, Any], recorded: str) -> str:
     return "\n".join(lines)
 
 
+@plots.styled
 def plot_fused(result: dict[str, Any], path: Path) -> None:
     """Speed-up over the unfused sequence, with its arithmetic in the inputs' dtype and in float32."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
     records = result["records"]
     workloads = list(dict.fromkeys(record["workload"] for record in records))
     names = [(record["dtype"], name) for record in records for name in record["forward"]]
-    series = dict.fromkeys((dtype, name) for dtype, name in names if name.startswith("points, unfused"))
-    for ax, direction in zip(figure.subplots(1, 2, sharey=True), DIRECTIONS, strict=True):
-        for i, (dtype, name) in enumerate(series):
+    kinds = dict.fromkeys((dtype, name) for dtype, name in names if name.startswith("points, unfused"))
+    figure, axes = plots.panels(2, height=5.4)
+    for ax, direction in zip(axes, DIRECTIONS, strict=True):
+        series = {}
+        for dtype, name in kinds:
             found = [record[direction] for record in records if record["dtype"] == dtype]
-            ratios = [times[name]["median_us"] / times["points, fused"]["median_us"] for times in found]
-            label = f"{dtype}, unfused arithmetic in float32" if name.endswith("in float32") else dtype
-            ax.bar([x + i * 0.16 for x in range(len(workloads))], ratios, 0.16, label=label)
-        ax.axhline(1, color="black", linewidth=0.8)
-        ax.axhline(1.5 if direction == "forward" else 1.3, color="tab:red", linewidth=0.8, linestyle="--")
-        ax.set_xticks([x + 0.32 for x in range(len(workloads))], workloads, rotation=30, ha="right")
-        ax.set_title(f"{direction}; dashed: goal for encoder_800x1333")
-    figure.axes[0].set_ylabel("speed-up over the unfused sequence")
-    figure.axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=80)
+            label = f"{dtype}, unfused in float32" if name.endswith("in float32") else dtype
+            series[label] = [times[name]["median_us"] / times["points, fused"]["median_us"] for times in found]
+        plots.dots(ax, workloads, series)
+        plots.factors(ax, (1, 1.5, 2, 3, 4, 6))
+        ax.set_title(f"{direction}: speed-up over unfused")
+    plots.legend(figure, axes[0])
+    plots.save(figure, path)

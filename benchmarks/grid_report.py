@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import plots
+
 WAYS = ("sorted", "atomics", "aggregated")
 OURS = ("ours", "deterministic", *WAYS)
 # Peers that sum 16-bit gradients in float32.
@@ -141,39 +143,32 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@plots.styled
 def plot(rows: list[dict[str, Any]], target: Path) -> None:
     """Ratios over cells, sorted; one curve per direction and kind of peer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, (axes,) = plots.panels(1, height=3.6)
     usual = [row for row in rows if row["cell"]["sampling"] != "degenerate"]
-    for direction, color in (("forward", "tab:blue"), ("backward", "tab:orange")):
+    for direction, color in zip(("forward", "backward"), plots.COLOURS, strict=False):
         for kind, style in (("float32 sums", "-"), ("any", ":")):
             found = [ratio for ratio, *_ in ratios(usual, direction, kind)]
             share = [100 * (index + 0.5) / len(found) for index in range(len(found))]
-            label = "16-bit atomics included" if kind == "any" else kind
-            axes.plot(share, found, style, color=color, label=f"{direction}, fastest peer ({label})")
-    axes.axhline(1, color="gray", linewidth=1)
-    axes.set(
-        xlabel="cells, sorted by the ratio [%]",
-        ylabel="time of the fastest peer / time of cupy_msda",
-        yscale="log",
-        xlim=(0, 100),
-    )
-    ticks = (0.5, 1, 2, 4, 8, 16)
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(target, dpi=150)
+            label = "16-bit sums included" if kind == "any" else kind
+            axes.plot(share, found, style, color=color, label=f"{direction}, {label}")
+    axes.axhline(1, color=plots.GREY, linewidth=1)
+    axes.set(xlabel="cells, sorted by the ratio [%]", yscale="log", xlim=(0, 100))
+    axes.set_title("time of the fastest peer / time of cupy_msda")
+    ticks = (0.5, 1, 2, 4, 8)
+    axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid()
+    plots.legend(figure, axes)
+    plots.save(figure, target)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grid_report", description=__doc__)
     parser.add_argument("file", type=Path, help="a record of benchmarks.grid")
-    parser.add_argument("--plot", type=Path, help="PNG file to write")
+    parser.add_argument("--plot", type=Path, help="SVG file to write")
     options = parser.parse_args(arguments)
     record = json.loads(options.file.read_text())
     print(json.dumps(summary(record), indent=1))

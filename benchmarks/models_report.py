@@ -1,4 +1,4 @@
-"""The README's table and plot of whole models, from the records of ``benchmarks.models``."""
+"""The table and the plot of whole models, from the records of ``benchmarks.models``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
+
+from . import plots
 
 Record = dict[str, Any]
 # Keys of records from before 28 November 2026, and those of today.
@@ -95,31 +97,24 @@ def models_table(results: Collection[dict[str, Any]], recorded: str) -> str:
     return "\n".join(lines)
 
 
+@plots.styled
 def plot_models(results: Iterable[dict[str, Any]], path: Path) -> None:
-    """Images per second, GPU time, peak memory and the operator's share, of original and patched models."""
-    from matplotlib.figure import Figure
-
+    """GPU time and peak memory of original and patched models."""
     rows = by_row(results)
     labels = [f"{model}\n{dtype}, {mode}" for model, dtype, mode in rows]
-    figure = Figure(figsize=(16, 0.5 * len(rows) + 1), layout="constrained")
-    panels = (
-        ("images per second", lambda r: r["images_per_second"]),
-        ("GPU, ms per call", lambda r: r.get("gpu_us", float("nan")) / 1e3),
-        ("peak memory, GiB", lambda r: r["peak_bytes"] / 2**30),
-        ("operator's share of the GPU time, %", lambda r: 100 * r.get("share_of_operator", float("nan"))),
-    )
-    for ax, (title, number) in zip(figure.subplots(1, 4, sharey=True), panels, strict=True):
-        for patched, label in MODELS.items():
-            places = [y + 0.4 * patched for y in range(len(rows))]
-            bars = ax.barh(places, [number(pair[patched]) for pair in rows.values()], 0.4, label=label)
-            ax.bar_label(bars, fmt="%.1f", padding=2, fontsize="small")
+    panels = {
+        "GPU, ms per call": lambda record: record.get("gpu_us", float("nan")) / 1e3,
+        "peak, GiB": lambda record: record["peak_bytes"] / 2**30,
+    }
+    figure, axes = plots.panels(1, 2, height=0.4 * len(rows) + 1, sharey=True)
+    for ax, (title, number) in zip(axes, panels.items(), strict=True):
+        series = {label: [number(pair[patched]) for pair in rows.values()] for patched, label in MODELS.items()}
+        ends = zip(*series.values(), strict=True)
+        for row, pair in enumerate(ends):
+            ax.plot(pair, (row, row), color=plots.GREY, linewidth=1)
+        plots.dots(ax, labels, series)
         ax.set_title(title)
-        ax.set_yticks([y + 0.2 for y in range(len(rows))], labels, fontsize="small")
-        ax.margins(x=0.15)
-    figure.axes[0].invert_yaxis()
-    for patched, bars in enumerate(figure.axes[0].containers):
-        for bar, pair in zip(bars, rows.values(), strict=True):
-            bar.set_alpha(0.4 if host_bound(pair[patched]) else 1)
-    figure.axes[0].set_xlabel("pale: the GPU waits for the host")
-    figure.axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=80)
+        ax.set_xlim(left=0)
+    axes[0].tick_params(axis="y", labelsize=8)
+    plots.legend(figure, axes[0])
+    plots.save(figure, path)

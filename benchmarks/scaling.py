@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import cases, implementations
+from . import cases, implementations, plots
 from .provenance import provenance
 
 BASE = cases.Workload(
@@ -68,30 +68,27 @@ def measure_cpu(workload: cases.Workload, threads: int, repeats: int) -> list[di
     return records
 
 
+@plots.styled
 def plot_scaling(result: dict[str, Any], path: Path) -> None:
     """Time over the number of samples for each axis, and a line of proportional time."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
-
     records = result["records"]
     axes = [axis for axis in AXES if axis != "threads"]
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    for row, direction in zip(figure.subplots(2, 3, sharey="row"), DIRECTIONS, strict=True):
-        for ax, axis in zip(row, axes, strict=True):
-            for name, marker in MARKERS.items():
-                points = [r for r in records if r["axis"] == axis and r["implementation"] == name]
-                x, y = [p["samples"] for p in points], [p[f"{direction}_ms"] for p in points]
-                ax.plot(x, y, marker, label=name)
-                if name == "cupy_msda":
-                    ax.plot(x, [y[-1] * value / x[-1] for value in x], ":", color="grey", label="proportional")
-            ax.set_xscale("log")
-            ax.set_yscale("log")
-            ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.set_title(f"{direction}, over {axis}")
-            ax.set_xlabel("samples, N Q M L P")
-        row[0].set_ylabel("milliseconds")
-        row[0].legend(fontsize="small")
-    figure.savefig(path, dpi=80)
+    figure, found = plots.panels(3, 2, height=6.4, sharey="col")
+    for index, ax in enumerate(found):
+        axis, direction = axes[index // 2], DIRECTIONS[index % 2]
+        for name, marker in MARKERS.items():
+            points = [r for r in records if r["axis"] == axis and r["implementation"] == name]
+            x, y = [p["samples"] for p in points], [p[f"{direction}_ms"] for p in points]
+            ax.plot(x, y, marker, label=name, markersize=4)
+            if name == "cupy_msda":
+                ax.plot(x, [y[-1] * value / x[-1] for value in x], ":", color=plots.GREY, label="proportional")
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.minorticks_off()
+        ax.grid()
+        ax.set_title(f"{direction}, by {axis}: ms")
+    plots.legend(figure, found[0], columns=3)
+    plots.save(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> None:

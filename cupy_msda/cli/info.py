@@ -13,6 +13,8 @@ import numpy as np
 
 from .. import __version__, arrays
 from ..cpu import tier
+from ..cuda import gpu
+from . import cuda_extra
 from .output import one_line
 
 # Distributions, of which one is enough, the name to print, and the command that installs one.
@@ -37,6 +39,7 @@ def describe() -> list[tuple[str, str]]:
     for distributions, name, command in _OPTIONAL:
         versions = [f"{d} {v}" if d != name else v for d in distributions if (v := _version(d))]
         rows.append((name, ", ".join(versions) or f"missing: {command}"))
+    rows.append(("extra for CUDA", cuda_extra.describe()))
     reason = arrays.cuda_unavailable()
     if reason is not None:
         rows.append(("GPU", f"not used: {reason}"))
@@ -68,7 +71,10 @@ def _gpu_rows() -> list[tuple[str, str]]:
     def device_row(device: int) -> str:
         properties = runtime.getDeviceProperties(device)
         memory = properties["totalGlobalMem"] / 2**30
-        return f"{properties['name'].decode()}, sm_{properties['major']}{properties['minor']}, {memory:.0f} GiB"
+        architecture = 10 * properties["major"] + properties["minor"]
+        problem = gpu.refusal_of(cupy, architecture)
+        row = f"{properties['name'].decode()}, sm_{architecture}, {memory:.0f} GiB"
+        return row if problem is None else f"{row}: {problem}"
 
     devices = range(runtime.getDeviceCount())
     rows = [(f"GPU {device}", _or_error(functools.partial(device_row, device))) for device in devices]

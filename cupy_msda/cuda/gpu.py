@@ -78,11 +78,37 @@ ARCHITECTURES: dict[int, Gpu] = {
 H100 = ARCHITECTURES[90]
 
 
+#: The lowest architecture by the major version of NVRTC. The kernels need `__grid_constant__`; CUDA 13 has no Volta.
+LOWEST = {12: 70, 13: 75}
+
+
+def refusal(architecture: int, nvrtc: int) -> str | None:
+    """Why a GPU of this architecture cannot run what this major version of NVRTC compiles, or None."""
+    if architecture >= LOWEST.get(nvrtc, LOWEST[13]):
+        return None
+    found, newest, oldest = (f"{number / 10:.1f}" for number in (architecture, LOWEST[13], LOWEST[12]))
+    return (
+        f"a GPU of compute capability {found} is too old: expected {newest} or newer, or {oldest} with "
+        "'cupy-msda[cuda12]'; move the arrays to the CPU"
+    )
+
+
+def refusal_of(cupy: Any, architecture: int) -> str | None:
+    """:func:`refusal` for the NVRTC that CuPy finds, which is asked only where its version matters."""
+    if architecture >= LOWEST[13]:
+        return None
+    return refusal(architecture, cupy.cuda.nvrtc.getVersion()[0])
+
+
 @functools.cache
 def of_device(device: int) -> Gpu:
-    """The description of a CUDA device, from its attributes."""
-    found = arrays.require_cupy("an array on a CUDA device").cuda.Device(device)
-    return from_attributes(int(found.compute_capability), found.attributes)
+    """The description of a CUDA device, from its attributes. RuntimeError where it is too old."""
+    cupy = arrays.require_cupy("an array on a CUDA device")
+    found = cupy.cuda.Device(device)
+    architecture = int(found.compute_capability)
+    if (reason := refusal_of(cupy, architecture)) is not None:
+        raise RuntimeError(reason)
+    return from_attributes(architecture, found.attributes)
 
 
 def from_attributes(architecture: int, attributes: dict[str, Any]) -> Gpu:

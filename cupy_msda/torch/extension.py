@@ -34,7 +34,7 @@ __all__ = ["calls", "install", "ms_deform_attn_backward", "ms_deform_attn_forwar
 _DEFAULT = "MultiScaleDeformableAttention"
 _installed: dict[str, ModuleName] = {}
 _mended: list[Any] = []
-# Calls of each function that this module has answered.
+#: Calls of each function that this module has answered.
 calls: Counter[str] = Counter()
 # Functions that have warned of an exception.
 _warned: set[str] = set()

@@ -1,11 +1,12 @@
-"""The benchmark times only valid implementations, and the README repeats the recorded results."""
+"""The benchmark times only valid implementations, and the documentation repeats the recorded results."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from benchmarks import cases, compare_kernels, implementations, models_report, report, run
+from benchmarks import cases, compare_kernels, implementations, models_report, operator_report, records, report, run
 from cupy_msda.call import Problem
 from cupy_msda.cuda import kernels, plan
 from cupy_msda.cuda.gpu import H100
@@ -135,8 +136,8 @@ def test_the_newest_record_of_each_model_counts(tmp_path):
         return {"model": "D-FINE", "dtype": "float32", "mode": mode, "number": number}
 
     dated = {"old": ("2026-01-01", [row("eager", 1), row("compiled", 2)]), "new": ("2026-01-02", [row("compiled", 3)])}
-    for name, (date, records) in dated.items():
-        result = {"provenance": {"date": date}, "records": records}
+    for name, (date, rows) in dated.items():
+        result = {"provenance": {"date": date}, "records": rows}
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     found = models_report.newest(tmp_path.glob("*.json"))
     assert {path.stem: [r["number"] for r in result["records"]] for path, result in found.items()} == {
@@ -152,12 +153,47 @@ def test_records_with_old_keys_are_read(tmp_path):
     (found,) = models_report.newest([path])[path]["records"]
     assert (found["patched"], found["gradient_error_original"]) == (True, 1)
     times = {"default": {"median_us": 3.0}}
-    assert report.backward_times({"ways": times}) == report.backward_times({"times": times}) == {"default": 3.0}
+    assert (
+        operator_report.backward_times({"ways": times})
+        == operator_report.backward_times({"times": times})
+        == {"default": 3.0}
+    )
 
 
 @pytest.mark.parametrize("part", report.PARTS)
-def test_readme_repeats_the_latest_result(part):
-    assert report.enclosed(part) in report.page_of(part).read_text()
+def test_a_page_repeats_the_latest_result(part):
+    assert report.enclosed(part) in report.PARTS[part][0].read_text()
+
+
+def test_plots_are_those_of_the_latest_results(tmp_path):
+    """The same files, and the same words: coordinates and ticks depend on the version of matplotlib."""
+    pytest.importorskip("matplotlib")
+    report.write_plots(tmp_path)
+    made = {path.name: words_of(path) for path in tmp_path.iterdir()}
+    assert made == {path.name: words_of(path) for path in report.PLOTS.iterdir()}
+    assert all(made.values())
+
+
+def words_of(path):
+    return [text for text in re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text()) if re.search("[a-z]{2}", text)]
+
+
+def test_every_plot_is_on_the_page():
+    page = report.PERFORMANCE.read_text()
+    assert {f"plots/{path.name}" for path in report.PLOTS.iterdir()} == set(re.findall(r"\]\((plots/[^)]+)\)", page))
+
+
+def test_a_record_without_a_description_is_named():
+    with pytest.raises(ValueError, match=r"unheard_of_h100\.json: expected a name from backward"):
+        records.content_of("unheard_of_h100")
+
+
+def test_a_page_without_markers_is_named(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- records: made by python -m benchmarks.report -->")
+    monkeypatch.setitem(report.PARTS, "records", (page, str))
+    with pytest.raises(ValueError, match=r"expected the lines .* and <!-- end of records -->"):
+        report.write_table("records")
 
 
 def test_a_candidate_replaces_sources_and_launch_only_inside_its_context(tmp_path):

@@ -122,6 +122,21 @@ class DeformableAttention(nn.Module):
         return x
 
 
+def test_self_attention_of_deformable_detr_is_no_deformable_attention():
+    class DeformableDetrSelfAttention(DeformableAttention):
+        pass
+
+    class DeformableDetrMultiscaleDeformableAttention(DeformableAttention):
+        pass
+
+    model = nn.Sequential(DeformableDetrSelfAttention(), DeformableDetrMultiscaleDeformableAttention())
+    with cupy_msda.torch.patch(model) as patch, pytest.warns(UserWarning, match="the layer '1'") as warned:
+        model(torch.ones(1))
+    assert len(warned) == 1
+    assert "kept: 1;" in str(patch.report())
+    assert "kept: 0;" not in str(patch.report())
+
+
 def test_an_attention_layer_that_does_not_reach_the_operator_is_named_once():
     model = nn.Sequential(DeformableAttention())
     with cupy_msda.torch.patch(model) as patch:

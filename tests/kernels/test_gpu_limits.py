@@ -1,6 +1,7 @@
 """Every choice of the planner fits the GPU: on each architecture, for random problems."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,3 +115,22 @@ def test_the_list_agrees_with_attributes():
         | {"MaxSharedMemoryPerMultiprocessor": 102400, "MaxSharedMemoryPerBlockOptin": 101376},
     )
     assert said == listed
+
+
+@pytest.mark.parametrize(
+    ("architecture", "nvrtc", "works"), [(75, 13, True), (70, 13, False), (70, 12, True), (61, 12, False)]
+)
+def test_a_gpu_that_is_too_old_gets_a_sentence(architecture, nvrtc, works):
+    reason = gpu.refusal(architecture, nvrtc)
+    assert (reason is None) == works
+    if reason:
+        assert f"compute capability {architecture / 10}" in reason
+        assert "expected 7.5 or newer, or 7.0 with 'cupy-msda[cuda12]'; move the arrays to the CPU" in reason
+
+
+def test_a_call_on_a_gpu_that_is_too_old_is_refused(monkeypatch):
+    old = SimpleNamespace(compute_capability="61", attributes=ATTRIBUTES)
+    cuda = SimpleNamespace(Device=lambda device: old, nvrtc=SimpleNamespace(getVersion=lambda: (13, 0)))
+    monkeypatch.setattr(gpu.arrays, "require_cupy", lambda what: SimpleNamespace(cuda=cuda))
+    with pytest.raises(RuntimeError, match=r"compute capability 6\.1 is too old"):
+        gpu.of_device.__wrapped__(0)

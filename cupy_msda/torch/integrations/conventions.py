@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# In names of functions, autograd functions and layers.
-NAME = re.compile(r"deform\w*att", re.IGNORECASE)
+# In names of functions, autograd functions and layers. Self-attention of Deformable DETR has it from the model alone.
+NAME = re.compile(r"deform(?!able_?detr)\w*att", re.IGNORECASE)
 # What a parameter is, by its names in the code bases. `sizes` are level sizes as numbers, `shapes` may be a tensor.
 ROLES = {
     "value": ("value",),
