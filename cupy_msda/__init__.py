@@ -15,7 +15,9 @@ from .api import (
     ms_deform_attn_fused,
     ms_deform_attn_fused_backward,
 )
-from .cuda.warmup import Sizes, warmup
+from .cuda.warmup import warmup
+from .sizes import Sizes
+from .version import __version__ as __version__
 
 __all__ = [
     "Sizes",
@@ -26,7 +28,6 @@ __all__ = [
     "ms_deform_attn_fused_backward",
     "warmup",
 ]
-__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import jax as jax

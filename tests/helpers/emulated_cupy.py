@@ -118,6 +118,8 @@ def _runtime(gpu):
         streamNonBlocking=1,
         eventDisableTiming=2,
         getDeviceCount=lambda: gpu.devices,
+        getDeviceProperties=lambda number: {"name": b"Emulated GPU"},
+        driverGetVersion=lambda: 13000,
         getDevice=lambda: gpu.device,
         setDevice=lambda number: setattr(gpu, "device", number),
         memsetAsync=gpu.fill,
