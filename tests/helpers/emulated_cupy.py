@@ -85,9 +85,40 @@ class Array:
         self.host[...] = array
 
 
+class _Event:
+    """Knows the time at which it was recorded."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self, stream):
+        self.elapsed = self.gpu.elapsed
+
+    def synchronize(self):
+        pass
+
+
+class _Graph:
+    """Launches that were captured. They have run then; a replay takes their time."""
+
+    def __init__(self, gpu, launches):
+        self.gpu, self.launches = gpu, launches
+
+    def launch(self, stream):
+        self.gpu.elapsed += sum(map(self.gpu.milliseconds, self.launches))
+
+
 class _Stream:
     def __init__(self, gpu):
         self.gpu, self.ptr = gpu, gpu.streams.create(gpu.device)
+
+    def begin_capture(self):
+        self.gpu.streams.capturing.add(self.ptr)
+        self.before = len(self.gpu.launches)
+
+    def end_capture(self):
+        self.gpu.streams.capturing.discard(self.ptr)
+        return _Graph(self.gpu, self.gpu.launches[self.before :])
 
     def __enter__(self):
         return self
@@ -160,6 +191,8 @@ def module(gpu):
         driver=SimpleNamespace(launchKernel=gpu.launch),
         Device=lambda number: _Device(gpu, number),
         Stream=lambda non_blocking: _Stream(gpu),
+        Event=lambda: _Event(gpu),
+        get_elapsed_time=lambda begin, end: end.elapsed - begin.elapsed,
         get_current_stream=lambda device: SimpleNamespace(ptr=gpu.streams.current_of_cupy(device)),
         MemoryPointer=MemoryPointer,
         UnownedMemory=UnownedMemory,

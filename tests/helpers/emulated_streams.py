@@ -91,7 +91,8 @@ class Streams:
         self._advance(stream)
 
     def synchronise(self, stream):
-        self._synchronised[stream] = self._clocks[stream].get(stream, 0)
+        for other, count in self._clocks[stream].items():
+            self._synchronised[other] = max(self._synchronised.get(other, 0), count)
 
     def waited_for(self, stream):
         """Whether the host has waited for all work on a stream."""

@@ -24,6 +24,7 @@ LAYERS = (
     ("torch", "jax"),
     ("__init__",),
     ("api", "cuda.warmup", "cuda.tune", "explanation"),
+    ("cuda.workloads",),
     ("sizes",),
     ("validate",),
     ("options", "plausibility", "shapes"),
