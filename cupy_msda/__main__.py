@@ -1,4 +1,4 @@
-"""The command line: ``python -m cupy_msda demo | info | check``."""
+"""The command line: ``python -m cupy_msda demo | info | check | tune | explain``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from . import __version__
-from .cli import check, demo, environment, info, photograph, picture
+from .cli import check, demo, environment, explain, info, photograph, picture, tune
 from .cli.output import CommandError, OutputError, complain, discard, flush, say
 
 OUT = "msda_demo.png"
@@ -70,11 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help=words, description=f"{words.capitalize()}.")
     words = "run the golden cases on every backend of this machine"
     commands.add_parser("check", help=words, description=f"{words.capitalize()}. {_CHECK}")
+    tune.add(commands)
+    explain.add(commands)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
-    commands = {"demo": _demo, "info": _info, "check": _check}
+    commands = {"demo": _demo, "info": _info, "check": _check, "tune": tune.run, "explain": explain.run}
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # notes, even where the user's settings make them errors
         warnings.showwarning = _note  # restored on leaving

@@ -23,7 +23,9 @@ def default_of(name: str, spec: KernelSpec) -> dict[str, int | str]:
         found["lanes_per_query"] = int(found["lane_groups"]) * int(found["lanes"])  # type: ignore[arg-type]
     if name == "aggregated":
         found["aggregated_queries"] = int(found["query_tiles"]) * int(found["warps"]) * (32 // int(found["lanes"]))  # type: ignore[arg-type]
-    return {axis: found[axis] for axis in AXES[name] if axis in found}  # type: ignore[misc]
+    if found.get("query_tiles") == 2:  # all samples of a query are unrolled then
+        del found["unroll"]
+    return {axis: found[axis] for axis, values in AXES[name].items() if found.get(axis) in values}  # type: ignore[misc]
 
 
 def first(name: str, default: Axes, gpu: Gpu) -> list[Axes]:

@@ -206,7 +206,7 @@ def fused_warps(problem: Problem, warps: int, queries: int, wide_index: bool) ->
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_entry(problem: Problem, channels: ChannelAxes, gpu: Gpu) -> ForwardEntry:
+def forward_entry(problem: Problem, channels: ChannelAxes, gpu: Gpu) -> ForwardEntry:
     table = table_of(gpu)
     few = warps_needed(problem, channels.lanes) < table.filling_warps * gpu.multiprocessors
     narrow = problem.value_dtype in SIXTEEN_BIT
@@ -237,7 +237,7 @@ def forward(problem: Problem, alignment: int, gpu: Gpu) -> ForwardSpec:
 def _forward(problem: Problem, alignment: int, gpu: Gpu, wide_index: bool) -> ForwardSpec:
     channels = forward_channels(problem, alignment)
     axes = measured.axes_of("forward", problem, alignment, gpu)
-    entry = measured.forward(_forward_entry(problem, channels, gpu), axes)
+    entry = measured.forward(forward_entry(problem, channels, gpu), axes)
     groups = _lane_groups(entry, channels.lanes, problem.K)
     per_query = channels.lanes * groups
     masked = entry.masked_neighbours and channels.channel_tiles == 1 and not problem.variant.clamped

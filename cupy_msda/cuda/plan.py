@@ -58,12 +58,12 @@ class Launch:
         return (self,)
 
     def is_possible(self, gpu: Gpu) -> bool:
-        """Whether it is within the limits of CUDA and of the GPU, without opting in to more shared memory."""
+        """Whether it is within the limits of CUDA and of the GPU."""
         x, y, z = self.grid
         return (
             self.threads <= _MAX_THREADS
             and self.spec.min_blocks <= gpu.resident_blocks(self.threads)
-            and self.shared_bytes <= heuristics.SHARED_WITHOUT_OPT_IN
+            and self.shared_bytes <= gpu.shared_memory_per_block
             and x < 2**INT
             and max(y, z) <= heuristics.MAX_GRID_Y
         )

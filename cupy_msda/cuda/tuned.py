@@ -39,8 +39,8 @@ ORDERED: dict[str, tuple[str, ...]] = {
 }
 #: The subjects whose choice depends on the gradients that are wanted.
 OF_WANTED = ("samples", "atomics", "aggregated", "grad_value")
-# An entry serves sizes up to so many times larger or smaller than those that it was measured on.
-_NEAR = 1.5
+# An entry serves sizes up to 1.5 times larger or smaller than those that it was measured on: the factor as a logarithm.
+_NEAR = math.log(1.5) + 1e-9
 
 
 class Subject(NamedTuple):
@@ -135,14 +135,16 @@ class Choices:
         """The entry that was measured on the nearest sizes, if any are near enough."""
         near = [(_distance(entry.sizes, sizes), entry) for entry in self._by_subject.get(subject, ())]
         distance, found = min(near, key=lambda pair: (pair[0], pair[1].sizes), default=(math.inf, None))
-        return found if distance <= math.log(_NEAR) else None
+        return found if distance <= _NEAR else None
 
     def axes(self, name: str, problem: Problem, wanted: Wanted | None = None) -> Axes:
         """The axes that are set for a problem: none where nothing is measured."""
-        if not self.entries:
-            return {}
-        found = self.find(subject_of(name, problem, wanted), measured_of(problem))
+        found = self.entry(name, problem, wanted)
         return found.axes if found else {}
+
+    def entry(self, name: str, problem: Problem, wanted: Wanted | None = None) -> Entry | None:
+        """The entry for a subject of a problem."""
+        return self.find(subject_of(name, problem, wanted), measured_of(problem)) if self.entries else None
 
     def with_entry(self, entry: Entry) -> Choices:
         """The same, with another choice for what `entry` is for."""
