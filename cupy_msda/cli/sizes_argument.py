@@ -34,9 +34,9 @@ def read(text: str) -> Sizes:
         try:
             given[name] = _value(name, value)
         except ValueError:
-            raise CommandError(f"--sizes: expected {HELP}; got {word!r}") from None
+            raise CommandError(f"--sizes: expected sizes {HELP}; got {word!r}") from None
     if "levels" not in given:
-        raise CommandError(f"--sizes: expected {HELP}; got {text!r}")
+        raise CommandError(f"--sizes: expected sizes {HELP}; got {text!r}")
     return Sizes(**given)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,6 @@ from .gpu import Gpu
 from .kernel_spec import Axis
 from .launch_tables import table_of
 from .plan import Launch
-from .plan_backward import Backward
 from .sorted_specs import ReduceBucketsSpec
 from .specs import BackwardSpec, ForwardSpec
 from .tuned import Axes
@@ -74,12 +73,12 @@ def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> list
         name, reasons = launch.spec.kernel, _of_block(launch, gpu)
         subject, of_subject = name, wanted
         if isinstance(launch.spec, BackwardSpec):
-            subject, of_subject, first = _of_backward(launch.spec, problem, wanted)
+            subject, of_subject, first = _of_backward(launch.spec, problem, gpu, wanted)
             reasons = [first, *reasons, *_of_vectors(problem, launch.spec.channels.vec, alignment)]
         elif isinstance(launch.spec, ReduceBucketsSpec):
             reasons.insert(0, "a warp sums a bucket of value vectors in a fixed order")
         elif name == "bucket_sort":
-            reasons.insert(0, f"grad_value is summed from sorted contributions: {way(problem, gpu, planned, wanted)}")
+            reasons.insert(0, f"grad_value is summed from sorted contributions: {_why_way(problem, gpu, wanted)}")
         elif name == "cast":
             reasons.insert(0, "the atomic additions are to float32 sums")
         axes = measured.axes_of(subject, problem, alignment, gpu, of_subject)
@@ -87,26 +86,22 @@ def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> list
     return found
 
 
-def _of_backward(spec: BackwardSpec, problem: Problem, wanted: Wanted) -> tuple[str, Wanted, str]:
+def _of_backward(spec: BackwardSpec, problem: Problem, gpu: Gpu, wanted: Wanted) -> tuple[str, Wanted, str]:
     """What tuning calls a launch of this kernel, with which gradients, and what it is for."""
     if not spec.gradients.grad_value:
         return "samples", wanted._replace(value=False), "the gradients of the samples alone"
-    costs = _estimates(problem)
+    why = _why_way(problem, gpu, wanted)
     if spec.aggregation_bits:
-        return "aggregated", wanted, f"a block adds up the samples of a cell before its atomic additions: {costs}"
-    return "atomics", wanted, f"an atomic addition per sample and value vector: {costs}"
+        return "aggregated", wanted, f"a block adds up the samples of a cell before its atomic additions: {why}"
+    return "atomics", wanted, f"an atomic addition per sample and value vector: {why}"
 
 
-def way(problem: Problem, gpu: Gpu, planned: Backward, wanted: Wanted) -> str:
+def _why_way(problem: Problem, gpu: Gpu, wanted: Wanted) -> str:
     """Why the gradient of value is summed as it is."""
     if problem.deterministic:
         return "deterministic=True asks for a fixed order"
-    if planned.summation and measured.axes_of("grad_value", problem, VECTOR_BYTES, gpu, wanted):
+    if measured.axes_of("grad_value", problem, VECTOR_BYTES, gpu, wanted):
         return "measured on this GPU"
-    return _estimates(problem)
-
-
-def _estimates(problem: Problem) -> str:
     costs = cost_model.estimates(problem)
     listed = ", ".join(f"{name} {costs[name] / 1000:.0f}" for name in sorted(costs, key=costs.__getitem__))
     return f"estimated microseconds on an H100: {listed}"

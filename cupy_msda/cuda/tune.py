@@ -11,7 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,8 @@ from .workloads import WORKLOADS
 _REPLAYS, _COMPARED_REPLAYS = 3, 11
 # A configuration whose first replay takes so many times as long as the fastest one is not replayed again.
 _HOPELESS = 1.3
+# The share of the time for a batch of configurations that is for their compilation.
+_COMPILING = 0.7
 
 
 def tune(
@@ -167,8 +169,10 @@ class Bench:
 
     def __init__(self, problem: Problem) -> None:
         self.cupy, self.problem, self.device = arrays.require_cupy("tune"), problem, problem.device[1]
+        self._seen: set[tuple[Launch, ...]] = set()
         on = gpu.of_device(self.device)
         self._on, self.planner = on, Planner(problem, on)
+        self.cupy.cuda.runtime.deviceSynchronize()  # other work would count
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         with self.stream:
             self.arrays = DeviceArrays(problem, on, self.stream)
@@ -178,6 +182,8 @@ class Bench:
         default = self.planner.default_axes(target)
         if default is None or time.monotonic() > deadline:
             return []
+
+        self._seen.clear()
 
         def planned(axes: Axes) -> Candidate:
             return self.planner.candidate(target, None if axes == default else axes)
@@ -203,20 +209,16 @@ class Bench:
 
     def _measured(self, asked: Iterable[Candidate], deadline: float) -> list[float | None]:
         """The microseconds of candidates; None for one that launches the same as another, or comes too late."""
-        seen: set[tuple[Launch, ...]] = set()
-        planned: list[Candidate | None] = []
+        planned = []
         for candidate in asked:
-            planned.append(None if candidate.launches in seen else candidate)
-            seen.add(candidate.launches)
+            planned.append(None if candidate.launches in self._seen else candidate)
+            self._seen.add(candidate.launches)
+        ready = _compiled(planned, self.device, time.monotonic() + _COMPILING * (deadline - time.monotonic()))
         times: list[float | None] = []
-        with _Compiler(self.device) as compiler:
-            for one in planned:
-                if one is not None:
-                    compiler.add(launch.spec for launch in one.launches)
-            for one in planned:
-                ready = one is not None and compiler.wait(one, deadline)
-                fastest = min((us for us in times if us is not None), default=float("inf"))
-                times.append(self._time(one, fastest) if one is not None and ready else None)
+        for one, is_ready in zip(planned, ready, strict=True):
+            fastest = min((us for us in times if us is not None), default=float("inf"))
+            late = times and time.monotonic() > deadline
+            times.append(self._time(one, fastest) if one is not None and is_ready and not late else None)
         return times
 
     def _time(self, candidate: Candidate, fastest: float) -> float:
@@ -244,37 +246,28 @@ class Bench:
         return Replay(runs, self.stream, memory)
 
 
-class _Compiler:
-    """Compiles kernels in parallel, in the order in which they are asked for."""
+def _compiled(planned: Sequence[Candidate | None], device: int, deadline: float) -> list[bool]:
+    """Compiles the kernels of candidates in parallel; which of them are ready when the time is over.
 
-    def __init__(self, device: int) -> None:
-        self._device, self._futures = device, dict[KernelSpec, Future[Any]]()
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    Nothing is compiled when it returns: loading a kernel would disturb what is timed.
+    """
 
-    def __enter__(self) -> _Compiler:
-        return self
+    def compile_one(spec: KernelSpec) -> None:
+        with session.on_device(device):
+            kernels.function(spec, device)
 
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def add(self, specs: Iterable[KernelSpec]) -> None:
-        for spec in specs:
-            if spec not in self._futures:
-                self._futures[spec] = self._pool.submit(self._compile, spec)
-
-    def _compile(self, spec: KernelSpec) -> None:
-        with session.on_device(self._device):
-            kernels.function(spec, self._device)
-
-    def wait(self, candidate: Candidate, deadline: float) -> bool:
-        """Whether all kernels of a candidate are compiled in time. One that does not compile is none."""
-        for launch in candidate.launches:
-            left = deadline - time.monotonic()
-            try:
-                self._futures[launch.spec].result(None if left == float("inf") else max(0.0, left))
-            except (TimeoutError, RuntimeError):
-                return False
-        return True
+    specs = dict.fromkeys(launch.spec for one in planned if one is not None for launch in one.launches)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        futures = {spec: pool.submit(compile_one, spec) for spec in specs}
+        try:
+            wait(futures.values(), None if deadline == float("inf") else max(0.0, deadline - time.monotonic()))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    errors = [error for future in futures.values() if not future.cancelled() and (error := future.exception())]
+    if errors and len(errors) == len(futures):  # no kernel can be compiled here
+        raise errors[0]
+    failed = {spec for spec, future in futures.items() if future.cancelled() or future.exception() is not None}
+    return [one is not None and failed.isdisjoint(launch.spec for launch in one.launches) for one in planned]
 
 
 class _Bar:

@@ -102,16 +102,11 @@ class Operation:
     def encode(self, arrays: Sequence[tuple[Shape, str]] | None = None, workspace: int = 0) -> str:
         """As an attribute that any process reads; with the shapes and dtypes of all arrays, if they are known.
 
-        These are not read again. They make calls whose kernels differ differ in their attributes. `workspace` is the
-        bytes of the result that is the workspace, 0 where there is none.
+        These are not read again, nor is `workspace`, the bytes of the result that is the workspace. They make calls
+        whose kernels differ differ in their attributes.
         """
         fields: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return json.dumps(fields | {"arrays": arrays, "workspace": workspace}, separators=(",", ":"))
-
-    @staticmethod
-    def workspace_of(attribute: bytes) -> int:
-        """The bytes of the result that is the workspace, by the attribute of a call."""
-        return int(json.loads(attribute).get("workspace", 0))
 
     @staticmethod
     def decode(attribute: bytes) -> tuple[Operation, bool]:

@@ -1,6 +1,8 @@
 """Measured choices drawn at random: every axis and value that a tuning file may hold, for one problem."""
 
-from cupy_msda.call import Wanted
+import random
+
+from cupy_msda.call import ALL, Problem, Wanted
 from cupy_msda.cuda import tuned
 from cupy_msda.cuda.tuned import AXES, ORDERED, Choices, Entry
 
@@ -20,3 +22,9 @@ def choices_of(pick, problem, wanted):
             subject = tuned.subject_of(name, problem, of)
             entries.append(Entry(subject, tuned.measured_of(problem), axes_of(pick, name, in_order=in_order), 2.0, 1.0))
     return Choices(entries)
+
+
+def some_entries():
+    """Entries of one problem, the same every time."""
+    problem = Problem(2, 750, 8, 32, 2, 4, 750, "float32", "float32", ("cuda", 0), None)
+    return list({(e.subject, e.sizes): e for e in choices_of(random.Random(0), problem, ALL).entries}.values())

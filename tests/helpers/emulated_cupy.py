@@ -160,6 +160,7 @@ def _runtime(gpu):
         eventRecord=streams.record,
         streamWaitEvent=streams.wait,
         streamSynchronize=streams.synchronise,
+        deviceSynchronize=lambda: streams.synchronise_device(gpu.device),
         streamIsCapturing=lambda stream: stream in streams.capturing,
     )
 
