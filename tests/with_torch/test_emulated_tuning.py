@@ -34,10 +34,10 @@ def recorded_forward(calls):
 def test_launch_plans_are_made_anew_with_what_was_found(torch_gpu, monkeypatch):
     calls = Checked(torch_gpu, PLAIN)
     problem, before = recorded_forward(calls), groups_of(torch_gpu)
-    choose(monkeypatch, problem, lanes_per_query=32)
+    choose(monkeypatch, problem, lanes_per_query=1)
     for _ in range(3):
         calls.check()
-        assert groups_of(torch_gpu) > before
+        assert groups_of(torch_gpu) < before
 
 
 @pytest.mark.parametrize("deterministic", [None, True])
@@ -48,7 +48,7 @@ def test_a_deterministic_forward_keeps_its_bits(torch_gpu, monkeypatch, determin
     before = groups_of(torch_gpu)
     tensors = Tensors(torch_gpu, calls.inputs(0))
     want = bits(tensors.forward())
-    choose(monkeypatch, problem, lanes_per_query=32)
+    choose(monkeypatch, problem, lanes_per_query=1)
     for switch in (False, True, False, True, True):
         with deterministic_algorithms(switch):
             output = tensors.forward(deterministic=deterministic)
@@ -56,4 +56,4 @@ def test_a_deterministic_forward_keeps_its_bits(torch_gpu, monkeypatch, determin
             assert groups_of(torch_gpu) == before
             assert bits(output) == want
         else:
-            assert groups_of(torch_gpu) > before
+            assert groups_of(torch_gpu) < before
