@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from .gpu import Gpu
@@ -10,7 +11,9 @@ from .tuned import AXES, Axes
 
 # Warps that a multiprocessor holds at a time: what occupancy and the registers of a thread follow from.
 _RESIDENT_WARPS = (8, 12, 16, 20, 24, 32, 40, 48, 64)
-_WARPS = (2, 4, 8, 16)
+_MOST_WARPS = 16
+# Blocks that are measured first.
+_FIRST_BLOCKS = 16
 # Fewer registers than this per thread spill in every kernel.
 _FEWEST_REGISTERS = 32
 _BLOCK_AXES = ("warps", "min_blocks")
@@ -30,7 +33,7 @@ def default_of(name: str, spec: KernelSpec) -> dict[str, int | str]:
 
 def first(name: str, default: Axes, gpu: Gpu) -> list[Axes]:
     """What is measured first: the default, other blocks of it, and one other axis at a time; the nearest ones first."""
-    blocks = [{**default, **block} for block in _blocks(name, default, gpu)]
+    blocks = [{**default, **block} for block in _blocks(name, default, gpu)[:_FIRST_BLOCKS]]
     others = [{**default, axis: value} for axis in _other_axes(name) for value in AXES[name][axis]]
     return _distinct([default, *others, *blocks])
 
@@ -69,12 +72,13 @@ def _blocks(name: str, default: Axes, gpu: Gpu) -> list[dict[str, int]]:
     resident = warps * int(default["min_blocks"])
     most = min(gpu.threads_per_multiprocessor, gpu.registers_per_multiprocessor // _FEWEST_REGISTERS) // 32
     found = []
-    for per_block in sorted({*_WARPS, warps}) if "warps" in AXES[name] else [warps]:
+    sizes = {max(1, warps // 2), warps, min(_MOST_WARPS, 2 * warps)} if "warps" in AXES[name] else {warps}
+    for per_block in sorted(sizes):
         for held in sorted({*_RESIDENT_WARPS, resident}):
             blocks = held // per_block
             if held % per_block == 0 and held <= most and blocks <= gpu.blocks_per_multiprocessor:
                 found.append({"warps": per_block, "min_blocks": blocks})
-    found.sort(key=lambda block: abs(block["warps"] * block["min_blocks"] - resident))
+    found.sort(key=lambda block: abs(math.log(block["warps"] * block["min_blocks"] / resident)))
     return [{axis: value for axis, value in block.items() if axis in AXES[name]} for block in found]
 
 

@@ -215,7 +215,8 @@ def forward_entry(problem: Problem, channels: ChannelAxes, gpu: Gpu) -> ForwardE
     if problem.value_dtype == "float64":
         return table.forward.float64
     if problem.Q == problem.S and not few:
-        return table.forward.pixels_16_bits if narrow else table.forward.pixels_32_bits
+        wide = table.forward.fused_pixels_32_bits if problem.fused else table.forward.pixels_32_bits
+        return table.forward.pixels_16_bits if narrow else wide
     if not narrow:
         return table.forward.queries_32_bits
     return table.forward.few_queries_16_bits if few else table.forward.queries_16_bits

@@ -21,6 +21,7 @@ _ENTRIES = {
     "many_channel_tiles": "a head has very many channels, whose sums need the registers",
     "float64": "float64 vectors and sums take twice the registers",
     "pixels_32_bits": "the queries are pixels and fill the GPU: large blocks share pixels in the L1 cache",
+    "fused_pixels_32_bits": "the queries are pixels and fill the GPU: large blocks share pixels in the L1 cache",
     "pixels_16_bits": "the queries are pixels and fill the GPU",
     "queries_32_bits": "the queries are no pixels, or do not fill the GPU: small blocks end independently",
     "queries_16_bits": "the queries are no pixels and fill the GPU",

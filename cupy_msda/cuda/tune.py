@@ -135,25 +135,34 @@ def _tuned(
     """What is found for each problem, also where Ctrl-C ends the search."""
     deadline = time.monotonic() + budget if budget else float("inf")
     targets = [(problem, _distinct(problem, wanted)) for problem, wanted in asked]
-    left = sum(len(of_problem) for _, of_problem in targets)
-    with _Bar(left, progress) as bar:
-        for problem, of_problem in targets:
+    with _Bar(sum(len(of_problem) for _, of_problem in targets), progress) as bar:
+        for index, (problem, of_problem) in enumerate(targets):
+            if time.monotonic() > deadline:
+                return
+            later = sum(len(others) for _, others in targets[index + 1 :])
             entries: list[Entry] = []
             try:
-                bench = Bench(problem)
-                for target in of_problem:
-                    bar.show(f"{target.name} {problem.value_dtype} N={problem.N} Q={problem.Q} D={problem.D}")
-                    entries += bench.tune(target, time.monotonic() + (deadline - time.monotonic()) / left)
-                    left -= 1
-                    bar.advance()
+                for found in _of_problem(problem, of_problem, later, deadline, bar):
+                    entries += found
             except BaseException as stopped:
                 yield problem, entries
                 if not _is_out_of_memory(stopped):
                     raise
                 warnings.warn(f"tune: {problem.value_shape} is left out: {stopped}", RuntimeWarning, stacklevel=2)
-                left -= len(of_problem)
-                continue
-            yield problem, entries
+            else:
+                yield problem, entries
+
+
+def _of_problem(
+    problem: Problem, targets: list[Target], later: int, deadline: float, bar: _Bar
+) -> Iterator[list[Entry]]:
+    """What is found for each target of a problem, while as many are to come `later`."""
+    bench = Bench(problem)
+    for number, target in enumerate(targets):
+        bar.show(f"{target.name} {problem.value_dtype} N={problem.N} Q={problem.Q} D={problem.D}")
+        share = (deadline - time.monotonic()) / (len(targets) - number + later)
+        yield bench.tune(target, time.monotonic() + share)
+        bar.advance()
 
 
 def _distinct(problem: Problem, wanted: list[Wanted | None]) -> list[Target]:
