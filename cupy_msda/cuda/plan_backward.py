@@ -132,8 +132,11 @@ def _way(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> cost_mod
     if problem.deterministic:
         return "sorted"
     found = measured.axes_of("grad_value", problem, alignment, gpu, wanted).get("way")
-    possible = cost_model.estimates(problem) if found else {}
-    return next((way for way in possible if way == found), None) or cost_model.fastest_way(problem)
+    if found is not None:
+        for way in cost_model.estimates(problem):
+            if way == found:
+                return way
+    return cost_model.fastest_way(problem)
 
 
 def summation(problem: Problem, alignment: int, gpu: Gpu) -> Summation:
