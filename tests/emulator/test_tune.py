@@ -196,7 +196,7 @@ def test_the_typical_calls_are_tuned_without_sizes():
 
 @pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 6))])
 @pytest.mark.parametrize("form", ["plain", "dense", "half", "fused"])
 def test_drawn_configurations_have_right_results(monkeypatch, form, seed, deterministic):
     """Whatever a tuning file says: results, launches and memory are right."""
