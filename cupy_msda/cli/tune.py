@@ -13,7 +13,7 @@ from ..cuda import tuning, tuning_file, tuning_format
 from ..cuda.tune import tune
 from ..cuda.tuned import Entry
 from . import environment, sizes_argument
-from .output import CommandError, reason_of, say
+from .output import CommandError, complain, reason_of, say
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -64,6 +64,9 @@ def _tune(options: argparse.Namespace) -> int:
         found = tune(sizes, options.dtypes, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
+    except KeyboardInterrupt:
+        complain("cupy_msda tune: what was found is kept: `python -m cupy_msda tune --show`")
+        raise
     for entry in found:
         say(_row(entry))
     faster = sum(bool(entry.axes) for entry in found)

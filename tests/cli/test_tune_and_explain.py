@@ -136,3 +136,24 @@ def test_explain_refuses_bad_requests(capsys, folder, arguments, words):
     code, _, err = run(capsys, "explain", *arguments)
     assert code == 2
     assert words in err
+
+
+def test_ctrl_c_says_what_is_kept(capsys, folder, monkeypatch):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "tune", interrupted)
+    code, _, err = run(capsys, "tune")
+    assert code == 130
+    assert "what was found is kept" in err
+
+
+def test_info_says_what_is_tuned(capsys, folder, exported, monkeypatch):
+    def row():
+        return next(line for line in run(capsys, "info")[1].splitlines() if line.startswith("tuning"))
+
+    assert row().endswith(f"{folder}: nothing is tuned")
+    run(capsys, "tune", "--import", exported)
+    assert row().endswith(f"{folder}: nvidia_a100")
+    monkeypatch.setenv(tuning_file.VARIABLE, "off")
+    assert row().endswith("off (CUPY_MSDA_TUNING)")
