@@ -15,18 +15,25 @@ from .api import (
     ms_deform_attn_fused,
     ms_deform_attn_fused_backward,
 )
-from .cuda.warmup import Sizes, warmup
+from .cuda.recording import record
+from .cuda.tune import tune
+from .cuda.warmup import warmup
+from .explanation import explain
+from .sizes import Sizes
+from .version import __version__ as __version__
 
 __all__ = [
     "Sizes",
+    "explain",
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "ms_deform_attn_forward",
     "ms_deform_attn_fused",
     "ms_deform_attn_fused_backward",
+    "record",
+    "tune",
     "warmup",
 ]
-__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import jax as jax

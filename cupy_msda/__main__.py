@@ -1,4 +1,4 @@
-"""The command line: ``python -m cupy_msda demo | info | check | export-kernels``."""
+"""The command line: ``python -m cupy_msda demo | info | check | tune | explain | export-kernels``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from . import __version__
-from .cli import check, demo, environment, export_kernels, info, photograph, picture
+from .cli import check, demo, environment, explain, export_kernels, info, photograph, picture, tune
 from .cli.output import CommandError, OutputError, complain, discard, flush, say
 
 OUT = "msda_demo.png"
@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help=words, description=f"{words.capitalize()}.")
     words = "run the golden cases on every backend of this machine"
     commands.add_parser("check", help=words, description=f"{words.capitalize()}. {_CHECK}")
+    tune.add(commands)
+    explain.add(commands)
     words = "write the forward as cubins and C sources, for programs without Python"
     _add_export_options(
         commands.add_parser("export-kernels", help=words, description=f"{words.capitalize()}. {_EXPORT}")
@@ -100,7 +102,10 @@ def _add_export_options(of_export: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    commands = {"demo": _demo, "info": _info, "check": _check, "export-kernels": _export_kernels}
+    commands = {
+        "demo": _demo, "info": _info, "check": _check, "tune": tune.run, "explain": explain.run,
+        "export-kernels": _export_kernels,
+    }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # notes, even where the user's settings make them errors
         warnings.showwarning = _note  # restored on leaving

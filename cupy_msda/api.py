@@ -73,7 +73,8 @@ def ms_deform_attn(
         inputs are not read, and their output and gradients are 0. Lengths on the GPU are not read back, but clamped to
         [0, Q].
     deterministic : bool, optional
-        Has no effect on the forward, which always returns the same bits; see :func:`ms_deform_attn_backward`.
+        The forward returns the same bits every time. True: also before and after :func:`cupy_msda.tune`. See
+        :func:`ms_deform_attn_backward` for the gradients.
     validate : bool
         Read metadata on the GPU back, which synchronises, and raise for a bad level. Without it, a level on the GPU
         that does not fit into S makes the output NaN. Memory outside the arrays is never read. A ``UserWarning`` says

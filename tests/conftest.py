@@ -8,6 +8,8 @@ import os
 
 # JAX would take most of the GPU's memory for itself.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# What somebody has tuned on this machine is no part of what is tested.
+os.environ["CUPY_MSDA_TUNING"] = "off"
 
 import pytest
 

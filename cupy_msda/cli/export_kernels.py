@@ -12,7 +12,7 @@ from ..call import VALUE_DTYPES
 from ..cuda import c_sources
 from ..cuda.forward_export import ForwardExport, export_forward
 from ..cuda.gpu import ARCHITECTURES
-from ..cuda.warmup import Sizes, fused_front_ends, problem_of
+from ..sizes import Sizes, fused_front_ends, problem_of
 from .output import CommandError, reason_of
 
 EXAMPLE = "decoder levels=100x167,50x84,25x42,13x21 N=2 Q=300"

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import __version__, arrays
 from ..cpu import tier
-from ..cuda import gpu
+from ..cuda import gpu, tuning_file
 from . import cuda_extra
 from .output import one_line
 
@@ -47,7 +47,17 @@ def describe() -> list[tuple[str, str]]:
         rows += _gpu_rows()
     rows.append(("CPU", tier.describe()))
     rows.append(("kernel cache", _kernel_cache()))
+    rows.append(("tuning", _tuning()))
     return rows
+
+
+def _tuning() -> str:
+    """Where measured launch configurations are kept, and for which GPU models."""
+    folder = tuning_file.folder()
+    if folder is None:
+        return f"off ({tuning_file.VARIABLE})"
+    names = sorted(path.stem for path in folder.glob("*.json")) if folder.is_dir() else []
+    return f"{folder}: {', '.join(names) or 'nothing is tuned'}"
 
 
 def _kernel_cache() -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import arrays
+from .tuned import NONE, Choices
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Gpu:
     """The limits of a CUDA device. Sizes are in bytes; `architecture` is 90 for sm_90.
 
     `shared_memory_per_block` is the most that a kernel may opt in to. The driver reserves `reserved_shared_memory` of
-    each resident block for itself.
+    each resident block for itself. `choices` are what has been measured on this device.
     """
 
     architecture: int
@@ -26,6 +27,12 @@ class Gpu:
     shared_memory_per_block: int
     reserved_shared_memory: int
     l2_bytes: int
+    choices: Choices = field(default=NONE, compare=False, repr=False)
+
+    @property
+    def untuned(self) -> Gpu:
+        """The same device without measured choices."""
+        return replace(self, choices=NONE)
 
     def resident_blocks(self, threads: int, shared_bytes: int = 0) -> int:
         """Blocks of so many threads and bytes that a multiprocessor holds at a time. Registers may allow fewer."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..arrays import item_size
 from ..call import SIXTEEN_BIT, Problem, Wanted
+from . import measured
 from .axes import (
     MAX_LEVELS_OF_WARP,
     VECTOR_BYTES,
@@ -222,7 +223,7 @@ def fused_warps(problem: Problem, warps: int, queries: int, wide_index: bool) ->
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_entry(problem: Problem, channels: ChannelAxes, gpu: Gpu) -> ForwardEntry:
+def forward_entry(problem: Problem, channels: ChannelAxes, gpu: Gpu) -> ForwardEntry:
     table = table_of(gpu)
     few = warps_needed(problem, channels.lanes) < table.filling_warps * gpu.multiprocessors
     narrow = problem.value_dtype in SIXTEEN_BIT
@@ -231,7 +232,8 @@ def _forward_entry(problem: Problem, channels: ChannelAxes, gpu: Gpu) -> Forward
     if problem.value_dtype == "float64":
         return table.forward.float64
     if problem.Q == problem.S and not few:
-        return table.forward.pixels_16_bits if narrow else table.forward.pixels_32_bits
+        wide = table.forward.fused_pixels_32_bits if problem.fused else table.forward.pixels_32_bits
+        return table.forward.pixels_16_bits if narrow else wide
     if not narrow:
         return table.forward.queries_32_bits
     return table.forward.few_queries_16_bits if few else table.forward.queries_16_bits
@@ -252,7 +254,8 @@ def forward(problem: Problem, alignment: int, gpu: Gpu) -> ForwardSpec:
 
 def _forward(problem: Problem, alignment: int, gpu: Gpu, wide_index: bool) -> ForwardSpec:
     channels = forward_channels(problem, alignment)
-    entry = _forward_entry(problem, channels, gpu)
+    axes = measured.axes_of("forward", problem, alignment, gpu)
+    entry = measured.forward(forward_entry(problem, channels, gpu), axes)
     groups = _lane_groups(entry, channels.lanes, problem)
     per_query = channels.lanes * groups
     masked = entry.masked_neighbours and channels.channel_tiles == 1 and not problem.variant.clamped
@@ -274,9 +277,9 @@ def _forward(problem: Problem, alignment: int, gpu: Gpu, wide_index: bool) -> Fo
         heads_per_warp=_heads_per_warp(problem, per_query),
         masked_neighbours=masked and chunk == problem.K and problem.L <= MAX_LEVELS_OF_WARP,
     )
-    narrow = problem.value_dtype in SIXTEEN_BIT
     several = spec.masked_neighbours and spec.queries.tile_rows and chunk <= MAX_UNROLLED
-    if several and not (narrow and channels.lanes >= 8):
+    query_tiles = 1 if problem.value_dtype in SIXTEEN_BIT and channels.lanes >= 8 else 2
+    if several and axes.get("query_tiles", query_tiles) == 2:
         tiled = spec.with_axes(query_tiles=2, unroll=chunk)
         if grid_rows(problem, tiled, gpu) <= MAX_GRID_Y:
             return tiled
@@ -314,7 +317,7 @@ def _backward(
 ) -> BackwardSpec:
     table = table_of(gpu).backward
     channels = backward_channels(problem, alignment, wanted.value)
-    tiles = channels.channel_tiles
+    tiles, name = channels.channel_tiles, "atomics" if wanted.value else "samples"
     if tiles > MANY_CHANNEL_TILES:
         entry = table.many_channel_tiles
     elif not wanted.value:
@@ -328,6 +331,7 @@ def _backward(
         entry = table.atomics_few_queries
     else:
         entry = table.atomics
+    entry = measured.block(entry, measured.axes_of(name, problem, alignment, gpu, wanted))
     return _backward_spec(problem, channels, entry, gpu, wanted, wide_index)
 
 
@@ -347,13 +351,15 @@ def _aggregated(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, wide
     docs/performance/decisions.md#backward-mma-products
     """
     table, narrow = table_of(gpu).backward, problem.value_dtype in SIXTEEN_BIT
-    entry = table.aggregated_16_bits if narrow else table.aggregated
+    axes = measured.axes_of("aggregated", problem, alignment, gpu, wanted)
+    entry = measured.block(table.aggregated_16_bits if narrow else table.aggregated, axes)
+    queries = int(axes.get("aggregated_queries", table.aggregated_queries))
     channels = backward_channels(problem, alignment, True)
     wide_loads = 2 * channels.vec * item_size(problem.value_dtype) == VECTOR_BYTES
     wide_loads = wide_loads and min(alignment, problem.stride_alignment) >= VECTOR_BYTES
     whole_lanes = channels.lanes >= 8 and problem.D % channels.channel_tile == 0
     paired = narrow and wide_loads and whole_lanes and (wanted.locations or wanted.weights)
-    tiles = max(1, table.aggregated_queries * channels.lanes // (32 * entry.warps))
+    tiles = max(1, queries * channels.lanes // (32 * entry.warps))
     while tiles:
         spec = _backward_spec(problem, channels, entry, gpu, wanted, wide_index, tiles)
         paired = paired and tiles > 1
@@ -361,7 +367,7 @@ def _aggregated(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, wide
         if spec.shared_bytes <= SHARED_WITHOUT_OPT_IN:
             return spec
         tiles //= 2
-    return None
+    return _aggregated(problem, alignment, gpu.untuned, wanted, wide_index) if axes else None
 
 
 def _backward_spec(

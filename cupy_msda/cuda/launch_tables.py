@@ -1,12 +1,14 @@
 """Launch configurations by architecture. The comment of an entry says why, its link how much it is worth.
 
-Only Hopper is measured so far. The other architectures take its entries, with no more resident blocks than they hold
-(:func:`cupy_msda.cuda.heuristics.bound_axes`).
+Only Hopper is measured so far. The other architectures take its shapes of blocks, and derive how many of them are
+resident from their own limits: no more than a multiprocessor holds (:func:`cupy_msda.cuda.heuristics.bound_axes`), and
+no more than leave each thread the registers that the compiler needs there. ``cupy_msda.tune`` measures on any GPU.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from .gpu import Gpu
 
@@ -46,6 +48,7 @@ class ForwardTable:
     many_channel_tiles: ForwardEntry
     float64: ForwardEntry
     pixels_32_bits: ForwardEntry
+    fused_pixels_32_bits: ForwardEntry
     pixels_16_bits: ForwardEntry
     queries_32_bits: ForwardEntry
     queries_16_bits: ForwardEntry
@@ -98,6 +101,7 @@ HOPPER = Table(
         # Queries are pixels and fill the GPU. Large blocks share a patch of pixels in the L1 cache. Masked neighbours
         # read less. docs/performance/decisions.md#forward-masked-neighbours
         pixels_32_bits=ForwardEntry(warps=16, min_blocks=3, unroll=4, masked_neighbours=True),
+        fused_pixels_32_bits=ForwardEntry(warps=16, min_blocks=3, unroll=4, masked_neighbours=True),
         # More resident warps spill. docs/performance/decisions.md#forward-resident-warps-16-bit
         pixels_16_bits=ForwardEntry(warps=8, min_blocks=5, unroll=4, masked_neighbours=True),
         # Queries are no pixels, or do not fill the GPU. Small blocks end independently, and lane groups that share the
@@ -141,10 +145,35 @@ HOPPER = Table(
     ),
 )
 
+# Of a multiprocessor, on every architecture.
+_REGISTERS = 1 << 16
+AnyBounds = TypeVar("AnyBounds", bound=Bounds)
+
+
+def leaving(entry: AnyBounds, registers: int) -> AnyBounds:
+    """An entry with no more resident blocks than leave each thread so many registers."""
+    return replace(entry, min_blocks=min(entry.min_blocks, _REGISTERS // (32 * entry.warps * registers)))
+
+
+DERIVED = replace(
+    HOPPER,
+    backward=replace(
+        HOPPER.backward,
+        # ptxas needs 53 to 64 registers here, and 48 for Hopper. A spill would be in the loop over samples.
+        aggregated_16_bits=leaving(HOPPER.backward.aggregated_16_bits, 64),
+        # Without grad_value 56 to 72 registers. Few float64 units are soon busy, so fewer warps lose nothing.
+        samples_float64=leaving(HOPPER.backward.samples_float64, 72),
+    ),
+)
+BLACKWELL = replace(
+    DERIVED,
+    # Locations and softmax take 56 registers here, and 40 on all others.
+    forward=replace(HOPPER.forward, fused_pixels_32_bits=leaving(HOPPER.forward.fused_pixels_32_bits, 56)),
+)
 #: By the major compute capability.
-TABLES = {9: HOPPER}
+TABLES = {7: DERIVED, 8: DERIVED, 9: HOPPER, 10: BLACKWELL, 12: BLACKWELL}
 
 
 def table_of(gpu: Gpu) -> Table:
-    """The table of a GPU; Hopper's where its architecture is not measured."""
-    return TABLES.get(gpu.architecture // 10, HOPPER)
+    """The table of a GPU; that of the newest architecture where its own is not known."""
+    return TABLES.get(gpu.architecture // 10, BLACKWELL)

@@ -6,7 +6,10 @@ call to call. ``plan_backward.py`` says which launches a backward consists of.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from ..call import ALL, SIXTEEN_BIT, Problem, Wanted
 from . import heuristics, sorted_heuristics
@@ -25,12 +28,15 @@ __all__ = [
     "forward",
     "launch_of",
     "materialise",
+    "measured",
     "reduce_references",
     "size_words",
 ]
 
 # Blocks of a kernel that takes one element after the other, at most.
 _MAX_ELEMENT_BLOCKS = 1 << 16
+# Threads of a block, at most: a limit of CUDA.
+_MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,40 @@ class Launch:
         """Threads of a block."""
         return self.spec.threads
 
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        """Itself alone."""
+        return (self,)
+
+    def is_possible(self, gpu: Gpu) -> bool:
+        """Whether it is within the limits of CUDA and of the GPU."""
+        x, y, z = self.grid
+        return (
+            self.threads <= _MAX_THREADS
+            and self.spec.min_blocks <= gpu.resident_blocks(self.threads)
+            and self.shared_bytes <= gpu.shared_memory_per_block
+            and x < 2**INT
+            and max(y, z) <= heuristics.MAX_GRID_Y
+        )
+
+
+class _Launches(Protocol):
+    @property
+    def launches(self) -> tuple[Launch, ...]: ...
+
+
+Planned = TypeVar("Planned", bound=_Launches)
+
+
+def measured(gpu: Gpu, make: Callable[[Gpu], Planned]) -> Planned:
+    """What `make` plans with the measured choices of `gpu`, or without them where a launch is not possible so."""
+    if gpu.choices:
+        with contextlib.suppress(NotImplementedError):
+            planned = make(gpu)
+            if all(launch.is_possible(gpu) for launch in planned.launches):
+                return planned
+    return make(gpu.untuned)
+
 
 def size_words(problem: Problem) -> tuple[int, int, int, int, int]:
     """S, Q, the strides of value's images and heads, N * M: the last words of the forward and backward kernels."""
@@ -54,7 +94,7 @@ def size_words(problem: Problem) -> tuple[int, int, int, int, int]:
 
 def forward(problem: Problem, alignment: int, gpu: Gpu) -> Launch:
     """Launch of the forward kernel; `alignment` is the bytes that all value-like addresses are multiples of."""
-    return launch_of(problem, heuristics.forward(problem, alignment, gpu), gpu)
+    return measured(gpu, lambda on: launch_of(problem, heuristics.forward(problem, alignment, on), on))
 
 
 def launch_of(problem: Problem, spec: ForwardSpec, gpu: Gpu) -> Launch:
@@ -66,9 +106,13 @@ def launch_of(problem: Problem, spec: ForwardSpec, gpu: Gpu) -> Launch:
 
 def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted = ALL, aggregated: bool = False) -> Launch:
     """Launch of the backward kernel, for the gradients that are wanted."""
-    spec = heuristics.backward(problem, alignment, gpu, wanted, aggregated)
-    queries = spec.block.warps * spec.queries.query_tiles * spec.queries_per_tile
-    return _accepted(problem, Launch(spec, _grid(problem, queries, problem.N * problem.M), spec.shared_bytes))
+
+    def make(on: Gpu) -> Launch:
+        spec = heuristics.backward(problem, alignment, on, wanted, aggregated)
+        queries = spec.block.warps * spec.queries.query_tiles * spec.queries_per_tile
+        return _accepted(problem, Launch(spec, _grid(problem, queries, problem.N * problem.M), spec.shared_bytes))
+
+    return measured(gpu, make)
 
 
 def materialise(problem: Problem) -> Launch:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from ..arrays import item_size
 from ..call import ALL, SIXTEEN_BIT, Problem, Wanted
-from . import cost_model, plan, sorted_heuristics
+from . import cost_model, measured, plan, sorted_heuristics
 from .axes import aligned, contribution_bytes
 from .gpu import Gpu
 from .index_width import sizes_of
@@ -112,9 +112,9 @@ def _gradients(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> Ba
         samples = plan.backward(problem, alignment, gpu, wanted._replace(value=False))
     if not wanted.value:
         return Backward(samples)
-    way = "sorted" if problem.deterministic else cost_model.fastest_way(problem)
+    way = _way(problem, alignment, gpu, wanted)
     if way == "sorted":
-        summed = summation(problem, alignment, gpu)
+        summed = plan.measured(gpu, lambda on: summation(problem, alignment, on))
         if not sorted_heuristics.is_materialised(problem):
             return Backward(samples, summation=summed, workspace=summed.nbytes)
         at = _aligned(summed.nbytes)
@@ -125,6 +125,18 @@ def _gradients(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> Ba
         return Backward(atomics=atomics)
     count = problem.N * problem.S * problem.M * problem.D
     return Backward(atomics=atomics, cast=plan.cast_gradient(problem.value_dtype, count), workspace=4 * count)
+
+
+def _way(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> cost_model.Way:
+    """How to sum the gradient of value: in a fixed order, as it was measured, or by the estimated costs."""
+    if problem.deterministic:
+        return "sorted"
+    found = measured.axes_of("grad_value", problem, alignment, gpu, wanted).get("way")
+    if found is not None:
+        for way in cost_model.estimates(problem):
+            if way == found:
+                return way
+    return cost_model.fastest_way(problem)
 
 
 def summation(problem: Problem, alignment: int, gpu: Gpu) -> Summation:

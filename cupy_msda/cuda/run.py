@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..call import Call, Problem, Wanted
-from . import gpu, kernels, naive, plan, streams
+from . import kernels, naive, plan, recording, streams, tuning
 from .axes import VECTOR_BYTES
-from .launch import PreparedLaunch
+from .launch import PreparedLaunch, Run
 from .session import Result, Session, alignment_of
 from .steps import Addresses, PreparedBackward
 
@@ -96,6 +97,7 @@ def backward(call: Call) -> Gradients:
 # A model has few problems. One whose problems never repeat must not fill the memory.
 _MOST_PREPARED = 4096
 _prepared: dict[tuple[Any, ...], Any] = {}
+tuning.when_changed(lambda: _prepared.clear())
 
 
 def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLaunch:
@@ -104,9 +106,10 @@ def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLa
     Its words are value, metadata, locations, weights, references, lengths, output, sizes.
     """
     device, alignment = problem.device[1], min(alignment, VECTOR_BYTES)
+    recording.note(problem, None)
 
     def make() -> PreparedLaunch:
-        prepared = _prepare(plan.forward(problem, alignment, gpu.of_device(device)), device, stream)
+        prepared = _prepare(plan.forward(problem, alignment, tuning.gpu_of(device)), device, stream)
         prepared.taking(
             "value", "metadata", "locations", "weights", "references", "lengths", "output", "S", "Q", "image_stride",
             "head_stride", "heads",
@@ -116,13 +119,29 @@ def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLa
     return _remembered((problem, alignment), make)
 
 
+def switched_forward(problem: Problem, alignment: int, stream: int, is_deterministic: Callable[[], bool]) -> Run:
+    """The same launch of a problem that a switch of the framework makes deterministic or not, in each call."""
+    fixed, free = (
+        prepare_forward(replace(problem, deterministic=deterministic), alignment, stream)
+        for deterministic in (True, False)
+    )
+    if fixed.spec == free.spec:
+        return free.run
+
+    def run(stream: int, *words: int) -> None:
+        (fixed if is_deterministic() else free).run(stream, *words)
+
+    return run
+
+
 def prepare_backward(problem: Problem, alignment: int, stream: int, wanted: Wanted) -> PreparedBackward:
     """The launches of the backward, in their order."""
     device, alignment = problem.device[1], min(alignment, VECTOR_BYTES)
+    recording.note(problem, wanted)
 
     def make() -> PreparedBackward:
         return PreparedBackward(
-            problem, alignment, gpu.of_device(device), wanted, lambda launch: _prepare(launch, device, stream)
+            problem, alignment, tuning.gpu_of(device), wanted, lambda launch: _prepare(launch, device, stream)
         )
 
     return _remembered((problem, alignment, wanted), make)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..call import Problem
-from .axes import ChannelAxes, contribution_bytes
+from . import measured
+from .axes import VECTOR_BYTES, ChannelAxes, contribution_bytes
 from .gpu import Gpu
 from .heuristics import (
     backward_channels,
@@ -43,12 +44,12 @@ RUN_BYTES = 48 * 1024
 def reduce_buckets(problem: Problem, alignment: int, gpu: Gpu) -> ReduceBucketsSpec:
     """The reduction of a bucket by a warp."""
     channels, table = backward_channels(problem, alignment, True), table_of(gpu).sorted
-    bucket_size = _bucket_size(channels)
+    bucket_size, axes = _bucket_size(channels), measured.axes_of("reduce_buckets", problem, alignment, gpu)
     sorts = contributions_of_head(problem) * bucket_size >= SORTED_FROM * problem.S
     return ReduceBucketsSpec(
         wide_counts=contributions_of_head(problem) >= 2**UNSIGNED // 2,
         channels=channels,
-        block=block_axes(table.reduce_buckets if sorts else table.reduce_unsorted, gpu),
+        block=block_axes(measured.block(table.reduce_buckets if sorts else table.reduce_unsorted, axes), gpu),
         chunk=BATCH_BYTES // contribution_bytes(problem.value_dtype) if sorts else UNSORTED_BATCH,
         bucket_size=bucket_size,
     )
@@ -104,7 +105,8 @@ def bucket_sort(problem: Problem, bucket_size: int, gpu: Gpu) -> BucketSortSpec:
 
     docs/performance/decisions.md#sorted-run-length
     """
-    bounds = bound_axes(table_of(gpu).sorted.bucket_sort, gpu)
+    axes = measured.axes_of("bucket_sort", problem, VECTOR_BYTES, gpu)
+    bounds = bound_axes(measured.block(table_of(gpu).sorted.bucket_sort, axes), gpu)
     contribution = len(problem.variant.neighbours) * contribution_bytes(problem.value_dtype)
     fits = RUN_BYTES // (32 * bounds.warps * contribution) * 32
     samples = problem.N * problem.M * problem.Q * problem.K

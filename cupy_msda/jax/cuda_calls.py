@@ -60,11 +60,28 @@ def _make(frame: CallFrame, attribute: bytes, ordinal: int, alignment: int, stre
     if launch is None:
         address = next((buffer.data for buffer in arguments if buffer.data), 0)
         device = device_of(address) if address else max(ordinal, 0)
-        launch = launch_of(operation, operation.problem(shapes, dtypes, ("cuda", device)), alignment, stream)
+        problem = operation.problem(shapes, dtypes, ("cuda", device))
+        launch = launch_of(operation, problem, alignment, stream)
+        _refuse_small_workspace(frame, operation, problem, alignment)
         if len(_launches) >= _MOST_LAUNCHES:
             _launches.clear()
         _launches[key] = launch
     return launch
+
+
+def _refuse_small_workspace(frame: CallFrame, operation: Operation, problem: Problem, alignment: int) -> None:
+    """A call may come from a process, or a time, with other measured launch configurations."""
+    results = frame.results()
+    if operation.wanted is None or problem.empty or len(results) == len(operation.gradients):
+        return
+    given = results[-1].shape[0]
+    with on_device(problem.device[1]):
+        need = cuda.prepare_backward(problem, alignment, 0, problem.computed(operation.wanted)).workspace
+    if need > given:
+        raise RuntimeError(
+            f"expected a workspace of {need} bytes, got {given}: the function was compiled with other tuned launch "
+            f"configurations; call jax.clear_caches() and compile it again"
+        )
 
 
 def device_of(address: int) -> int:

@@ -48,7 +48,7 @@ def _execute(platform: str, operation: Operation, *arrays: jax.Array) -> list[ja
     made = [*results, jax.ShapeDtypeStruct((workspace,), np.uint8)] if workspace else results
     call = jax.ffi.ffi_call(target, made)
     known = None if _symbolic(shapes) else [(shapes[role], dtypes[role]) for role in operation.roles]
-    return list(call(*arrays, operation=operation.encode(known)))[: len(results)]
+    return list(call(*arrays, operation=operation.encode(known, workspace)))[: len(results)]
 
 
 def _on_the_host(operation: Operation, *arrays: Any) -> list[np.ndarray]:

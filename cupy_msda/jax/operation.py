@@ -99,19 +99,21 @@ class Operation:
             return [((N, shapes["locations"][1], M * D), dtypes["value"])]
         return [(shapes[name], dtypes[name]) for name in self.gradients]
 
-    def encode(self, arrays: Sequence[tuple[Shape, str]] | None = None) -> str:
+    def encode(self, arrays: Sequence[tuple[Shape, str]] | None = None, workspace: int = 0) -> str:
         """As an attribute that any process reads; with the shapes and dtypes of all arrays, if they are known.
 
-        These are not read again. They make calls whose kernels differ differ in their attributes.
+        These are not read again, nor is `workspace`, the bytes of the result that is the workspace. They make calls
+        whose kernels differ differ in their attributes.
         """
         fields: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return json.dumps(fields | {"arrays": arrays}, separators=(",", ":"))
+        return json.dumps(fields | {"arrays": arrays, "workspace": workspace}, separators=(",", ":"))
 
     @staticmethod
     def decode(attribute: bytes) -> tuple[Operation, bool]:
         """The operation, and whether the attribute has the shapes of the arrays."""
         fields = json.loads(attribute)
         sized = fields.pop("arrays") is not None
+        fields.pop("workspace", None)
         if fields["levels"] is not None:
             fields["levels"] = tuple(tuple(level) for level in fields["levels"])
         num_points, *others = fields["variant"]

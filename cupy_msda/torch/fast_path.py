@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import api, arrays, validate
 from ..call import PLAIN, Arguments, Call, Problem, Variant, Wanted
-from ..cuda import naive
+from ..cuda import naive, tuning
 from ..cuda import plan as planner
 from ..cuda import run as cuda
 from ..cuda.level_tables import level_table
@@ -102,7 +102,10 @@ class LaunchPlan:
         get_device, set_device = device_functions()
         empty_like, stream_of = torch.empty_like, compat.current_stream
         with on_device(device):
-            run = cuda.prepare_forward(self.problem, ALIGNMENT, stream_of(device)).run
+            if self.deterministic is None:
+                run = cuda.switched_forward(self.problem, ALIGNMENT, stream_of(device), _wants_determinism)
+            else:
+                run = cuda.prepare_forward(self.problem, ALIGNMENT, stream_of(device)).run
 
         def forward(
             value: Tensor, shapes: Any, starts: Any, locations: Tensor, weights: Any, references: Tensor | None = None
@@ -225,6 +228,15 @@ WITH_WEIGHTS, WITH_LOGITS, PACKED = "weights", "logits", "packed"
 recent: dict[str, tuple[RecentCall, ...]] = {WITH_WEIGHTS: (), WITH_LOGITS: (), PACKED: ()}
 # The layers of a model come back to about as many layouts.
 _MOST_RECENT = 4
+
+
+def _forget() -> None:
+    plans.clear()
+    for form in recent:
+        recent[form] = ()
+
+
+tuning.when_changed(_forget)
 
 
 def forward(

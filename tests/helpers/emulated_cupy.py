@@ -85,9 +85,40 @@ class Array:
         self.host[...] = array
 
 
+class _Event:
+    """Knows the time at which it was recorded."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self, stream):
+        self.elapsed = self.gpu.elapsed
+
+    def synchronize(self):
+        pass
+
+
+class _Graph:
+    """Launches that were captured. They have run then; a replay takes their time."""
+
+    def __init__(self, gpu, launches):
+        self.gpu, self.launches = gpu, launches
+
+    def launch(self, stream):
+        self.gpu.elapsed += sum(map(self.gpu.milliseconds, self.launches))
+
+
 class _Stream:
     def __init__(self, gpu):
         self.gpu, self.ptr = gpu, gpu.streams.create(gpu.device)
+
+    def begin_capture(self):
+        self.gpu.streams.capturing.add(self.ptr)
+        self.before = len(self.gpu.launches)
+
+    def end_capture(self):
+        self.gpu.streams.capturing.discard(self.ptr)
+        return _Graph(self.gpu, self.gpu.launches[self.before :])
 
     def __enter__(self):
         return self
@@ -118,6 +149,8 @@ def _runtime(gpu):
         streamNonBlocking=1,
         eventDisableTiming=2,
         getDeviceCount=lambda: gpu.devices,
+        getDeviceProperties=lambda number: {"name": b"Emulated GPU"},
+        driverGetVersion=lambda: 13000,
         getDevice=lambda: gpu.device,
         setDevice=lambda number: setattr(gpu, "device", number),
         memsetAsync=gpu.fill,
@@ -127,6 +160,7 @@ def _runtime(gpu):
         eventRecord=streams.record,
         streamWaitEvent=streams.wait,
         streamSynchronize=streams.synchronise,
+        deviceSynchronize=lambda: streams.synchronise_device(gpu.device),
         streamIsCapturing=lambda stream: stream in streams.capturing,
     )
 
@@ -158,6 +192,8 @@ def module(gpu):
         driver=SimpleNamespace(launchKernel=gpu.launch),
         Device=lambda number: _Device(gpu, number),
         Stream=lambda non_blocking: _Stream(gpu),
+        Event=lambda: _Event(gpu),
+        get_elapsed_time=lambda begin, end: end.elapsed - begin.elapsed,
         get_current_stream=lambda device: SimpleNamespace(ptr=gpu.streams.current_of_cupy(device)),
         MemoryPointer=MemoryPointer,
         UnownedMemory=UnownedMemory,

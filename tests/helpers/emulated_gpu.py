@@ -15,7 +15,7 @@ import numpy as np
 
 from cupy_msda.arrays import frameworks
 from cupy_msda.cuda import gpu as gpus
-from cupy_msda.cuda import kernels, level_tables, run, streams
+from cupy_msda.cuda import kernels, level_tables, run, streams, tuning
 from cupy_msda.cuda.gpu import H100
 from cupy_msda.cuda.heuristics import SHARED_WITHOUT_OPT_IN
 from cupy_msda.cuda.kernel_spec import KernelSpec
@@ -74,6 +74,8 @@ class EmulatedGpu:
         self.launches, self.fills, self._kernels, self._thread = [], [], {}, threading.local()
         self._run, self._limits, self._handles = run, limits, itertools.count(0xC0DE0000)
         self.home = 0
+        # The time of the replays of graphs, by the time of a launch.
+        self.elapsed, self.milliseconds = 0.0, lambda launch: 0.01
 
     @property
     def device(self):
@@ -97,6 +99,9 @@ class EmulatedGpu:
             "MaxSharedMemoryPerBlockOptin": limits.shared_memory_per_block,
             "ReservedSharedMemoryPerBlock": limits.reserved_shared_memory,
             "L2CacheSize": limits.l2_bytes,
+            "MemoryClockRate": 2619000,
+            "GlobalMemoryBusWidth": 5120,
+            "ClockRate": 1980000,
         }
         return str(limits.architecture), names
 
@@ -195,7 +200,7 @@ def install(monkeypatch, **options):
     monkeypatch.setattr(gpus, "of_device", gpus.functools.cache(gpus.of_device.__wrapped__))
     for module, name in (
         (kernels, "_functions"), (kernels, "_compiling"), (run, "_prepared"), (level_tables, "_tables"),
-        (streams, "_idle"),
+        (streams, "_idle"), (tuning, "_choices"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(level_tables, "_memory", [])

@@ -22,6 +22,7 @@ class Streams:
 
     def __init__(self):
         self._clocks, self._events, self._synchronised = defaultdict(dict), {}, {}
+        self._after = {}  # what the host had waited for when it last waited for a device
         self._addresses = itertools.count(_CREATED, 16)
         self._thread = threading.local()
         self.devices = {}
@@ -63,7 +64,8 @@ class Streams:
         if self.devices.get(stream) != device:
             raise OrderError(f"{what}: stream {stream:#x} is none of device {device}")
         caller = self.current(device)
-        if stream != caller and self._clocks[stream].get(caller, 0) < self._arrived.get(caller, 0):
+        known = max(self._clocks[stream].get(caller, 0), self._after.get(caller, 0))
+        if stream != caller and known < self._arrived.get(caller, 0):
             raise OrderError(f"{what}: stream {stream:#x} does not wait for the caller's")
         self._advance(stream)
 
@@ -91,7 +93,14 @@ class Streams:
         self._advance(stream)
 
     def synchronise(self, stream):
-        self._synchronised[stream] = self._clocks[stream].get(stream, 0)
+        for other, count in self._clocks[stream].items():
+            self._synchronised[other] = max(self._synchronised.get(other, 0), count)
+
+    def synchronise_device(self, device):
+        """The host waits for a device: what is queued there later comes after all that was before, on every stream."""
+        for stream in [stream for stream, of in self.devices.items() if of == device]:
+            self.synchronise(stream)
+        self._after = dict(self._synchronised)
 
     def waited_for(self, stream):
         """Whether the host has waited for all work on a stream."""

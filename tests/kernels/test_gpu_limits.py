@@ -48,13 +48,18 @@ def test_every_choice_fits(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_resident_blocks_are_what_the_table_wants_or_what_fits(architecture):
-    """No architecture gets fewer blocks than it holds."""
+def test_resident_blocks_are_those_of_hopper_or_what_fits(architecture):
+    """Fewer are resident where one more would not fit, or would leave a thread fewer registers than it needs there."""
     on = replace(ARCHITECTURES[architecture], multiprocessors=H100.multiprocessors)
     for asked in ASKED:
         for launch, hopper in zip(launches(asked, on), launches(asked, H100), strict=True):
             most = on.threads_per_multiprocessor // launch.threads
-            assert launch.spec.min_blocks == min(hopper.spec.min_blocks, most)
+            wanted = min(hopper.spec.min_blocks, most)
+            assert launch.spec.min_blocks <= wanted
+            if launch.spec.min_blocks < wanted:
+                assert architecture != 90
+                # A fused call with many samples has smaller blocks, and as many of them.
+                assert asked.problem.fused or (1 << 16) // (launch.threads * (launch.spec.min_blocks + 1)) < 72
 
 
 def test_turing_holds_two_blocks_of_16_warps():

@@ -23,17 +23,21 @@ LAYERS = (
     ("cli", "plot"),
     ("torch", "jax"),
     ("__init__",),
-    ("api", "cuda.warmup"),
+    ("explanation",),
+    ("api", "cuda.warmup", "cuda.tune"),
+    ("cuda.workloads",),
+    ("sizes",),
     ("validate",),
     ("options", "plausibility", "shapes"),
     ("cpu", "cuda"),
     ("call",),
     ("arrays",),
+    ("version",),
 )
 # These import the standard library and each other, and `arrays` for its types.
 PURE = re.compile(
-    r"call|cuda\.(axes|cost_model|gpu|heuristics|index_width|kernel_spec|launch_tables|naive_specs|plan|plan_backward"
-    r"|sorted_heuristics|sorted_specs|specs)"
+    r"call|cuda\.(axes|candidates|cost_model|gpu|heuristics|index_width|kernel_spec|launch_tables|measured|naive_specs"
+    r"|plan|plan_backward|reasons|search|sorted_heuristics|sorted_specs|specs|tuned|tuning_format)"
     r"|arrays\.dlpack"
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

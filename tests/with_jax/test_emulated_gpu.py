@@ -104,6 +104,16 @@ def test_the_second_gpu(gpu):
     assert {launch.device for launch in gpu.launches} == {1}
 
 
+def test_a_workspace_that_is_too_small_is_refused(gpu):
+    """As of a function that was compiled before tuning."""
+    calls = Checked(gpu, deterministic=True)
+    operation, arrays = calls.operation(["value"])
+    calls.run(operation, arrays, workspace=64)
+    assert "expected a workspace of" in str(calls.xla.error)
+    assert "jax.clear_caches()" in str(calls.xla.error)
+    assert not gpu.launches
+
+
 def test_the_workspace_is_a_result_or_comes_from_xla(gpu):
     calls = Checked(gpu, pair=HALF, deterministic=True)
     workspace = calls.check_backward(in_result=True)

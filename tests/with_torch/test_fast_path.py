@@ -219,6 +219,9 @@ class StubLaunches:
         self.planned.append(problem)
         return SimpleNamespace(run=lambda *words: self.forwards.append((self.device, *words)))
 
+    def switched_forward(self, problem, alignment, stream, is_deterministic):
+        return self.prepare_forward(problem, alignment, stream).run
+
     def prepare_backward(self, problem, alignment, stream, wanted):
         self.planned.append((problem, wanted))
 

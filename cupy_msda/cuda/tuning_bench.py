@@ -1,0 +1,219 @@
+"""One problem on the GPU at hand: its arrays, and the launches of a candidate, compiled and ready to be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import arrays
+from ..call import Problem, Wanted
+from . import candidates, plan, plan_backward
+from .axes import VECTOR_BYTES
+from .gpu import Gpu
+from .launch import PreparedLaunch
+from .level_tables import device_table, level_table
+from .plan_backward import Backward
+from .specs import BackwardSpec
+from .steps import Addresses, PreparedBackward
+from .tuned import Axes, Choices, Entry, measured_of, subject_of
+from .tuning_inputs import Inputs, from_bits, levels_of, nbytes_of
+
+# Bytes of the inputs of all sets, as a multiple of the L2 cache: a model's arrays are mostly not there.
+_TIMES_L2, _MOST_SETS = 2, 4
+# Of each result, so many elements at the beginning and at the end are compared.
+_COMPARED = 1 << 20
+# Norm of the difference of two results over the norm of one.
+_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
+
+
+class Target(NamedTuple):
+    """What is tuned: the subject `name` of a problem, in a call that computes these gradients; None for a forward."""
+
+    name: str
+    wanted: Wanted | None
+
+
+def targets_of(problem: Problem, wanted: Wanted | None) -> list[Target]:
+    """What a call consists of, the choice between ways last: it depends on the kernels."""
+    if wanted is None:
+        return [Target("forward", None)]
+    wanted = problem.computed(wanted)
+    found = []
+    if wanted.samples:
+        found.append(Target("samples", wanted._replace(value=False)))
+    if wanted.value:
+        of_value = Wanted(value=True, locations=False, weights=False)
+        found += [Target(name, of_value) for name in ("bucket_sort", "reduce_buckets")]
+        found += [Target(name, wanted) for name in ("atomics", "aggregated", "grad_value")]
+    return found
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A target with a configuration: what is launched. `launches` are equal where the configurations make none."""
+
+    target: Target
+    gpu: Gpu
+    launches: tuple[plan.Launch, ...]
+
+
+class Planner:
+    """Plans the candidates of a problem. `choices` has what was found so far."""
+
+    def __init__(self, problem: Problem, on: Gpu) -> None:
+        self.problem, self._on, self.choices = problem, on.untuned, Choices()
+
+    def entry(self, target: Target, axes: Axes, default_us: float = 1.0, tuned_us: float = 1.0) -> Entry:
+        """An entry for a target."""
+        subject = subject_of(target.name, self.problem, target.wanted)
+        return Entry(subject, measured_of(self.problem), axes, default_us, tuned_us)
+
+    def candidate(self, target: Target, axes: Axes | None) -> Candidate:
+        """A candidate; its default where `axes` is None."""
+        choices = self.choices
+        forced = {"bucket_sort": "sorted", "reduce_buckets": "sorted"}.get(target.name, target.name)
+        if forced in ("sorted", "atomics", "aggregated"):
+            choices = choices.with_entry(self.entry(Target("grad_value", target.wanted), {"way": forced}))
+        if axes is not None:
+            choices = choices.with_entry(self.entry(target, axes))
+        on = replace(self._on, choices=choices)
+        if target.wanted is None:
+            return Candidate(target, on, plan.forward(self.problem, VECTOR_BYTES, on).launches)
+        return Candidate(target, on, self._backward(on, target.wanted).launches)
+
+    def default_axes(self, target: Target) -> Axes | None:
+        """The axes of the default, or None where the target is not possible."""
+        default = self.candidate(target, None)
+        if target.name == "grad_value":
+            assert target.wanted is not None
+            return {"way": way_of(self._backward(default.gpu, target.wanted))}
+        kernel = "backward" if target.name in ("samples", "atomics", "aggregated") else target.name
+        spec = next((launch.spec for launch in default.launches if launch.spec.kernel == kernel), None)
+        if spec is None or (isinstance(spec, BackwardSpec) and bool(spec.aggregation_bits) != _aggregates(target)):
+            return None
+        return candidates.default_of(target.name, spec)
+
+    def _backward(self, on: Gpu, wanted: Wanted) -> Backward:
+        return plan_backward.backward(self.problem, VECTOR_BYTES, on, wanted)
+
+
+def _aggregates(target: Target) -> bool:
+    return target.name == "aggregated"
+
+
+def way_of(planned: Backward) -> str:
+    """The way in which a backward sums the gradient of value."""
+    if planned.summation:
+        return "sorted"
+    spec = planned.atomics.spec if planned.atomics else None
+    return "aggregated" if isinstance(spec, BackwardSpec) and spec.aggregation_bits else "atomics"
+
+
+class DeviceArrays:
+    """Inputs of a problem on the current device, in several sets, and its results."""
+
+    def __init__(self, problem: Problem, on: Gpu, stream: Any) -> None:
+        self._cupy, self.problem, self.stream = arrays.require_cupy("tune"), problem, stream
+        levels = problem.levels or levels_of(problem.S, problem.L)
+        device = problem.device[1]
+        self.metadata = tuple(level_table(levels, device, 0))
+        self.lengths = device_table((problem.Q,) * problem.N, device, 0) if problem.ragged else 0
+        count = max(1, min(_MOST_SETS, -(-_TIMES_L2 * on.l2_bytes // max(1, nbytes_of(problem)))))
+        self.sets = [self._uploaded(Inputs(problem, levels, seed)) for seed in range(count)]
+        self._results = {name: self._empty(array) for name, array in self.sets[0].items()}
+
+    def _uploaded(self, inputs: Inputs) -> dict[str, Any]:
+        """The arrays of all images, each in one dimension."""
+        found = {}
+        for name, image in inputs.arrays.items():
+            flat = np.ascontiguousarray(image).reshape(-1)
+            found[name] = self._cupy.empty(self.problem.N * flat.size, flat.dtype)
+            for n in range(self.problem.N):
+                found[name][n * flat.size : (n + 1) * flat.size].set(flat, stream=self.stream)
+        self.stream.synchronize()
+        return found
+
+    def _empty(self, like: Any) -> Any:
+        return self._cupy.empty(like.shape[0], like.dtype)
+
+    def runs(self, candidate: Candidate) -> tuple[list[Callable[[], None]], Any]:
+        """A function per set of inputs that queues the launches of a candidate, and the memory that they use.
+
+        Compiles what is not compiled.
+        """
+        device, wanted = self.problem.device[1], candidate.target.wanted
+        if wanted is None:
+            launch = PreparedLaunch(candidate.launches[0], device)
+            return [self._forward(launch, inputs) for inputs in self.sets], None
+        steps = PreparedBackward(
+            self.problem, VECTOR_BYTES, candidate.gpu, wanted, lambda launch: PreparedLaunch(launch, device)
+        )
+        workspace = self._cupy.empty(steps.workspace, np.uint8) if steps.workspace else None
+        at = 0 if workspace is None else workspace.data.ptr
+        return [self._backward(steps, at, wanted, inputs) for inputs in self.sets], workspace
+
+    def _addresses(self, inputs: dict[str, Any]) -> tuple[int, int, int, int, int]:
+        value, locations = inputs["value"].data.ptr, inputs["locations"].data.ptr
+        weights = locations + self._to_logits if self.problem.packed else inputs["weights"].data.ptr
+        references = inputs["references"].data.ptr if "references" in inputs else 0
+        return value, locations, weights, references, self.lengths
+
+    @property
+    def _to_logits(self) -> int:
+        return 2 * self.problem.K * arrays.item_size(self.problem.location_dtype)
+
+    def _forward(self, launch: PreparedLaunch, inputs: dict[str, Any]) -> Callable[[], None]:
+        value, *samples = self._addresses(inputs)
+        words = (value, *self.metadata, *samples, self._results["grad_output"].data.ptr, *plan.size_words(self.problem))
+        return lambda: launch.run(self.stream.ptr, *words)
+
+    def _backward(
+        self, steps: PreparedBackward, workspace: int, wanted: Wanted, inputs: dict[str, Any]
+    ) -> Callable[[], None]:
+        results = {name: array.data.ptr for name, array in self._results.items()}
+        weights = results["locations"] + self._to_logits if self.problem.packed else results["weights"]
+        addresses = Addresses(
+            *self._addresses(inputs),
+            grad_output=inputs["grad_output"].data.ptr,
+            grad_value=results["value"] if wanted.value else 0,
+            grad_locations=results["locations"] if wanted.locations else 0,
+            grad_weights=weights if wanted.weights else 0,
+            grad_references=results.get("references", 0) if wanted.references else 0,
+            workspace=workspace,
+        )
+        return lambda: steps.run(self.stream.ptr, self.metadata, addresses)
+
+    def results(self, candidate: Candidate) -> dict[str, np.ndarray]:
+        """What a candidate writes, as numbers: parts of the results, which were NaN before."""
+        runs, memory = self.runs(candidate)
+        fill = self._cupy.cuda.runtime.memsetAsync
+        for array in self._results.values():
+            fill(array.data.ptr, 0xFF, array.shape[0] * array.dtype.itemsize, self.stream.ptr)
+        runs[0]()
+        self.stream.synchronize()
+        del memory
+        dtypes = {"value": self.problem.value_dtype, "grad_output": self.problem.value_dtype}
+        if self.problem.fused:
+            dtypes["references"] = self.problem.fused.dtype
+        found = {}
+        for name, array in self._results.items():
+            parts = [array[:_COMPARED].get(), array[-_COMPARED:].get()]
+            found[name] = from_bits(np.concatenate(parts), dtypes.get(name, self.problem.location_dtype))
+        return found
+
+    def agree(self, one: Candidate, other: Candidate) -> bool:
+        """Whether two candidates have the same results, but for rounding."""
+        want, have = self.results(one), self.results(other)
+        tolerance = max(_TOLERANCE[dtype] for dtype in (self.problem.value_dtype, self.problem.location_dtype))
+        return all(_close(have[name], want[name], tolerance) for name in want)
+
+
+def _close(have: np.ndarray, want: np.ndarray, tolerance: float) -> bool:
+    finite = np.isfinite(want)
+    if not np.array_equal(finite, np.isfinite(have)):
+        return False
+    difference = np.linalg.norm(have[finite] - want[finite])
+    return bool(difference <= tolerance * np.linalg.norm(want[finite]))

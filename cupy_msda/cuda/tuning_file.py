@@ -1,0 +1,104 @@
+"""Tuning files on the disk: one per GPU model. Readers never see a part of a file, and writers lose no entry."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .tuning_format import TuningFile, decode, encode
+
+VARIABLE = "CUPY_MSDA_TUNING"
+_OFF = ("off", "0")
+# A writer holds the lock for milliseconds. One that is this old is that of a process that has died.
+_STALE_SECONDS = 10.0
+# No file of measured choices is larger.
+_MOST_BYTES = 64 << 20
+
+
+def folder() -> Path | None:
+    """Where tuning files are, or None where they are switched off."""
+    setting = os.environ.get(VARIABLE, "")
+    if setting.strip().lower() in _OFF:
+        return None
+    return Path(setting) if setting.strip() else Path("~/.cupy_msda/tuning").expanduser()
+
+
+def path_of(gpu_name: str) -> Path | None:
+    """The file of a GPU model, or None where tuning is switched off."""
+    found, stem = folder(), re.sub(r"[^a-z0-9]+", "_", gpu_name.lower()).strip("_")
+    return None if found is None else found / f"{stem or 'gpu'}.json"
+
+
+def read(path: Path) -> TuningFile:
+    """The contents of a file.
+
+    Raises
+    ------
+    OSError, ValueError
+        For a file that cannot be read, or that is none of ours.
+    """
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"expected at most {_MOST_BYTES >> 20} MiB")
+    return decode(path.read_text(encoding="utf-8"))
+
+
+def merge(path: Path, contents: TuningFile) -> None:
+    """Add entries to a file. They replace those for the same problems; a file that cannot be read is replaced.
+
+    Raises
+    ------
+    OSError
+        Where the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        try:
+            before = read(path)
+        except (OSError, ValueError):
+            before = TuningFile(contents.gpu, {})
+        tuned = {key: list(entries) for key, entries in before.tuned.items()}
+        for key, entries in contents.tuned.items():
+            combined = {(entry.subject, entry.sizes): entry for entry in (*tuned.get(key, ()), *entries)}
+            tuned[key] = list(combined.values())
+        _replace(path, encode(TuningFile(before.gpu, tuned)))
+
+
+def _replace(path: Path, text: str) -> None:
+    """The new contents at once: a reader has the old file or the new one."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One writer at a time, on every system. A lock that a dead process has left is taken over."""
+    lock = path.with_suffix(".lock")
+    while True:
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            break
+        except (FileExistsError, PermissionError):  # Windows refuses a file that is being deleted
+            with contextlib.suppress(OSError):
+                if time.time() - lock.stat().st_mtime > _STALE_SECONDS:
+                    lock.unlink()
+                    continue
+            if not lock.exists() and not os.access(path.parent, os.W_OK):
+                raise
+            time.sleep(0.01)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()

@@ -1,0 +1,95 @@
+"""Sizes of calls without arrays, for what is done before a call: warm-up, tuning and explanations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from . import options, validate
+from .call import SIXTEEN_BIT, VALUE_DTYPES, FusedFrontEnd, Problem, contiguous_starts
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a call in the notation of the contract. `levels` holds (H, W) of each; Q None stands for Q = S, an
+    encoder.
+
+    `num_points` to `align_corners` are those of :func:`cupy_msda.ms_deform_attn`; with `num_points`, P has no meaning.
+    `ragged` stands for calls with `query_lengths`.
+
+    `reference_coordinates` of 2 (points) or 4 (boxes) stands for calls of :func:`cupy_msda.ms_deform_attn_fused`, with
+    a reference for each level unless `one_reference`, and with `packed` for offsets and logits in one array.
+    """
+
+    levels: Sequence[tuple[int, int]]
+    N: int = 1
+    Q: int | None = None
+    M: int = 8
+    D: int = 32
+    P: int = 4
+    num_points: Sequence[int] | None = None
+    interpolation: str = "bilinear"
+    padding_mode: str = "zeros"
+    align_corners: bool = False
+    ragged: bool = False
+    reference_coordinates: int | None = None
+    one_reference: bool = False
+    packed: bool = False
+
+    @property
+    def S(self) -> int:
+        """Pixels of all levels together."""
+        return sum(h * w for h, w in self.levels)
+
+    @property
+    def contiguous_levels(self) -> tuple[tuple[int, int, int], ...]:
+        """(H, W, start) of each level."""
+        starts = contiguous_starts(self.levels)
+        return tuple((h, w, start) for (h, w), start in zip(self.levels, starts, strict=True))
+
+
+def problems_of(sizes: Sequence[Sizes], dtypes: Sequence[str], device: int) -> list[Problem]:
+    """The problems of all these calls on a device: with locations and reference points in value's dtype and in float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a dtype that the operator does not have, or levels without pixels.
+    """
+    for dtype in dtypes:
+        if dtype not in VALUE_DTYPES:
+            raise TypeError(f"dtypes: expected float16, bfloat16, float32 or float64, got {dtype!r}")
+    found = []
+    for size, dtype in product(sizes, dtypes):
+        location_dtypes = dict.fromkeys((dtype, "float32") if dtype in SIXTEEN_BIT else (dtype,))
+        for location_dtype, fused in product(location_dtypes, fused_front_ends(size, location_dtypes)):
+            found.append(problem_of(size, dtype, location_dtype, fused, device))
+    return found
+
+
+def problem_of(size: Sizes, dtype: str, location_dtype: str, fused: FusedFrontEnd | None, device: int) -> Problem:
+    """The problem of a call of this size on a CUDA device, with a contiguous value."""
+    if not size.levels or min(min(level) for level in size.levels) <= 0:
+        raise ValueError(f"sizes: expected levels of positive (H, W), got {size.levels!r}")
+    S, levels = size.S, size.contiguous_levels
+    form = options.requested_variant(size.num_points, size.interpolation, size.padding_mode, size.align_corners)
+    variant, P = validate.equal_points(options.read_variant(form, len(levels)), size.P)
+    return Problem(
+        size.N, S, size.M, size.D, len(levels), P, S if size.Q is None else size.Q,
+        value_dtype=dtype, location_dtype=location_dtype, device=("cuda", device),
+        levels=levels, variant=variant, ragged=size.ragged, fused=fused,
+    )  # fmt: skip
+
+
+def fused_front_ends(size: Sizes, dtypes: Iterable[str]) -> list[FusedFrontEnd | None]:
+    """What the samples of calls of this size come from: reference points of each dtype, or nothing."""
+    coordinates = size.reference_coordinates
+    if coordinates is None:
+        if size.one_reference or size.packed:
+            raise ValueError("sizes: expected reference_coordinates 2 or 4 with one_reference or packed, got None")
+        return [None]
+    if coordinates not in (2, 4):
+        raise ValueError(f"sizes: expected reference_coordinates 2, 4 or None, got {coordinates!r}")
+    levels = 1 if size.one_reference else len(size.levels)
+    return [FusedFrontEnd(coordinates, levels, dtype, size.packed) for dtype in dtypes]
