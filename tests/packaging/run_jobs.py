@@ -1,14 +1,14 @@
 """python -m tests.packaging.run_jobs: the commands of GitHub's jobs, each job in a fresh environment of this machine.
 
-A job is run where its system and its Python are here: in a clone of HEAD, in a new virtual environment, step by step, as
-the workflow says. Actions other than checkout and setup-python are left out. The machine's own package index replaces
-the PIP_ variables of the workflow.
+A job is run where its system and its Python are here: in a clone of HEAD, in a new virtual environment, step by step.
+Actions other than checkout and setup-python are left out. The machine's own package index replaces the PIP_ variables
+of the workflow.
 
     python -m tests.packaging.run_jobs --list
     python -m tests.packaging.run_jobs "tests/numpy*" "lint/*" --out benchmarks/results/release_jobs.json
 
-Patterns choose jobs by their names in the list. The record keeps the jobs of earlier runs, and names those that have not
-been run, with the reason.
+Patterns choose jobs by their names in the list. The record keeps the jobs of earlier runs, and names those that have
+not been run, with the reason.
 """
 
 import argparse
