@@ -16,7 +16,8 @@ from setuptools.command.sdist import sdist
 URL = "https://github.com/OWNER/cupy_msda"
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "cupy_msda" / "__init__.py").read_text("utf-8"))[1]
+MODULES = "".join(path.read_text("utf-8") for path in (ROOT / "cupy_msda").glob("*.py"))
+VERSION = re.search(r'^__version__ = "(.*)"', MODULES, re.MULTILINE)[1]
 PAGES, FILES = f"{URL}/blob/v{VERSION}/", f"{URL}/raw/v{VERSION}/"
 
 

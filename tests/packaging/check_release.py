@@ -14,22 +14,23 @@ import yaml
 ROOT = Path(__file__).parent.parent.parent
 
 
-def found(pattern: str, path: Path) -> str:
+def found(pattern: str, *paths: Path) -> str:
     """The first group of the first line that matches."""
-    match = re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    match = re.search(pattern, text, re.MULTILINE)
     if match is None:
-        raise ValueError(f"{path.name} must have a line that matches {pattern}")
+        raise ValueError(f"{' or '.join(path.name for path in paths)} must have a line that matches {pattern}")
     return match[1]
 
 
 def problems(tag: str, url: str | None, root: Path = ROOT) -> Iterator[str]:
     """What keeps the tree from being published, with what to change."""
-    version = found(r'^__version__ = "(.*)"', root / "cupy_msda" / "__init__.py")
+    version = found(r'^__version__ = "(.*)"', *(root / "cupy_msda").glob("*.py"))
     address = found(r'^URL = "(.*)"', root / "setup.py")
     newest, date = found(r"^## (.*)", root / "CHANGELOG.md").split(", ")
     citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
     if tag != f"v{version}":
-        yield f"the tag must be v{version}, the version in cupy_msda/__init__.py, got {tag}"
+        yield f"the tag must be v{version}, cupy_msda.__version__, got {tag}"
     if newest != version:
         yield f"CHANGELOG.md must begin with version {version}, got {newest}"
     if not re.fullmatch(r"\d{4}-\d\d-\d\d", date):

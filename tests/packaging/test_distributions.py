@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "cupy_msda").rglob("*.py")}
-SOURCES = {f"cupy_msda/{path.relative_to(ROOT)}" for path in (ROOT / "cuda_src").rglob("*.cu*")}
+SOURCES = {f"cupy_msda/{path.relative_to(ROOT)}" for path in (ROOT / "cuda_src").rglob("*.*")}
 GOLDEN = {f"cupy_msda/golden_cases/{path.name}" for path in (ROOT / "tests" / "golden").glob("*.npz")}
 # The package of golden cases is their folder, with the command that makes them.
 COMMANDS = {f"cupy_msda/golden_cases/{path.name}" for path in (ROOT / "tests" / "golden").glob("*.py")}

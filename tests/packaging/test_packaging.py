@@ -13,7 +13,7 @@ network = pytest.mark.network
 ROOT = Path(__file__).parent.parent.parent
 # Every module of the package and every CUDA source, as named in the wheel.
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "cupy_msda").rglob("*.py")}
-SOURCES = {f"cupy_msda/{path.relative_to(ROOT)}" for path in (ROOT / "cuda_src").rglob("*.cu*")}
+SOURCES = {f"cupy_msda/{path.relative_to(ROOT)}" for path in (ROOT / "cuda_src").rglob("*.*")}
 PROGRAM = """
 import importlib.util
 import numpy as np

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import cupy_msda
 from tests.packaging.check_release import main, problems
 
 ROOT = Path(__file__).parent.parent.parent
@@ -19,7 +20,8 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 def ready(tmp_path):
     """A tree that may be published: this one with a date and an address."""
     (tmp_path / "cupy_msda").mkdir()
-    for name in ("cupy_msda/__init__.py", "setup.py", "CHANGELOG.md", "CITATION.cff"):
+    (tmp_path / "cupy_msda" / "version.py").write_text('__version__ = "0.1.0"\n')
+    for name in ("setup.py", "CHANGELOG.md", "CITATION.cff"):
         shutil.copy(ROOT / name, tmp_path / name)
     change(tmp_path / "setup.py", r'^URL = ".*"', f'URL = "{URL}"')
     change(tmp_path / "CITATION.cff", r"^repository-code: .*", f"repository-code: {URL}")
@@ -43,7 +45,7 @@ def test_a_tree_that_is_ready_may_be_published(ready):
 @pytest.mark.parametrize(
     ("name", "pattern", "replacement", "message"),
     [
-        ("cupy_msda/__init__.py", "0.1.0", "0.2.0", "the tag must be v0.2.0"),
+        ("cupy_msda/version.py", "0.1.0", "0.2.0", "the tag must be v0.2.0"),
         ("CHANGELOG.md", "0.1.0", "0.2.0", "CHANGELOG.md must begin with version 0.1.0"),
         ("CHANGELOG.md", "2026-12-01", "unreleased", "CHANGELOG.md must give the date"),
         ("CITATION.cff", "2026-12-01", "2026-12-02", "date-released in CITATION.cff must be 2026-12-01"),
@@ -64,7 +66,8 @@ def test_the_command_refuses_another_tag(capsys):
 
 
 def test_the_citation_is_of_this_version_and_address():
-    about = [line for line in problems("v0.1.0", None) if line.startswith(("version in", "repository-code"))]
+    tag = f"v{cupy_msda.__version__}"
+    about = [line for line in problems(tag, None) if line.startswith(("the tag", "version in", "repository-code"))]
     assert not about
 
 
