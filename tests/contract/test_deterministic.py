@@ -57,7 +57,7 @@ def test_every_channel_count_agrees_with_the_reference(D, queries):
 @pytest.mark.parametrize("where", ["local", "one pixel", "outside"])
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_same_bits_in_fifty_runs_on_a_busy_gpu(case, where, dtype):
-    import torch
+    torch = pytest.importorskip("torch")
 
     inputs = case.inputs(dtype, seed=3)
     if where != "local":
@@ -90,7 +90,7 @@ def test_workspace_limits_do_not_change_the_bits(monkeypatch):
 @pytest.mark.no_sanitizer
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_captured_backward_gives_the_same_bits(case):
-    import torch
+    torch = pytest.importorskip("torch")
 
     put = [BACKEND.put(array) for array in case.inputs(seed=8)]
     want = cupy_msda.ms_deform_attn_backward(*put, 64, deterministic=True)
@@ -107,7 +107,7 @@ def test_captured_backward_gives_the_same_bits(case):
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_only_wanted_gradients_are_computed(case, deterministic, wanted):
-    import torch
+    torch = pytest.importorskip("torch")
 
     from cupy_msda.torch import ms_deform_attn
 
@@ -124,7 +124,7 @@ def test_only_wanted_gradients_are_computed(case, deterministic, wanted):
 
 
 def test_torchs_switch_is_followed(monkeypatch):
-    import torch
+    torch = pytest.importorskip("torch")
 
     from cupy_msda.cuda import run as cuda
     from cupy_msda.torch import ms_deform_attn
@@ -161,7 +161,7 @@ SUMS_OF_CHUNKS = 13 << 20
 
 @pytest.mark.no_sanitizer
 def test_temporary_memory_is_bounded():
-    import torch
+    torch = pytest.importorskip("torch")
 
     case = LARGE[1]
     put = [BACKEND.put(array) for array in case.inputs(seed=7)]

@@ -109,7 +109,7 @@ def test_mixed_frameworks_are_refused(main_backend, other):
 
 @pytest.mark.gpu
 def test_mixed_devices_are_refused():
-    import torch
+    torch = pytest.importorskip("torch")
 
     put = [None if a is None else torch.from_numpy(a) for a in CASE.inputs()]
     put[3] = put[3].cuda()
@@ -131,7 +131,7 @@ def test_other_byte_order_is_refused():
 
 
 def test_tensor_on_another_device_is_refused():
-    import torch
+    torch = pytest.importorskip("torch")
 
     put = [None if a is None else torch.from_numpy(a) for a in CASE.inputs()]
     with pytest.raises(TypeError, match=r"value: expected a tensor on the CPU or a CUDA device, got one on meta"):
@@ -139,7 +139,7 @@ def test_tensor_on_another_device_is_refused():
 
 
 def test_jax_tracer_is_refused():
-    import jax
+    jax = pytest.importorskip("jax")
 
     inputs = CASE.inputs()
     with pytest.raises(TypeError, match=r"value: expected a concrete JAX array"):

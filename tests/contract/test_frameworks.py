@@ -54,7 +54,7 @@ def test_cpu_arrays_are_not_copied(backend, dtype):
 
 
 def test_view_shares_memory_with_the_tensor():
-    import torch
+    torch = pytest.importorskip("torch")
 
     tensor = torch.zeros(3)
     arrays.to_numpy(arrays.view("value", tensor))[1] = 7
@@ -62,7 +62,7 @@ def test_view_shares_memory_with_the_tensor():
 
 
 def test_view_keeps_memory_alive():
-    import torch
+    torch = pytest.importorskip("torch")
 
     array = arrays.to_numpy(arrays.view("value", torch.full((1000,), 3.0)))
     torch.full((1000,), 5.0)
@@ -70,7 +70,7 @@ def test_view_keeps_memory_alive():
 
 
 def test_torch_stream_without_the_private_function(monkeypatch):
-    import torch
+    torch = pytest.importorskip("torch")
 
     class Stream:
         cuda_stream = 0x5EED
@@ -83,7 +83,7 @@ def test_torch_stream_without_the_private_function(monkeypatch):
 
 
 def test_torch_stream_by_the_private_function(monkeypatch):
-    import torch
+    torch = pytest.importorskip("torch")
 
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
     assert arrays.framework_of(torch.zeros(1)).stream(("cuda", 3)) == 103
@@ -91,7 +91,7 @@ def test_torch_stream_by_the_private_function(monkeypatch):
 
 @pytest.mark.gpu
 def test_torch_stream_functions_agree(monkeypatch):
-    import torch
+    torch = pytest.importorskip("torch")
 
     framework = arrays.framework_of(torch.zeros(1))
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -118,7 +118,7 @@ def test_strides_bound_the_vector_width():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_torch_gradients_in_every_layout(layout, device):
-    import torch
+    torch = pytest.importorskip("torch")
 
     from cupy_msda.torch import ms_deform_attn
     from tests.helpers.backends import TorchBackend

@@ -1,10 +1,11 @@
 """Arrays with more to them than numbers: read right, or refused by the name of the argument."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+jax = pytest.importorskip("jax")
+jnp = pytest.importorskip("jax.numpy")
+torch = pytest.importorskip("torch")
 
 import cupy_msda
 from cupy_msda.arrays import dlpack

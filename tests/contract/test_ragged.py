@@ -72,7 +72,7 @@ def test_full_lengths_give_the_same_bits_as_none(main_backend):
 
 @pytest.mark.gpu
 def test_lengths_from_the_host_are_right_on_a_side_stream():
-    import torch
+    torch = pytest.importorskip("torch")
 
     backend = TorchBackend("cuda")
     torch.cuda.synchronize()
@@ -106,7 +106,7 @@ def test_wrong_lengths_are_refused(main_backend, lengths, error, message):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_torch_gradients_eager_and_compiled(device, compiled):
-    import torch
+    torch = pytest.importorskip("torch")
 
     from cupy_msda.torch import decomposed, ms_deform_attn
 
@@ -132,7 +132,7 @@ def test_torch_gradients_eager_and_compiled(device, compiled):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_second_derivatives(device):
-    import torch
+    torch = pytest.importorskip("torch")
 
     from cupy_msda.torch import ms_deform_attn
 

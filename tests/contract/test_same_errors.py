@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from tests.helpers.paths import D, M, N, Q, S, keywords, paths
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from tests.helpers.paths import LEVELS, D, M, N, Q, keywords, paths
 

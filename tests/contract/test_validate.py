@@ -4,7 +4,8 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 import cupy_msda
 from cupy_msda.torch import decomposed, ms_deform_attn, ms_deform_attn_fused

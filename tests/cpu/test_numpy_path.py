@@ -7,14 +7,12 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 import cupy_msda
 from cupy_msda import api
 from cupy_msda.call import PLAIN, Wanted
 from cupy_msda.cpu import backward, cells, tasks
 from cupy_msda.cpu import forward as forward_module
-from cupy_msda.torch.reference import gather_attention
 from tests.helpers import cases, non_finite
 from tests.helpers.backends import NumPyBackend
 from tests.helpers.calls import call_of
@@ -42,6 +40,9 @@ def inputs(levels=((9, 11), (5, 4)), N=1, Q=7, M=4, D=8, P=2, starts=None, S=Non
 
 def exact(value, levels, starts, locations, weights, grad_output):
     """Output and gradients in float64 by an implementation that shares nothing with the NumPy path."""
+    torch = pytest.importorskip("torch")
+    from cupy_msda.torch.reference import gather_attention
+
     leaves = [torch.from_numpy(a.astype(np.float64)).requires_grad_() for a in (value, locations, weights)]
     starts = None if starts is None else torch.tensor(starts)
     output = gather_attention(leaves[0], torch.tensor(levels), starts, *leaves[1:])

@@ -16,6 +16,15 @@ FORMS = {
 }
 
 
+def enable_x64(enabled):
+    """The context with or without 64-bit types, which older versions of JAX have among the experiments."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(enabled)
+    from jax.experimental import enable_x64 as experimental
+
+    return experimental(enabled)
+
+
 def inputs_of(case, form=None, pair=("float32", "float32"), seed=0):
     inputs = case.inputs(*pair, seed=seed)
     return inputs if form is None else to_fused(inputs, num_points=case.variant.get("num_points"), seed=seed, **form)

@@ -10,7 +10,7 @@ from cupy_msda.jax import cpu_calls, ms_deform_attn, reference
 from cupy_msda.jax.primitives import forward_p
 from tests.helpers import cases
 from tests.helpers.cases import DTYPE_PAIRS, SMALL_CASES, VARIANTS
-from tests.helpers.jax_calls import FORMS, SMALL, function_of, inputs_of, output_and_gradients
+from tests.helpers.jax_calls import FORMS, SMALL, enable_x64, function_of, inputs_of, output_and_gradients
 from tests.helpers.tolerance import assert_close
 
 NAMES = ("value", "locations", "weights", "references")
@@ -19,7 +19,7 @@ NAMES = ("value", "locations", "weights", "references")
 @pytest.fixture(autouse=True)
 def x64_on_the_cpu():
     """The tests hold float64 too; :func:`test_without_x64` does without."""
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+    with enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         yield
 
 
@@ -98,7 +98,7 @@ def output_and_gradients_of(inputs, shapes, starts):
 
 def test_without_x64():
     """Level sizes are int32 then, and the kernels read int64."""
-    with jax.enable_x64(False):
+    with enable_x64(False):
         inputs = inputs_of(SMALL)
         output = jax.jit(lambda shapes: ms_deform_attn(inputs.value, shapes, None, inputs.locations, inputs.weights))(
             jnp.asarray(inputs.shapes)

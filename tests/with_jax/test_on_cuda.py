@@ -9,7 +9,7 @@ import cupy_msda
 from cupy_msda.jax import call_frame, ms_deform_attn
 from tests.helpers import cases
 from tests.helpers.cases import DTYPE_PAIRS, VARIANTS, Case
-from tests.helpers.jax_calls import FORMS, SMALL, function_of, inputs_of, output_and_gradients
+from tests.helpers.jax_calls import FORMS, SMALL, enable_x64, function_of, inputs_of, output_and_gradients
 from tests.helpers.tolerance import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +19,7 @@ ENCODER = Case("encoder", levels=((17, 20), (9, 10), (5, 5)), N=2, M=4, D=32, P=
 
 @pytest.fixture(autouse=True)
 def on_a_gpu():
-    with jax.enable_x64(True), jax.default_device(jax.devices("gpu")[0]):
+    with enable_x64(True), jax.default_device(jax.devices("gpu")[0]):
         yield
 
 

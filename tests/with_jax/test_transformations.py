@@ -7,7 +7,15 @@ import pytest
 
 from cupy_msda.jax import ms_deform_attn, reference
 from cupy_msda.jax.primitives import forward_p
-from tests.helpers.jax_calls import FORMS, SMALL, function_of, inputs_of, output_and_gradients, primitives_of
+from tests.helpers.jax_calls import (
+    FORMS,
+    SMALL,
+    enable_x64,
+    function_of,
+    inputs_of,
+    output_and_gradients,
+    primitives_of,
+)
 from tests.helpers.tolerance import assert_close
 
 LOOPS = {"scan", "while", "cond"}
@@ -15,7 +23,7 @@ LOOPS = {"scan", "while", "cond"}
 
 @pytest.fixture(autouse=True)
 def x64_on_the_cpu():
-    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+    with enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         yield
 
 

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,13 +68,14 @@ def test_the_structs_are_those_of_the_installed_header():
 
 
 def test_an_exported_function_runs_in_another_process(tmp_path):
+    pytest.importorskip("flatbuffers")
     inputs = inputs_of(SMALL)
     function, given = function_of(inputs)
     exported = jax.export.export(jax.jit(function), disabled_checks=CHECKS)(*given.values())
     (tmp_path / "exported").write_bytes(exported.serialize())
     np.savez(tmp_path / "arrays.npz", *given.values())
     code = (
-        "import jax, numpy, sys\n{}\n"
+        "import jax.export, numpy, sys\n{}\n"
         "read = jax.export.deserialize(bytearray(open(sys.argv[1] + '/exported', 'rb').read()))\n"
         "output = read.call(*numpy.load(sys.argv[1] + '/arrays.npz').values())\n"
         "numpy.save(sys.argv[1] + '/output.npy', output)\n"
