@@ -12,8 +12,8 @@ from typing import Literal
 
 from ..call import SIXTEEN_BIT, Problem
 from . import sorted_heuristics
-from .heuristics import backward_channels
 from .index_width import UNSIGNED
+from .lanes import backward_channels
 
 Way = Literal["sorted", "atomics", "aggregated"]
 

@@ -6,7 +6,6 @@ follows from the sizes. `alignment` is the bytes, a power of two, that all value
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -27,19 +26,15 @@ from .axes import (
 )
 from .gpu import Gpu
 from .index_width import narrowest
+from .lanes import MAX_SAMPLES_PER_LANE, backward_channels, forward_channels, heads_per_warp, lane_groups, warps_needed
 from .launch_tables import BackwardTable, Block, Bounds, ForwardEntry, table_of
 from .specs import BackwardSpec, ForwardSpec
 
 # Shared memory of the samples of a warp. It is small, because the rest of the memory is L1 cache.
 WARP_SHARED_BYTES = 5 * 1024
-# Samples that a lane holds in registers between loading and preparing them.
-MAX_SAMPLES_PER_LANE = 4
 # Samples of a query that are unrolled as a whole with masked neighbours.
 # docs/performance/decisions.md#forward-unrolled-samples
 MAX_UNROLLED = 32
-# Bytes that the L1 cache delivers per clock, if they lie in different parts of their lines.
-LINE_BYTES = 128
-MAX_HEADS_PER_WARP = 4
 # With more channel tiles than this, a kernel has an entry of its own.
 MANY_CHANNEL_TILES = 4
 # Rows of the patch of pixels that shares a block where queries are pixels.
@@ -112,89 +107,6 @@ def query_axes(problem: Problem, chunk: int, query_tiles: int) -> QueryAxes:
     return QueryAxes(chunk=chunk, query_tiles=query_tiles, tile_rows=TILE_ROWS if tiled else 0)
 
 
-# ---- lanes -----------------------------------------------------------------------------------------------------------
-
-
-def forward_channels(problem: Problem, alignment: int) -> ChannelAxes:
-    """A lane moves as many bytes at a time as the addresses allow."""
-    vec = _vector(problem, min(alignment, problem.stride_alignment, VECTOR_BYTES))
-    return _channel_axes(problem, vec)
-
-
-def backward_channels(problem: Problem, alignment: int, sums: bool) -> ChannelAxes:
-    """Where the kernel `sums` grad_value, a lane holds 16 bytes of the float32 or float64 gradient.
-
-    Wider lanes make two vector reductions each. Without sums, a fused call has so many lanes that their registers hold
-    all samples of the query.
-    docs/performance/decisions.md#backward-gradient-vector-width
-    docs/performance/decisions.md#fused-lanes-for-the-softmax
-    """
-    widest = VECTOR_BYTES
-    if sums:
-        widest = VECTOR_BYTES // item_size(problem.accumulator_dtype) * item_size(problem.value_dtype)
-    vec = _vector(problem, min(alignment, problem.stride_alignment, widest))
-    channels = _power_of_two_lanes(problem, vec)
-    if problem.fused and not sums:
-        while channels.vec > 1 and channels.lanes < 32 and MAX_SAMPLES_PER_LANE * channels.lanes < problem.K:
-            channels = _power_of_two_lanes(problem, channels.vec // 2)
-    return channels
-
-
-def _power_of_two_lanes(problem: Problem, vec: int) -> ChannelAxes:
-    """As the shuffles of the backward need them."""
-    channels = _channel_axes(problem, vec)
-    return channels.with_axes(lanes=1 << (channels.lanes - 1).bit_length())
-
-
-def _vector(problem: Problem, width: int) -> int:
-    vec = max(1, width // item_size(problem.value_dtype))
-    while problem.D % vec:
-        vec //= 2
-    return vec
-
-
-def _channel_axes(problem: Problem, vec: int) -> ChannelAxes:
-    """As few channel tiles as a warp allows.
-
-    More tiles of fewer lanes would leave fewer lanes idle. But each lane group would read shorter segments, and a
-    segment costs the L1 cache as much as a whole line.
-    """
-    vectors = problem.D // vec
-    lanes = -(-vectors // -(-vectors // 32))
-    return ChannelAxes(value_dtype=problem.value_dtype, M=problem.M, D=problem.D, vec=vec, lanes=lanes)
-
-
-def warps_needed(problem: Problem, lanes: int) -> int:
-    """Warps that the queries of all heads fill."""
-    return problem.N * problem.M * -(-problem.Q // (32 // lanes))
-
-
-def _heads_per_warp(problem: Problem, lanes: int) -> int:
-    """Heads whose value vectors of a pixel are one cache line, up to as many as a warp has `lanes` lanes for.
-
-    All vectors of one head lie in the same part of their lines, and the cache delivers one such part per clock.
-    docs/performance/decisions.md#forward-heads-per-warp
-    """
-    row = problem.D * item_size(problem.value_dtype)
-    if LINE_BYTES % row or problem.strides.head != problem.D:
-        return 1
-    return math.gcd(problem.M, min(LINE_BYTES // row, MAX_HEADS_PER_WARP, 1 << (32 // lanes).bit_length() - 1))
-
-
-def _lane_groups(entry: ForwardEntry, lanes: int, problem: Problem) -> int:
-    """Groups of `lanes` lanes that share the samples of a query, where there is work for them.
-
-    In a fused call there are so many that their registers hold all samples of the query.
-    docs/performance/decisions.md#fused-lanes-for-the-softmax
-    """
-    if lanes & (lanes - 1):
-        return 1  # the shuffles that add up their sums need a power of two
-    groups = max(1, min(entry.lanes_per_query // lanes, 1 << (problem.K.bit_length() - 1)))
-    while problem.fused and groups * lanes < 32 and MAX_SAMPLES_PER_LANE * groups * lanes < problem.K:
-        groups *= 2
-    return groups
-
-
 # ---- samples in shared memory ----------------------------------------------------------------------------------------
 
 
@@ -256,7 +168,7 @@ def _forward(problem: Problem, alignment: int, gpu: Gpu, wide_index: bool) -> Fo
     channels = forward_channels(problem, alignment)
     axes = measured.axes_of("forward", problem, alignment, gpu)
     entry = measured.forward(forward_entry(problem, channels, gpu), axes)
-    groups = _lane_groups(entry, channels.lanes, problem)
+    groups = lane_groups(entry, channels.lanes, problem)
     per_query = channels.lanes * groups
     masked = entry.masked_neighbours and channels.channel_tiles == 1 and not problem.variant.clamped
     most = _most_in_chunk(problem, per_query, wide_index, unrolled=masked)
@@ -274,7 +186,7 @@ def _forward(problem: Problem, alignment: int, gpu: Gpu, wide_index: bool) -> Fo
         queries=query_axes(problem, chunk, query_tiles=1),
         pixel_stride=problem.strides.pixel,
         lane_groups=groups,
-        heads_per_warp=_heads_per_warp(problem, per_query),
+        heads_per_warp=heads_per_warp(problem, per_query),
         masked_neighbours=masked and chunk == problem.K and problem.L <= MAX_LEVELS_OF_WARP,
     )
     several = spec.masked_neighbours and spec.queries.tile_rows and chunk <= MAX_UNROLLED

@@ -7,7 +7,6 @@ from . import measured
 from .axes import VECTOR_BYTES, ChannelAxes, contribution_bytes
 from .gpu import Gpu
 from .heuristics import (
-    backward_channels,
     block_axes,
     bound_axes,
     fused_sample_axes,
@@ -15,6 +14,7 @@ from .heuristics import (
     sample_axes,
 )
 from .index_width import UNSIGNED, narrowest
+from .lanes import backward_channels
 from .launch_tables import table_of
 from .specs import BucketSortSpec, MaterialiseSpec, ReduceBucketsSpec
 

@@ -21,7 +21,6 @@ PUBLIC = (
     "cupy_msda.torch.transformers",
     "cupy_msda.torch.mmcv",
     "cupy_msda.torch.extension",
-    "cupy_msda.torch.onnx",
     "cupy_msda.jax",
     "cupy_msda.plot",
 )

@@ -36,7 +36,7 @@ LAYERS = (
 )
 # These import the standard library and each other, and `arrays` for its types.
 PURE = re.compile(
-    r"call|cuda\.(axes|candidates|cost_model|gpu|heuristics|index_width|kernel_spec|launch_tables|measured|naive_specs"
+    r"call|cuda\.(axes|candidates|cost_model|gpu|heuristics|index_width|kernel_spec|lanes|launch_tables|measured|naive_specs"
     r"|plan|plan_backward|reasons|search|sorted_heuristics|sorted_specs|specs|tuned|tuning_format)"
     r"|arrays\.dlpack"
 )
