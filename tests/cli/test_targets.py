@@ -70,7 +70,7 @@ REFUSED = [
     ("{folder}/a.xyz", "expected a name without a suffix (PNG) or with one of "),
     ("{folder}/a.v2", "got {folder}/a.v2"),
     ("{folder}/" + 300 * "a", "File name too long"),
-    ("{folder}/a\0b", "null byte"),
+    ("{folder}/a\0b", "embedded null"),
     ("{folder}/loop", "symbolic links"),
     ("{folder}/dangling", "there is no folder /no/such"),
 ]
