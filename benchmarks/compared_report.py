@@ -22,10 +22,10 @@ PROPERTIES = (
     ("arrays of", "NumPy, CuPy, torch, JAX, DLPack", "torch", "torch", "torch"),
     (
         "runs on",
-        "NVIDIA GPUs, CPUs; other devices of torch by composition",
+        "NVIDIA GPUs, CPUs; other devices by functions of torch",
         "every device of torch",
         "NVIDIA GPUs, some on CPUs",
-        "NVIDIA GPUs; elsewhere by composition",
+        "NVIDIA GPUs; elsewhere by functions of torch",
     ),
 )
 
@@ -35,7 +35,7 @@ def compared_table() -> str:
     _, benchmark = latest(["benchmark_*.json"])
     _, cells = latest(["grid_*.json"], device="cuda")
     times = medians(benchmark)
-    heads = ("", "cupy_msda", "torch's `grid_sample`", "compiled extension", "deformops")
+    heads = ("", "cupy_msda", "torch's `grid_sample`", "compiled extension", "[deformops](https://pypi.org/project/deformops/)")
     lines = [f"| {' | '.join(heads)} |", "| --- | --- | --- | --- | --- |"]
     lines += [f"| {' | '.join(row)} |" for row in PROPERTIES]
     for direction in DIRECTIONS:

@@ -48,7 +48,7 @@ struct config {
     enum : int { warps = 8 };
     enum : int { query_tiles = 1 };             // tiles of queries that a warp takes one after the other
     enum : int { min_blocks = 3 };              // blocks that should fit on a multiprocessor: caps the registers
-    enum : int { tile_rows = 8 };               // rows of a patch of pixels that is a tile; 0: queries in order
+    enum : int { tile_rows = 8 };               // pixel queries: in bands of so many rows; 0: queries in order
     enum : int { shared_bytes = 0 };            // of dynamic shared memory, as the planner computes it
 
     // ---- forward

@@ -1,4 +1,4 @@
-// What both reductions need: a bucket with all that a sum over it reads and writes.
+// A bucket with all that a sum over it reads and writes.
 #pragma once
 #include "common/channels.cuh"
 #include "sorted/buckets.cuh"

@@ -10,7 +10,7 @@ from .index_width import INT, UNSIGNED, Index, Sizes
 from .kernel_spec import Axis, AxisGroup, Parameter, parameters
 
 VECTOR_BYTES = 16
-# Size of the kernels' `level`.
+# Size of the kernels' `level_info`.
 LEVEL_BYTES = 16
 # With more levels than this, the registers of a lane do not hold them.
 MAX_LEVELS_IN_REGISTERS = 5
@@ -189,7 +189,7 @@ RUNS = parameters("long long S", "long long Q", "long long runs", "long long cap
 
 
 def sample_bytes(wide_index: bool, accumulator_bytes: int) -> int:
-    """Size of the kernels' `sample`."""
+    """Size of the kernels' `prepared_sample`."""
     index = max(8 if wide_index else 4, accumulator_bytes)  # padded to the alignment of what follows
     return aligned(index + 3 * accumulator_bytes)
 

@@ -37,7 +37,7 @@ WARP_SHARED_BYTES = 5 * 1024
 MAX_UNROLLED = 32
 # With more channel tiles than this, a kernel has an entry of its own.
 MANY_CHANNEL_TILES = 4
-# Rows of the patch of pixels that shares a block where queries are pixels.
+# Rows of a band of pixels, where queries are pixels: they are taken column by column.
 # docs/performance/decisions.md#forward-tile-order
 TILE_ROWS = 8
 # Most queries of an image that are taken so: the kernels find the tile by divisions that are exact up to here.

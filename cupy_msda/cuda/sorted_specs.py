@@ -1,4 +1,4 @@
-"""The kernels that sum the gradient of value without atomics: bucket sort and reductions."""
+"""The kernels that sum the gradient of value without atomics: bucket sort and reduction."""
 
 from __future__ import annotations
 
