@@ -35,7 +35,13 @@ def compared_table() -> str:
     _, benchmark = latest(["benchmark_*.json"])
     _, cells = latest(["grid_*.json"], device="cuda")
     times = medians(benchmark)
-    heads = ("", "cupy_msda", "torch's `grid_sample`", "compiled extension", "[deformops](https://pypi.org/project/deformops/)")
+    heads = (
+        "",
+        "cupy_msda",
+        "torch's `grid_sample`",
+        "compiled extension",
+        "[deformops](https://pypi.org/project/deformops/)",
+    )
     lines = [f"| {' | '.join(heads)} |", "| --- | --- | --- | --- | --- |"]
     lines += [f"| {' | '.join(row)} |" for row in PROPERTIES]
     for direction in DIRECTIONS:
