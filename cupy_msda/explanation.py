@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from . import api, arrays, validate
 from .arrays import View, item_size
 from .call import ALL, FUSED_NAMES, Arguments, Operands, Problem, Variant, Wanted
@@ -99,7 +101,14 @@ def explain(
         As the function itself, and for a `gpu` that is not supported.
     """
     if len(arguments) == 1 and isinstance(arguments[0], Sizes):
-        return _of_sizes(arguments[0], dtype, backward, gpu, **options)
+        deterministic = options.pop("deterministic", False)
+        if options:
+            raise TypeError(f"{next(iter(options))}: expected a field of Sizes, got a keyword besides them")
+        return _of_sizes(arguments[0], dtype, backward, gpu, bool(deterministic))
+    if len(arguments) == 1:
+        raise TypeError(f"expected the arguments of ms_deform_attn, or one Sizes, got {type(arguments[0]).__name__}")
+    if gpu is not None:
+        raise TypeError(f"gpu: expected None with arrays, whose device is explained, got {gpu!r}; pass Sizes")
     call = validate.read(_arguments(arguments, options))
     problem, operands = call.problem, call.operands
     if problem.device[0] != "cuda":
@@ -118,7 +127,9 @@ def explain(
 def _arguments(arguments: Sequence[Any], options: dict[str, Any]) -> Arguments:
     """The call of one of the two functions, by its own signature."""
     names = {"reference_points", "sampling_offsets", "attention_logits"} & options.keys()
-    fused = bool(names) or (len(arguments) > 3 and len(getattr(arguments[3], "shape", ())) == 4)
+    fused = bool(names) or (
+        len(arguments) > 3 and len(getattr(arguments[3], "shape", None) or np.shape(arguments[3])) == 4
+    )
     function = api.ms_deform_attn_fused if fused else api.ms_deform_attn
     given = inspect.signature(function).bind(*arguments, **options)
     given.apply_defaults()
@@ -147,7 +158,7 @@ def _of_sizes(
         device: int = arrays.require_cupy("explain").cuda.runtime.getDevice()
         name = f"cuda:{device}, {tuning.name_of(device)}"
         return _explanation(problem, VECTOR_BYTES, tuning.gpu_of(device), _rates(device), (name, backward, []))
-    on = ARCHITECTURES.get(architecture or 90)
+    on = ARCHITECTURES.get(90 if architecture is None else architecture)
     if on is None:
         expected = ", ".join(map(str, ARCHITECTURES))
         raise ValueError(f"gpu: expected a compute capability of {expected}, got {architecture!r}")

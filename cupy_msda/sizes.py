@@ -70,8 +70,12 @@ def problems_of(sizes: Sequence[Sizes], dtypes: Sequence[str], device: int) -> l
 
 def problem_of(size: Sizes, dtype: str, location_dtype: str, fused: FusedFrontEnd | None, device: int) -> Problem:
     """The problem of a call of this size on a CUDA device, with a contiguous value."""
-    if not size.levels or min(min(level) for level in size.levels) <= 0:
+    if not len(size.levels) or min(min(level) for level in size.levels) <= 0:
         raise ValueError(f"sizes: expected levels of positive (H, W), got {size.levels!r}")
+    for name, least in (("N", 0), ("Q", 0), ("P", 0), ("M", 1), ("D", 1)):
+        number = getattr(size, name)
+        if not (number is None and name == "Q") and (not isinstance(number, int) or number < least):
+            raise ValueError(f"sizes: expected {name} of at least {least}, a whole number, got {number!r}")
     S, levels = size.S, size.contiguous_levels
     form = options.requested_variant(size.num_points, size.interpolation, size.padding_mode, size.align_corners)
     variant, P = validate.equal_points(options.read_variant(form, len(levels)), size.P)

@@ -64,12 +64,16 @@ int cupy_msda_load(cupy_msda_kernel *kernel, const cupy_msda_configuration *conf
     if ((status = cuModuleLoadData(&kernel->module, kernel->cubin->image)) != 0) return status;
     status = cuModuleGetFunction(&kernel->function, kernel->module, "msda_forward");
     if (status == CUPY_MSDA_OK) status = set_attributes(kernel);
-    if (status != CUPY_MSDA_OK) cuModuleUnload(kernel->module);
+    if (status != CUPY_MSDA_OK) cupy_msda_unload(kernel);
     return status;
 }
 
 int cupy_msda_unload(cupy_msda_kernel *kernel) {
-    return kernel ? cuModuleUnload(kernel->module) : CUPY_MSDA_NULL_POINTER;
+    void *module;
+    if (!kernel) return CUPY_MSDA_NULL_POINTER;
+    module = kernel->module;
+    kernel->module = 0;
+    return module ? cuModuleUnload(module) : CUPY_MSDA_OK;
 }
 
 /* ---- checks ------------------------------------------------------------------------------------------------- */

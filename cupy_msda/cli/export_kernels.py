@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..call import VALUE_DTYPES
 from ..cuda import c_sources
 from ..cuda.forward_export import ForwardExport, export_forward
 from ..cuda.gpu import ARCHITECTURES
 from ..sizes import Sizes, fused_front_ends, problem_of
+from . import sizes_argument
 from .output import CommandError, reason_of
 
 EXAMPLE = "decoder levels=100x167,50x84,25x42,13x21 N=2 Q=300"
@@ -20,37 +19,11 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
 
 
 def read_sizes(text: str) -> tuple[str, Sizes]:
-    """The name and the sizes of ``NAME levels=HxW,... N=2 Q=300``, whose keys are the fields of :class:`Sizes`."""
-    name, *settings = text.split() or [""]
+    """The name and the sizes of ``NAME levels=HxW,... N=2 Q=300``."""
+    name, _, sizes = text.strip().partition(" ")
     if not _NAME.fullmatch(name):
         raise CommandError(f"--sizes: expected a name of a-z, 0-9 and _ first, as in '{EXAMPLE}', got {text!r}")
-    fields = {field.name: field for field in dataclasses.fields(Sizes)}
-    found: dict[str, Any] = {}
-    for setting in settings:
-        key, _, given = setting.partition("=")
-        if key not in fields:
-            raise CommandError(f"--sizes: expected settings of {', '.join(fields)}, got {setting!r}")
-        found[key] = _read(key, given, str(fields[key].type))
-    if "levels" not in found:
-        raise CommandError(f"--sizes: expected levels=HxW,..., as in '{EXAMPLE}', got {text!r}")
-    return name, Sizes(**found)
-
-
-def _read(key: str, text: str, annotation: str) -> Any:
-    """The value of a field of Sizes."""
-    try:
-        if key == "levels":
-            return [(int(height), int(width)) for height, width in (level.split("x") for level in text.split(","))]
-        if annotation == "str":
-            return text
-        if annotation == "bool":
-            return {"true": True, "false": False}[text]
-        return [int(number) for number in text.split(",")] if "Sequence" in annotation else int(text)
-    except (ValueError, KeyError):
-        expected = {"levels": "HxW,...", "bool": "true or false", "num_points": "numbers with commas"}
-        raise CommandError(
-            f"--sizes: expected {key}={expected.get(key, expected.get(annotation, 'a number'))}, got {key}={text}"
-        ) from None
+    return name, sizes_argument.read(sizes)
 
 
 def read_dtypes(text: str) -> tuple[str, str]:

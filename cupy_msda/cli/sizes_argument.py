@@ -31,6 +31,8 @@ def read(text: str) -> Sizes:
         name, _, value = word.partition("=")
         if name not in _FIELDS:
             raise CommandError(f"--sizes: expected {', '.join(_FIELDS)}, got {name!r}")
+        if name in given:
+            raise CommandError(f"--sizes: expected {name} once, got it twice")
         try:
             given[name] = _value(name, value)
         except ValueError:

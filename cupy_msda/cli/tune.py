@@ -105,7 +105,7 @@ def _show() -> int:
         try:
             contents = tuning_file.read(path)
         except ValueError as error:
-            say(f"{path.name:12}is no tuning file: {error}")
+            say(f"{path.name}: no tuning file: {error}")
             continue
         for key, entries in contents.tuned.items():
             say(f"{contents.gpu}: {key}")
@@ -116,8 +116,11 @@ def _show() -> int:
 
 def _clear() -> int:
     for path in _files():
-        path.unlink()
-        say(f"{'deleted':12}{path}")
+        if tuning_file.is_ours(path):
+            path.unlink()
+            say(f"{'deleted':12}{path}")
+        else:
+            say(f"{'kept':12}{path}, which is no tuning file")
     return 0
 
 

@@ -192,9 +192,16 @@ def _forward(problem: Problem, alignment: int, gpu: Gpu, wide_index: bool) -> Fo
     several = spec.masked_neighbours and spec.queries.tile_rows and chunk <= MAX_UNROLLED
     query_tiles = 1 if problem.value_dtype in SIXTEEN_BIT and channels.lanes >= 8 else 2
     if several and axes.get("query_tiles", query_tiles) == 2:
-        tiled = spec.with_axes(query_tiles=2, unroll=chunk)
+        tiled = _fitting(spec.with_axes(query_tiles=2, unroll=chunk), gpu)
         if grid_rows(problem, tiled, gpu) <= MAX_GRID_Y:
             return tiled
+    return _fitting(spec, gpu)
+
+
+def _fitting(spec: ForwardSpec, gpu: Gpu) -> ForwardSpec:
+    """With as many warps per block as the shared memory of the GPU has room for."""
+    while spec.shared_bytes > gpu.shared_memory_per_block and spec.block.warps > 1:
+        spec = spec.with_axes(warps=spec.block.warps // 2)
     return spec
 
 

@@ -16,6 +16,8 @@ VARIABLE = "CUPY_MSDA_TUNING"
 _OFF = ("off", "0")
 # A writer holds the lock for milliseconds. One that is this old is that of a process that has died.
 _STALE_SECONDS = 10.0
+# How every file of ours begins, also one of another version or a part of one.
+_BEGIN = '{"format": '
 # No file of measured choices is larger.
 _MOST_BYTES = 64 << 20
 
@@ -47,8 +49,17 @@ def read(path: Path) -> TuningFile:
     return decode(path.read_text(encoding="utf-8"))
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file looks like a tuning file, of whatever version, whole or not."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(len(_BEGIN)) == _BEGIN.encode()
+    return False
+
+
 def merge(path: Path, contents: TuningFile) -> None:
-    """Add entries to a file. They replace those for the same problems; a file that cannot be read is replaced.
+    """Add entries to a file. They replace those for the same problems.
+
+    A file that cannot be read is replaced; one that is not ours is first renamed, with `.bak` at its end.
 
     Raises
     ------
@@ -61,6 +72,8 @@ def merge(path: Path, contents: TuningFile) -> None:
             before = read(path)
         except (OSError, ValueError):
             before = TuningFile(contents.gpu, {})
+            if path.exists() and not is_ours(path):
+                os.replace(path, path.with_name(f"{path.name}.bak"))
         tuned = {key: list(entries) for key, entries in before.tuned.items()}
         for key, entries in contents.tuned.items():
             combined = {(entry.subject, entry.sizes): entry for entry in (*tuned.get(key, ()), *entries)}
@@ -83,8 +96,14 @@ def _replace(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One writer at a time, on every system. A lock that a dead process has left is taken over."""
-    lock = path.with_suffix(".lock")
+    """One writer at a time, on every system. A lock that a dead process has left is taken over.
+
+    Raises
+    ------
+    OSError
+        Where the folder cannot be written, or where such a lock cannot be deleted.
+    """
+    lock, give_up = path.with_suffix(".lock"), time.monotonic() + 3 * _STALE_SECONDS
     while True:
         try:
             os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -94,7 +113,7 @@ def _locked(path: Path) -> Iterator[None]:
                 if time.time() - lock.stat().st_mtime > _STALE_SECONDS:
                     lock.unlink()
                     continue
-            if not lock.exists() and not os.access(path.parent, os.W_OK):
+            if time.monotonic() > give_up or (not lock.exists() and not os.access(path.parent, os.W_OK)):
                 raise
             time.sleep(0.01)
     try:

@@ -58,7 +58,7 @@ def decode(text: str) -> TuningFile:
         read = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON: {error}") from None
-    if not isinstance(read, dict) or read.get("format") != FORMAT:
+    if not isinstance(read, dict) or type(read.get("format")) is not int or read["format"] != FORMAT:
         raise ValueError(f"expected a tuning file of format {FORMAT}")
     tuned: dict[Key, list[Entry]] = {}
     for block in _of_type(list, read, "tuned"):

@@ -114,7 +114,7 @@ def record(problem: Problem, arguments: Arguments, wanted: Wanted) -> Recorded |
     with torch.enable_grad() if any(wanted) else torch.no_grad():
         given, locations, weights, _ = plain_samples(given)
         locations = locations.reshape(problem.N, problem.Q, problem.M, problem.L, problem.P, 2)
-        if (wanted.locations or wanted.references) and _any_at_the_boundary(locations.detach(), sizes):
+        if (wanted.locations or wanted.references) and _any_near_a_kink(locations.detach(), sizes):
             return None
         step = _images_at_a_time(problem)
         parts = zip(given.value.split(step), locations.split(step), weights.split(step), strict=True)
@@ -123,10 +123,15 @@ def record(problem: Problem, arguments: Arguments, wanted: Wanted) -> Recorded |
     return Recorded(output, leaves) if bool(output.detach().sum().isfinite()) else None
 
 
-def _any_at_the_boundary(locations: Tensor, sizes: list[tuple[int, int]]) -> bool:
-    """Whether a sample lies one pixel outside its level: it does not count, but has a gradient here."""
-    widths_and_heights = torch.tensor([[(w, h)] for h, w in sizes], dtype=locations.dtype, device="cpu")
-    return bool((locations * widths_and_heights == -0.5).any())
+def _any_near_a_kink(locations: Tensor, sizes: list[tuple[int, int]]) -> bool:
+    """Whether `grid_sample`, which rounds coordinates, may take another cell than floor() of the exact coordinate.
+
+    The gradients of the two differ. At a pixel outside its level, a sample does not count but has a gradient there.
+    """
+    widths_and_heights = torch.tensor([[(w, h)] for h, w in sizes], dtype=torch.float64, device="cpu")
+    pixels = locations.double() * widths_and_heights - 0.5
+    rounding = 2 * torch.finfo(locations.dtype).eps * widths_and_heights
+    return bool(((pixels - pixels.round()).abs() <= rounding).any())
 
 
 def _images_at_a_time(problem: Problem) -> int:

@@ -233,11 +233,20 @@ def _attention(arguments: Arguments) -> Tensor:
                 return checks.zeros(arguments, problem)
     elif arguments.variant != PLAIN:
         read_variant(arguments.variant, len(arguments.spatial_shapes))
-    if exports_plugin():
-        return plugin_attention(arguments)
-    if _decomposed or torch.onnx.is_in_onnx_export():
-        return exportable_attention(arguments)
+    if exports_plugin() or _decomposed or torch.onnx.is_in_onnx_export():
+        _check_weights(arguments)
+        return plugin_attention(arguments) if exports_plugin() else exportable_attention(arguments)
     return registered_forward(arguments)
+
+
+def _check_weights(arguments: Arguments) -> None:
+    """A composition would take weights in another order without a word."""
+    weights, locations = arguments.weights, arguments.locations
+    if arguments.reference_points is None and weights.shape != locations.shape[:-1]:
+        raise ValueError(
+            f"attention_weights: expected the shape of sampling_locations without its last axis, "
+            f"{tuple(locations.shape[:-1])}, got {tuple(weights.shape)}"
+        )
 
 
 def _all_arrays(arguments: Arguments) -> tuple[Any, ...]:

@@ -37,10 +37,10 @@ def test_it_writes_sources_and_a_cubin_of_each_architecture(capsys, tmp_path):
 def test_sizes_have_the_fields_of_the_class():
     text = (
         "dfine levels=8x8,4x4 N=3 Q=7 M=4 D=16 num_points=3,6 interpolation=nearest padding_mode=border "
-        "align_corners=false ragged=true reference_coordinates=4 one_reference=true packed=true"
+        "align_corners=false ragged reference_coordinates=4 one_reference=true packed=true"
     )
     want = Sizes(
-        levels=[(8, 8), (4, 4)], N=3, Q=7, M=4, D=16, num_points=[3, 6], interpolation="nearest",
+        levels=((8, 8), (4, 4)), N=3, Q=7, M=4, D=16, num_points=(3, 6), interpolation="nearest",
         padding_mode="border", ragged=True, reference_coordinates=4, one_reference=True, packed=True,
     )  # fmt: skip
     assert export_kernels.read_sizes(text) == ("dfine", want)
@@ -52,11 +52,13 @@ def test_sizes_have_the_fields_of_the_class():
         (["levels=6x7"], "expected a name of a-z, 0-9 and _ first"),
         ([""], "expected a name of a-z, 0-9 and _ first"),
         (["Decoder levels=6x7"], "expected a name of a-z, 0-9 and _ first"),
-        (["decoder N=2"], "expected levels=HxW,..."),
-        (["decoder levels=6"], "expected levels=HxW,..., got levels=6"),
-        (["decoder levels=6x7 N=two"], "expected N=a number, got N=two"),
-        (["decoder levels=6x7 ragged=yes"], "expected ragged=true or false, got ragged=yes"),
-        (["decoder levels=6x7 heads=8"], "expected settings of levels, N, Q"),
+        (["decoder N=2"], "expected sizes as 'levels="),
+        (["decoder levels=6"], "got 'levels=6'"),
+        (["decoder levels=6x7 N=two"], "got 'N=two'"),
+        (["decoder levels=6x7 N=-1"], "got 'N=-1'"),
+        (["decoder levels=6x7 N=1 N=2"], "expected N once"),
+        (["decoder levels=6x7 ragged=yes"], "got 'ragged=yes'"),
+        (["decoder levels=6x7 heads=8"], "expected levels, N, Q"),
         (["decoder levels=0x7"], "expected levels of positive (H, W)"),
         (["decoder levels=6x7 N=0"], "expected sizes of at least 1 in decoder_float32"),
         (["decoder levels=6x7 packed=true"], "expected reference_coordinates 2 or 4"),

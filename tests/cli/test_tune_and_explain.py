@@ -52,6 +52,18 @@ def test_a_file_goes_in_and_out(capsys, folder, exported, tmp_path):
     assert run(capsys, "tune", "--show")[:2] == (0, f"folder      {folder}\n")
 
 
+def test_files_of_others_are_kept(capsys, folder, exported):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "package.json").write_text('{"name": "x"}')
+    (folder / "nvidia_a100.json").write_text("not ours")
+    assert run(capsys, "tune", "--import", exported)[0] == 0
+    assert (folder / "nvidia_a100.json.bak").read_text() == "not ours"
+    code, out, _ = run(capsys, "tune", "--clear")
+    assert code == 0
+    assert "package.json, which is no tuning file" in out
+    assert {path.name for path in folder.iterdir()} == {"package.json", "nvidia_a100.json.bak"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -86,7 +98,7 @@ def test_a_broken_file_is_shown_as_such(capsys, folder):
     (folder / "x.json").write_text(json.dumps({"format": 2}))
     code, out, _ = run(capsys, "tune", "--show")
     assert code == 0
-    assert "x.json      is no tuning file: expected a tuning file of format 1" in out
+    assert "x.json: no tuning file: expected a tuning file of format 1" in out
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("5m", 300), ("1.5h", 5400), ("7", 7)])

@@ -32,6 +32,23 @@ def arguments_of(gpu, inputs, **changes):
     return [value, inputs.shapes, None, *(part for part in samples if part is not None)]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ([SIZES], {"gpu": 0}, "gpu: expected a compute capability"),
+        ([SIZES], {"interpolation": "nearest"}, "interpolation: expected a field of Sizes"),
+        ([[SIZES]], {}, "or one Sizes, got list"),
+        ([Sizes(((4, 5),), P=-4)], {}, "sizes: expected P of at least 0"),
+        ([Sizes(((4, 5),), D=0)], {}, "sizes: expected D of at least 1"),
+        ([Sizes(((4, 5),), N=1.5)], {}, "sizes: expected N of at least 0, a whole number"),
+        (list(PLAIN.inputs()[:5]), {"gpu": 80}, "gpu: expected None with arrays"),
+    ],
+)
+def test_bad_questions_are_refused(arguments, options, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        cupy_msda.explain(*arguments, **options)
+
+
 @pytest.mark.parametrize("case", [PLAIN, DENSE], ids=str)
 @pytest.mark.parametrize("form", [None, FUSED, PACKED_BOXES], ids=["plain", "fused", "packed"])
 @pytest.mark.parametrize("deterministic", [False, True])

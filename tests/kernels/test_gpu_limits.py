@@ -7,11 +7,23 @@ import pytest
 
 from cupy_msda.cuda import gpu, plan, plan_backward
 from cupy_msda.cuda.gpu import ARCHITECTURES, H100
+from cupy_msda.sizes import Sizes, problems_of
 from tests.helpers import random_problems
 
 CUDA_THREADS_PER_BLOCK = 1024
 # Asked of the planner on every architecture.
 ASKED = random_problems.draw(400, seed=1)
+# Encoders with many samples per query or many levels: the samples of 16 warps are more than some GPUs have room for.
+LARGE_BLOCKS = problems_of(
+    [
+        Sizes(((64, 64), (32, 32), (16, 16), (8, 8)), N=4, M=16, D=16, P=16),
+        Sizes(((256, 256),), N=2, M=16, D=16, P=64),
+        Sizes(((64, 64),) * 20, N=2, M=8, D=32, P=100),
+        Sizes(((100, 167), (50, 84), (25, 42), (13, 21)), N=2, P=3000),
+    ],
+    ["float32", "float16"],
+    device=0,
+)
 
 
 def launches(asked, on):
@@ -45,6 +57,13 @@ def test_every_choice_fits(architecture):
                 needed = held * (spec.shared_bytes + on.reserved_shared_memory)
                 assert needed <= on.shared_memory_per_multiprocessor, launch
     assert len(kernels) == 7
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("problem", LARGE_BLOCKS, ids=lambda problem: f"{problem.value_dtype}-K={problem.K}")
+def test_large_blocks_fit(problem, architecture):
+    on = ARCHITECTURES[architecture]
+    assert plan.forward(problem, 16, on).is_possible(on)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -56,6 +56,22 @@ def test_a_small_call_takes_it_and_few_samples_of_much_value_do_not(recorded):
     assert not composition.forward_costs(call_of(*few.inputs()[:6]).problem).composition_is_faster
 
 
+@pytest.mark.parametrize("size", [(5, 5), (10, 10), (25, 42)], ids=str)
+@pytest.mark.parametrize("shift", [0, -0.5], ids=["centres", "edges"])
+def test_gradients_at_kinks_are_the_contract_s(size, shift):
+    """grid_sample rounds a coordinate on a pixel to another cell than floor() of the exact one."""
+    (H, W), generator = size, torch.Generator().manual_seed(0)
+    value = torch.randn(1, H * W, 2, 8, generator=generator)
+    columns, rows = (torch.arange(W) + 0.5 + shift) / W, (torch.arange(H) + 0.5 + shift) / H
+    points = torch.cartesian_prod(columns, rows)[:, None, None, None].expand(-1, 2, 1, 1, 2).contiguous()
+    locations = points[None].requires_grad_()
+    weights, grad = torch.ones(1, H * W, 2, 1, 1), torch.randn(1, H * W, 16, generator=generator)
+    found = torch.autograd.grad(ms_deform_attn(value, [size], None, locations, weights), locations, grad)[0]
+    arrays = (value.numpy(), [size], None, locations.detach().numpy(), weights.numpy())
+    want = cupy_msda.ms_deform_attn_backward(*arrays, grad.numpy(), 64)[1]
+    np.testing.assert_allclose(found.numpy(), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
 def test_the_compiled_tier_is_never_replaced(recorded, monkeypatch):
     pytest.importorskip("numba")
     monkeypatch.setenv("CUPY_MSDA_CPU", "numba")

@@ -173,6 +173,21 @@ def test_float64_is_refused_with_the_remedy(tmp_path):
         torch.onnx.export(Net(), tuple(inputs), tmp_path / "net.onnx", dynamo=False, verbose=False)
 
 
+@pytest.mark.parametrize("dynamo", EXPORTERS.values(), ids=EXPORTERS)
+def test_weights_in_another_order_are_refused(tmp_path, dynamo):
+    value, locations, weights = inputs_of()
+    with pytest.raises(Exception, match="attention_weights: expected the shape of sampling_locations"), tensorrt():
+        torch.onnx.export(
+            Net(), (value, locations, weights.transpose(-1, -2)), tmp_path / "net.onnx", dynamo=dynamo, verbose=False
+        )
+
+
+def test_empty_calls_are_refused(tmp_path):
+    inputs = inputs_of(Q=0)
+    with pytest.raises(ValueError, match="expected N, Q, M and L of at least 1"), tensorrt():
+        torch.onnx.export(Net(), inputs, tmp_path / "net.onnx", dynamo=False, verbose=False)
+
+
 def test_outside_of_the_context_and_of_an_export_nothing_changes(tmp_path):
     inputs = inputs_of()
     want = Net()(*inputs)
