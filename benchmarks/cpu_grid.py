@@ -27,6 +27,7 @@ from cupy_msda.torch.exportable import grid_sample_attention
 
 from .implementations import torch_ms_deform_attn
 from .provenance import provenance
+from .timing import UNTIMED_SECONDS
 
 LEVELS = (
     ((8, 8),),
@@ -141,16 +142,23 @@ def calls_of(cell: Cell) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor],
 
 
 def median_seconds(calls: list[Callable[[], Any]]) -> list[float]:
-    """Medians of calls in turns, until each took `LEAST_SECONDS`, at least three; the first of each does not count."""
+    """Medians of calls, each until it took `LEAST_SECONDS`, at least three times.
+
+    One after the other, each after untimed calls: torch's threads spin for some milliseconds after their work, and would
+    take a core from the implementation that comes next.
+    """
+    medians = []
     for call in calls:
+        begin, taken = time.perf_counter(), []
         call()
-    times: list[list[float]] = [[] for _ in calls]
-    while len(times[0]) < 3 or (min(map(sum, times)) < LEAST_SECONDS and len(times[0]) < MOST_REPEATS):
-        for call, taken in zip(calls, times, strict=True):
+        while time.perf_counter() - begin < UNTIMED_SECONDS:
+            call()
+        while len(taken) < 3 or (sum(taken) < LEAST_SECONDS and len(taken) < MOST_REPEATS):
             begin = time.perf_counter()
             call()
             taken.append(time.perf_counter() - begin)
-    return [statistics.median(taken) for taken in times]
+        medians.append(statistics.median(taken))
+    return medians
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

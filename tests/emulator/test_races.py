@@ -144,6 +144,6 @@ def test_the_report_names_the_array(fault):
 
 def test_a_read_by_ldg_of_what_the_launch_writes_is_caught():
     """Its cache does not see what other multiprocessors write meanwhile; the emulator's memory does."""
-    planted = Fault("reduce_buckets", "__ldcg(&word_of", "__ldg(&word_of")
-    with pytest.raises(emulator.EmulatorError, match=r"of .*sums.* is read by __ldg and written in the same launch"):
+    planted = Fault("reduce_buckets", "__ldcg(&queue->chunk[place].number", "__ldg(&queue->chunk[place].number")
+    with pytest.raises(emulator.EmulatorError, match=r"of .*queue.* is read by __ldg and written in the same launch"):
         COVERING["summation: chunks"].run(texts={"reduce_buckets": planted.planted()}, log=Log())
