@@ -144,8 +144,8 @@ def calls_of(cell: Cell) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor],
 def median_seconds(calls: list[Callable[[], Any]]) -> list[float]:
     """Medians of calls, each until it took `LEAST_SECONDS`, at least three times.
 
-    One after the other, each after untimed calls: torch's threads spin for some milliseconds after their work, and would
-    take a core from the implementation that comes next.
+    One after the other, each after untimed calls: torch's threads spin for some milliseconds after their work, and
+    would take a core from the implementation that comes next.
     """
     medians = []
     for call in calls:

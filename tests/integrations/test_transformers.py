@@ -283,7 +283,8 @@ def test_kernels_package_takes_the_layer(monkeypatch):
             assert torch.equal(output, ms_deform_attn(value, shapes, starts, locations, weights))
 
 
-@pytest.mark.parametrize("name", ["d_fine", pytest.param("rt_detr", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["d_fine", "rt_detr"])
 def test_a_patched_model_compiles(name):
     torch._dynamo.reset()
     model, inputs = build(name)
