@@ -7,12 +7,14 @@ What decides is the arguments alone, so that the same call always has the same b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..call import PLAIN, SIXTEEN_BIT, Arguments, Problem, Wanted
+from . import kinks
 from .exportable import grid_sample_attention
 from .reference import Gradients
 from .samples import in_float, plain_samples
@@ -21,6 +23,8 @@ from .samples import in_float, plain_samples
 _MOST_PIXELS = 168
 # Most elements that are sampled, which a call holds between forward and backward.
 _MOST_ELEMENTS = 1 << 24
+# Share of the samples that lie on a pixel, at most: with more, the queries are pixels, and NumPy is as fast.
+_MOST_NEAR_A_PIXEL = 0.25
 # Up to so many sampled elements all images are worked on at once (docs/performance/decisions.md#cpu-composition).
 _CACHED_ELEMENTS = 1 << 22
 
@@ -82,10 +86,19 @@ class _Sizes(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """An output and the inputs that it was computed from, whose gradients autograd recorded where they are wanted."""
+    """An output and the inputs that it was computed from, whose gradients autograd recorded where they are wanted.
+
+    `locations` and `weights` are those of the plain operator, which follow from the leaves. `near_a_pixel` are the
+    samples whose gradient is computed anew, at the locations `at_pixels` (:mod:`.kinks`).
+    """
 
     output: Tensor
     leaves: tuple[Tensor | None, ...]
+    locations: Tensor
+    weights: Tensor
+    near_a_pixel: Tensor
+    at_pixels: Tensor
+    levels: tuple[kinks.Level, ...]
 
 
 def can_run(problem: Problem) -> bool:
@@ -112,26 +125,22 @@ def record(problem: Problem, arguments: Arguments, wanted: Wanted) -> Recorded |
     sizes, starts = [(h, w) for h, w, _ in problem.levels], [start for *_, start in problem.levels]
     given = Arguments(leaves[0], sizes, starts, leaves[3], leaves[1], leaves[2], names=arguments.names)
     with torch.enable_grad() if any(wanted) else torch.no_grad():
-        given, locations, weights, _ = plain_samples(given)
+        given, locations, weights, fused = plain_samples(given)
         locations = locations.reshape(problem.N, problem.Q, problem.M, problem.L, problem.P, 2)
-        if (wanted.locations or wanted.references) and _any_near_a_kink(locations.detach(), sizes):
-            return None
+        weights = weights.reshape(locations.shape[:-1])
+        near, exact = torch.empty((0, 5), dtype=torch.int64, device="cpu"), locations.detach()
+        if wanted.locations or wanted.references:
+            exact = exact if fused is None else kinks.locations_of(fused).reshape(exact.shape)
+            near = kinks.samples_near_a_pixel(exact, problem.levels)
+            if len(near) > _MOST_NEAR_A_PIXEL * weights.numel():
+                return None
         step = _images_at_a_time(problem)
         parts = zip(given.value.split(step), locations.split(step), weights.split(step), strict=True)
         outputs = [grid_sample_attention(part, sizes, where, weight, starts) for part, where, weight in parts]
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return Recorded(output, leaves) if bool(output.detach().sum().isfinite()) else None
-
-
-def _any_near_a_kink(locations: Tensor, sizes: list[tuple[int, int]]) -> bool:
-    """Whether `grid_sample`, which rounds coordinates, may take another cell than floor() of the exact coordinate.
-
-    The gradients of the two differ. At a pixel outside its level, a sample does not count but has a gradient there.
-    """
-    widths_and_heights = torch.tensor([[(w, h)] for h, w in sizes], dtype=torch.float64, device="cpu")
-    pixels = locations.double() * widths_and_heights - 0.5
-    rounding = 2 * torch.finfo(locations.dtype).eps * widths_and_heights
-    return bool(((pixels - pixels.round()).abs() <= rounding).any())
+    at_pixels = exact[tuple(near.unbind(1))]
+    recorded = Recorded(output, leaves, locations, weights, near, at_pixels, problem.levels)
+    return recorded if bool(output.detach().sum().isfinite()) else None
 
 
 def _images_at_a_time(problem: Problem) -> int:
@@ -153,10 +162,29 @@ def gradients(
     if not bool(grad_output.sum().isfinite()):
         return None
     leaves = [leaf for leaf, asked in zip(recorded.leaves, wanted, strict=True) if asked and leaf is not None]
-    found = iter(torch.autograd.grad(recorded.output, leaves, grad_output, retain_graph=kept))
+    found = iter(_of_leaves(recorded, leaves, grad_output, kept))
     given = (arguments.value, arguments.locations, arguments.weights, arguments.reference_points)
     of_value, of_locations, of_weights, of_references = (
         next(found).to(tensor.dtype).contiguous() if asked and tensor is not None else None
         for tensor, asked in zip(given, wanted, strict=True)
     )
     return of_value, of_locations, of_weights, of_references
+
+
+def _of_leaves(recorded: Recorded, leaves: list[Tensor], grad_output: Tensor, kept: bool) -> Sequence[Tensor]:
+    """Gradients of the leaves that are wanted. Those of samples on a pixel are replaced on the way."""
+    if not len(recorded.near_a_pixel):
+        return torch.autograd.grad(recorded.output, leaves, grad_output, retain_graph=kept)
+    value, locations, weights = recorded.leaves[0], recorded.locations, recorded.weights
+    assert value is not None
+    between = [tensor for tensor in (locations, weights) if tensor.requires_grad]
+    of_values = [value] if value.requires_grad else []
+    found = torch.autograd.grad(recorded.output, [*of_values, *between], grad_output, retain_graph=kept)
+    of_value, passed = found[: len(of_values)], list(found[len(of_values) :])
+    near = recorded.near_a_pixel
+    exact = kinks.exact_gradient(
+        value.detach(), recorded.at_pixels, weights.detach(), grad_output, recorded.levels, near
+    )
+    passed[0] = passed[0].index_put(tuple(near.unbind(1)), exact)
+    others = [leaf for leaf in leaves if leaf is not value]
+    return [*of_value, *torch.autograd.grad(between, others, passed, retain_graph=kept)]

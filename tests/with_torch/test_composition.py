@@ -56,20 +56,57 @@ def test_a_small_call_takes_it_and_few_samples_of_much_value_do_not(recorded):
     assert not composition.forward_costs(call_of(*few.inputs()[:6]).problem).composition_is_faster
 
 
-@pytest.mark.parametrize("size", [(5, 5), (10, 10), (25, 42)], ids=str)
-@pytest.mark.parametrize("shift", [0, -0.5], ids=["centres", "edges"])
-def test_gradients_at_kinks_are_the_contract_s(size, shift):
+ON_PIXELS = ((5, 5), (25, 42))
+
+
+def on_pixels(share, form="plain", dtype=torch.float32):
+    """A call of which this share of samples lies on pixels and on the edges of the levels, and its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    N, Q, M, D, P = 2, 60, 2, 8, 3
+    S = sum(h * w for h, w in ON_PIXELS)
+    sizes = torch.tensor([[[w, h]] for h, w in ON_PIXELS])  # [L, 1, 2]
+    shape = (N, Q, M, len(ON_PIXELS), P, 2)
+    free = torch.rand(shape, generator=generator, dtype=dtype)
+    pixels = (torch.rand(shape, generator=generator) * (sizes + 2)).floor() - 1
+    exact = (pixels.to(dtype) + 0.5) / sizes.to(dtype)
+    chosen = torch.rand(shape[:-1], generator=generator)[..., None] < share
+    locations = torch.where(chosen, exact, free)
+    value = torch.randn(N, S, M, D, generator=generator, dtype=dtype)
+    weights, grad = (
+        torch.rand(shape[:-1], generator=generator, dtype=dtype),
+        torch.randn(N, Q, M * D, generator=generator),
+    )
+    if form == "plain":
+        return [value, locations, weights], grad.to(dtype)
+    references = torch.full((N, Q, len(ON_PIXELS), 2), 0.5, dtype=dtype)
+    offsets = (locations - 0.5) * sizes
+    return [value, references, offsets, weights], grad
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("form", ["plain", "fused"])
+@pytest.mark.parametrize("wanted", ["all", "value and locations", "locations"])
+def test_gradients_on_pixels_are_the_contract_s(share, form, wanted, recorded, monkeypatch):
     """grid_sample rounds a coordinate on a pixel to another cell than floor() of the exact one."""
-    (H, W), generator = size, torch.Generator().manual_seed(0)
-    value = torch.randn(1, H * W, 2, 8, generator=generator)
-    columns, rows = (torch.arange(W) + 0.5 + shift) / W, (torch.arange(H) + 0.5 + shift) / H
-    points = torch.cartesian_prod(columns, rows)[:, None, None, None].expand(-1, 2, 1, 1, 2).contiguous()
-    locations = points[None].requires_grad_()
-    weights, grad = torch.ones(1, H * W, 2, 1, 1), torch.randn(1, H * W, 16, generator=generator)
-    found = torch.autograd.grad(ms_deform_attn(value, [size], None, locations, weights), locations, grad)[0]
-    arrays = (value.numpy(), [size], None, locations.detach().numpy(), weights.numpy())
-    want = cupy_msda.ms_deform_attn_backward(*arrays, grad.numpy(), 64)[1]
-    np.testing.assert_allclose(found.numpy(), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    monkeypatch.setattr(composition.Costs, "composition_is_faster", True)
+    tensors, grad = on_pixels(share, form)
+    places = {
+        "all": range(len(tensors)),
+        "value and locations": (0, len(tensors) - 2),
+        "locations": (len(tensors) - 2,),
+    }[wanted]
+    leaves = [tensors[place].requires_grad_() for place in places]
+    call = ms_deform_attn if form == "plain" else cupy_msda.torch.ms_deform_attn_fused
+    output = call(tensors[0], ON_PIXELS, None, *tensors[1:])
+    found = torch.autograd.grad(output, leaves, grad, retain_graph=True)
+    again = torch.autograd.grad(output, leaves, grad)
+    assert (recorded[0] is None) == (share > 0.5)
+    arrays = [tensor.detach().numpy() for tensor in tensors]
+    backward = cupy_msda.ms_deform_attn_backward if form == "plain" else cupy_msda.ms_deform_attn_fused_backward
+    want = backward(arrays[0], ON_PIXELS, None, *arrays[1:], grad.numpy(), 64)
+    for place, one, other in zip(places, found, again, strict=True):
+        assert torch.equal(one, other)
+        np.testing.assert_allclose(one.numpy(), want[place], rtol=2e-4, atol=1e-4 * np.abs(want[place]).max())
 
 
 def test_the_compiled_tier_is_never_replaced(recorded, monkeypatch):
