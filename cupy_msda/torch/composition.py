@@ -154,7 +154,7 @@ def _images_at_a_time(problem: Problem) -> int:
 def gradients(
     recorded: Recorded, arguments: Arguments, grad_output: Tensor, wanted: Wanted, kept: bool = False
 ) -> Gradients | None:
-    """The gradients that are wanted; None where the gradient of the output is not finite.
+    """The gradients that are wanted; None where one of them, or that of the output, is not finite.
 
     `kept`: what is recorded serves another backward.
     """
@@ -162,7 +162,10 @@ def gradients(
     if not bool(grad_output.sum().isfinite()):
         return None
     leaves = [leaf for leaf, asked in zip(recorded.leaves, wanted, strict=True) if asked and leaf is not None]
-    found = iter(_of_leaves(recorded, leaves, grad_output, kept))
+    of_leaves = _of_leaves(recorded, leaves, grad_output, kept)
+    if not all(bool(gradient.sum().isfinite()) for gradient in of_leaves):
+        return None
+    found = iter(of_leaves)
     given = (arguments.value, arguments.locations, arguments.weights, arguments.reference_points)
     of_value, of_locations, of_weights, of_references = (
         next(found).to(tensor.dtype).contiguous() if asked and tensor is not None else None

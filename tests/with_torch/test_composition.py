@@ -109,6 +109,18 @@ def test_gradients_on_pixels_are_the_contract_s(share, form, wanted, recorded, m
         np.testing.assert_allclose(one.numpy(), want[place], rtol=2e-4, atol=1e-4 * np.abs(want[place]).max())
 
 
+def test_an_overflow_of_gradients_stays_with_its_sample(recorded, monkeypatch):
+    """In grid_sample's gradient a sample outside the level takes zero times infinity."""
+    monkeypatch.setattr(composition.Costs, "composition_is_faster", True)
+    value = torch.rand(1, 16, 1, 2, dtype=torch.float64)
+    locations = torch.tensor([[0.3, 0.3], [3.0, 0.3]], dtype=torch.float64).reshape(1, 2, 1, 1, 1, 2).requires_grad_()
+    weights = torch.full((1, 2, 1, 1, 1), 1e200, dtype=torch.float64)
+    output = ms_deform_attn(value, [(4, 4)], None, locations, weights)
+    (found,) = torch.autograd.grad(output, locations, torch.full_like(output, 1e200))
+    assert recorded[0] is not None
+    assert found[0, 1].abs().max() == 0
+
+
 def test_the_compiled_tier_is_never_replaced(recorded, monkeypatch):
     pytest.importorskip("numba")
     monkeypatch.setenv("CUPY_MSDA_CPU", "numba")
