@@ -47,7 +47,7 @@ REPEATS = 9
 SLOWER, SLOWER_US = 0.02, 0.5
 COLD_BYTES, MAX_INPUTS = 192 << 20, 4
 # Shares of the time for the kernels of all cells, for tuning, and for tuning from the spoilt table.
-COMPILING, TUNING, REPAIRING = 0.28, 0.5, 0.08
+COMPILING, TUNING, REPAIRING = 0.28, 0.4, 0.18
 _KEY = Key("", "", 1, 1)
 
 
@@ -123,9 +123,15 @@ def compile_spec(spec: KernelSpec) -> None:
         return
 
 
-def compile_all(cells: list[Cell], processes: int, seconds: float) -> int:
-    """Compiles what the first measurements need, in parallel, while there is time; how many kernels."""
-    specs = list(dict.fromkeys(spec for cell in cells for spec in sorted(first_specs(cell), key=str)))
+def compile_all(cells: list[Cell], spoilt_too: list[Cell], processes: int, seconds: float) -> int:
+    """Compiles what the first measurements need, in parallel, while there is time; how many kernels.
+
+    `spoilt_too` are the cells that are tuned from the spoilt table as well.
+    """
+    specs = [spec for cell in cells for spec in sorted(first_specs(cell), key=str)]
+    with spoilt_table():
+        specs += [spec for cell in spoilt_too for spec in sorted(first_specs(cell), key=str)]
+    specs = list(dict.fromkeys(specs))
     end, done = time.perf_counter() + seconds, 0
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for start in range(0, len(specs), 8 * processes):
@@ -231,7 +237,8 @@ def tune_all(record: Record, options: argparse.Namespace) -> None:
     left = [cell for cell, row in zip(record.cells, record.rows, strict=True) if "entries" not in row]
     if options.compile and left:
         begin = time.perf_counter()
-        count = compile_all(left, options.compile, COMPILING * options.seconds)
+        again = [cell for cell in left if cell in record.cells[: options.repaired]]
+        count = compile_all(left, again, options.compile, COMPILING * options.seconds)
         print(f"compiled {count} kernels in {time.perf_counter() - begin:.0f} s", flush=True)
     for number, (cell, row) in enumerate(zip(record.cells, record.rows, strict=True)):
         if "entries" not in row:

@@ -174,8 +174,6 @@ def _forward(problem: Problem, alignment: int, gpu: Gpu, wide_index: bool) -> Fo
     most = _most_in_chunk(problem, per_query, wide_index, unrolled=masked)
     chunk = _chunk(problem, most)
     block = block_axes(entry, gpu, fused_warps(problem, entry.warps, 32 // per_query, wide_index))
-    if entry.unroll_per_query:
-        block = block.with_axes(unroll=max(1, entry.unroll // groups))
     if chunk > most:  # a fused call with many samples per query: the registers of a lane hold its share of them
         block = block.with_axes(min_blocks=1)
     spec = ForwardSpec(
@@ -240,7 +238,7 @@ def _backward(
     if tiles > MANY_CHANNEL_TILES:
         entry = table.many_channel_tiles
     elif not wanted.value:
-        entry = _samples_entry(problem, tiles, table)
+        entry = _samples_entry(problem, channels, table)
     elif aggregated:
         spec = _aggregated(problem, alignment, gpu, wanted, wide_index)
         if spec is not None:
@@ -254,12 +252,16 @@ def _backward(
     return _backward_spec(problem, channels, entry, gpu, wanted, wide_index)
 
 
-def _samples_entry(problem: Problem, channel_tiles: int, table: BackwardTable) -> Block:
+def _samples_entry(problem: Problem, channels: ChannelAxes, table: BackwardTable) -> Block:
     """Entry of a kernel that computes no gradient of value. Several channel tiles have loads enough in flight."""
     if problem.value_dtype == "float64":
         return table.samples_float64
-    entry = table.samples_16_bits if problem.value_dtype in SIXTEEN_BIT else table.samples_32_bits
-    return entry if channel_tiles == 1 else replace(entry, unroll=2)
+    narrow = problem.value_dtype in SIXTEEN_BIT
+    entry = table.samples_16_bits if narrow else table.samples_32_bits
+    masked_channels = problem.D % channels.channel_tile != 0
+    if problem.K > MAX_SAMPLES_PER_LANE * channels.lanes or (masked_channels if narrow else problem.fused):
+        entry = table.samples_many_registers
+    return entry if channels.channel_tiles == 1 else replace(entry, unroll=2)
 
 
 def _aggregated(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, wide_index: bool) -> BackwardSpec | None:

@@ -12,6 +12,9 @@ from ..call import Problem
 from .axes import VECTOR_BYTES, ChannelAxes
 from .launch_tables import ForwardEntry
 
+# Samples of a query that a lane group has, at least, where it shares them with others.
+# docs/performance/decisions.md#forward-lane-groups
+SAMPLES_PER_LANE_GROUP = 4
 # Samples that a lane holds in registers between loading and preparing them.
 MAX_SAMPLES_PER_LANE = 4
 # Bytes that the L1 cache delivers per clock, if they lie in different parts of their lines.
@@ -86,14 +89,15 @@ def heads_per_warp(problem: Problem, lanes: int) -> int:
 
 
 def lane_groups(entry: ForwardEntry, lanes: int, problem: Problem) -> int:
-    """Groups of `lanes` lanes that share the samples of a query, where there is work for them.
+    """Groups of `lanes` lanes that share the samples of a query, where each has several.
 
     In a fused call there are so many that their registers hold all samples of the query.
     docs/performance/decisions.md#fused-lanes-for-the-softmax
     """
     if lanes & (lanes - 1):
         return 1  # the shuffles that add up their sums need a power of two
-    groups = max(1, min(entry.lanes_per_query // lanes, 1 << (problem.K.bit_length() - 1)))
+    most = max(1, problem.K // SAMPLES_PER_LANE_GROUP)
+    groups = max(1, min(entry.lanes_per_query // lanes, 1 << (most.bit_length() - 1)))
     while problem.fused and groups * lanes < 32 and MAX_SAMPLES_PER_LANE * groups * lanes < problem.K:
         groups *= 2
     return groups

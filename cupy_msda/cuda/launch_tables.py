@@ -35,11 +35,10 @@ class Block(Bounds):
 class ForwardEntry(Block):
     """`lanes_per_query`: lanes, of one or more lane groups, that share the samples of a query; 0 for one group.
 
-    `unroll_per_query`: the lane groups share `unroll`. `masked_neighbours`: where all samples of a query fit.
+    `masked_neighbours`: where all samples of a query fit.
     """
 
     lanes_per_query: int = 0
-    unroll_per_query: bool = False
     masked_neighbours: bool = False
 
 
@@ -61,6 +60,7 @@ class BackwardTable:
     samples_float64: Block
     samples_32_bits: Block
     samples_16_bits: Block
+    samples_many_registers: Block
     aggregated: Block
     aggregated_16_bits: Block
     atomics: Block
@@ -104,15 +104,14 @@ HOPPER = Table(
         fused_pixels_32_bits=ForwardEntry(warps=16, min_blocks=3, unroll=4, masked_neighbours=True),
         # More resident warps spill. docs/performance/decisions.md#forward-resident-warps-16-bit
         pixels_16_bits=ForwardEntry(warps=8, min_blocks=5, unroll=4, masked_neighbours=True),
-        # Queries are no pixels, or do not fill the GPU. Small blocks end independently, and lane groups that share the
+        # Queries are no pixels, or do not fill the GPU. Small blocks end independently, and lane groups that share many
         # samples shorten each query.
         # docs/performance/decisions.md#forward-lane-groups
-        # docs/performance/decisions.md#forward-few-queries-launch
-        queries_32_bits=ForwardEntry(warps=2, min_blocks=6, unroll=4, lanes_per_query=16, unroll_per_query=True),
-        # Many queries fill the GPU with half the lanes for each.
-        queries_16_bits=ForwardEntry(warps=4, min_blocks=8, unroll=2, lanes_per_query=8, unroll_per_query=True),
-        # Few queries leave lanes to spare.
-        few_queries_16_bits=ForwardEntry(warps=2, min_blocks=6, unroll=4, lanes_per_query=16),
+        # docs/performance/decisions.md#forward-queries-launch
+        queries_32_bits=ForwardEntry(warps=4, min_blocks=8, unroll=8, lanes_per_query=16),
+        queries_16_bits=ForwardEntry(warps=4, min_blocks=8, unroll=2, lanes_per_query=8),
+        # With fewer warps each has more loads in flight.
+        few_queries_16_bits=ForwardEntry(warps=4, min_blocks=5, unroll=8, lanes_per_query=8),
     ),
     backward=BackwardTable(
         # As in the forward.
@@ -120,8 +119,10 @@ HOPPER = Table(
         # Without grad_value there are registers for more resident blocks and more loads in flight.
         # docs/performance/decisions.md#backward-sample-gradients-launch
         samples_float64=Block(warps=4, min_blocks=10, unroll=2),
-        samples_32_bits=Block(warps=4, min_blocks=10, unroll=4),
-        samples_16_bits=Block(warps=8, min_blocks=5, unroll=4),
+        samples_32_bits=Block(warps=4, min_blocks=10, unroll=8),
+        samples_16_bits=Block(warps=8, min_blocks=5, unroll=8),
+        # A loop over chunks of samples, a float32 softmax and masked 16-bit channels spill 48 registers.
+        samples_many_registers=Block(warps=4, min_blocks=8, unroll=8),
         # The samples of a block of 64 queries share value vectors. Fewer share less, more leave no room for other
         # blocks. Half or twice as many sort keys take longer.
         # docs/performance/decisions.md#backward-block-aggregation
@@ -167,8 +168,13 @@ DERIVED = replace(
 )
 BLACKWELL = replace(
     DERIVED,
-    # Locations and softmax take 56 registers here, and 40 on all others.
-    forward=replace(HOPPER.forward, fused_pixels_32_bits=leaving(HOPPER.forward.fused_pixels_32_bits, 56)),
+    forward=replace(
+        HOPPER.forward,
+        # Locations and softmax take 56 registers here, and 40 on all others.
+        fused_pixels_32_bits=leaving(HOPPER.forward.fused_pixels_32_bits, 56),
+        # With four loads in flight and more, ptxas spills here whatever the registers.
+        queries_32_bits=replace(HOPPER.forward.queries_32_bits, unroll=2),
+    ),
 )
 #: By the major compute capability.
 TABLES = {7: DERIVED, 8: DERIVED, 9: HOPPER, 10: BLACKWELL, 12: BLACKWELL}

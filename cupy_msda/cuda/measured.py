@@ -27,8 +27,6 @@ def block(entry: AnyBounds, axes: Axes) -> AnyBounds:
 def forward(entry: ForwardEntry, axes: Axes) -> ForwardEntry:
     """An entry of the forward with measured axes. Lane groups do not share samples with masked neighbours."""
     entry = block(entry, axes)
-    if "unroll" in axes:
-        entry = replace(entry, unroll_per_query=False)
     if "lanes_per_query" in axes and not entry.masked_neighbours:
         entry = replace(entry, lanes_per_query=int(axes["lanes_per_query"]))
     return entry

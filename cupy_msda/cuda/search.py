@@ -46,10 +46,11 @@ class Search:
             if time is not None:
                 self.times[candidates.frozen(axes)] = time
 
-    def best(self, compare: Compare, *, in_order: bool) -> Outcome | None:
+    def best(self, compare: Compare, *, in_order: bool, elsewhere: Compare | None = None) -> Outcome | None:
         """The fastest configuration, compared with the default; None where the default has no time.
 
-        `in_order`: among those that leave the order of all sums as it is.
+        `in_order`: among those that leave the order of all sums as it is. `elsewhere`: the comparison for other inputs,
+        where it may not be slower than the default.
         """
         default = candidates.frozen(self.default)
         if default not in self.times:
@@ -66,7 +67,16 @@ class Search:
             if found is None:
                 continue
             default_us, tuned_us = found
-            if tuned_us < default_us * (1 - gain) - GAIN_US and tuned_us / default_us < best.tuned_us / best.default_us:
+            faster = tuned_us < default_us * (1 - gain) - GAIN_US
+            if faster and tuned_us / default_us < best.tuned_us / best.default_us and not _slower(elsewhere, axes):
                 kept = {axis: value for axis, value in axes.items() if axis not in fixed}
                 best = Outcome(kept, default_us, tuned_us)
         return best
+
+
+def _slower(compare: Compare | None, axes: Axes) -> bool:
+    """Whether a configuration is slower than the default, or wrong, in a comparison."""
+    if compare is None:
+        return False
+    found = compare(axes)
+    return found is None or found[1] > found[0] * (1 + GAIN) + GAIN_US

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from .plan_backward import Backward
 from .specs import BackwardSpec
 from .steps import Addresses, PreparedBackward
 from .tuned import Axes, Choices, Entry, measured_of, subject_of
-from .tuning_inputs import Inputs, from_bits, levels_of, nbytes_of
+from .tuning_inputs import Inputs, are_pixels, from_bits, levels_of, nbytes_of
 
 # Bytes of the inputs of all sets, as a multiple of the L2 cache: a model's arrays are mostly not there.
 _TIMES_L2, _MOST_SETS = 2, 4
@@ -117,24 +118,49 @@ class DeviceArrays:
 
     def __init__(self, problem: Problem, on: Gpu, stream: Any) -> None:
         self._cupy, self.problem, self.stream = arrays.require_cupy("tune"), problem, stream
-        levels = problem.levels or levels_of(problem.S, problem.L)
+        self._levels = problem.levels or levels_of(problem.S, problem.L)
         device = problem.device[1]
-        self.metadata = tuple(level_table(levels, device, 0))
+        self.metadata = tuple(level_table(self._levels, device, 0))
         self.lengths = device_table((problem.Q,) * problem.N, device, 0) if problem.ragged else 0
         count = max(1, min(_MOST_SETS, -(-_TIMES_L2 * on.l2_bytes // max(1, nbytes_of(problem)))))
-        self.sets = [self._uploaded(Inputs(problem, levels, seed)) for seed in range(count)]
+        self.sets = [self._uploaded(Inputs(problem, self._levels, seed)) for seed in range(count)]
         self._results = {name: self._empty(array) for name, array in self.sets[0].items()}
 
     def _uploaded(self, inputs: Inputs) -> dict[str, Any]:
         """The arrays of all images, each in one dimension."""
-        found = {}
+        found = {
+            name: self._cupy.empty(self.problem.N * image.size, image.dtype) for name, image in inputs.arrays.items()
+        }
         for name, image in inputs.arrays.items():
-            flat = np.ascontiguousarray(image).reshape(-1)
-            found[name] = self._cupy.empty(self.problem.N * flat.size, flat.dtype)
-            for n in range(self.problem.N):
-                found[name][n * flat.size : (n + 1) * flat.size].set(flat, stream=self.stream)
-        self.stream.synchronize()
+            self._upload(image, found[name])
         return found
+
+    def _upload(self, image: np.ndarray, to: Any) -> None:
+        """The array of one image, to all images."""
+        flat = np.ascontiguousarray(image).reshape(-1)
+        for n in range(self.problem.N):
+            to[n * flat.size : (n + 1) * flat.size].set(flat, stream=self.stream)
+        self.stream.synchronize()
+
+    @property
+    def can_cluster(self) -> bool:
+        """Whether the reference points may lie elsewhere: they are not the pixels."""
+        return not are_pixels(self.problem, self._levels)
+
+    @contextlib.contextmanager
+    def clustered(self) -> Iterator[None]:
+        """All samples in a part of the image meanwhile."""
+        try:
+            self._move(clustered=True)
+            yield
+        finally:
+            self._move(clustered=False)
+
+    def _move(self, *, clustered: bool) -> None:
+        for seed, arrays_of_set in enumerate(self.sets):
+            moved = Inputs(self.problem, self._levels, seed, clustered).arrays
+            for name in arrays_of_set.keys() & {"locations", "references"}:
+                self._upload(moved[name], arrays_of_set[name])
 
     def _empty(self, like: Any) -> Any:
         return self._cupy.empty(like.shape[0], like.dtype)

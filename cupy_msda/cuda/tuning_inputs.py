@@ -13,6 +13,8 @@ from ..call import Problem, contiguous_starts
 Levels = tuple[tuple[int, int, int], ...]
 # Standard deviation of the offsets of samples, in pixels.
 _SPREAD = 3.0
+# Side of the square that holds all reference points of a cluster, as a share of the image's.
+_CLUSTER_SIDE = 0.3
 
 
 @functools.lru_cache(maxsize=64)
@@ -41,16 +43,19 @@ def _halved(S: int, L: int) -> list[tuple[int, int]] | None:
 
 
 class Inputs:
-    """The arrays of one image of a problem, as their bits; all images of a call have the same."""
+    """The arrays of one image of a problem, as their bits; all images of a call have the same.
 
-    def __init__(self, problem: Problem, levels: Levels, seed: int) -> None:
+    `clustered`: the reference points lie in a tenth of the image, where they are not the pixels.
+    """
+
+    def __init__(self, problem: Problem, levels: Levels, seed: int, clustered: bool = False) -> None:
         draw = np.random.default_rng(seed)
         S, Q, M, D = problem.S, problem.Q, problem.M, problem.D
         self.value = as_bits(draw.standard_normal((S, M, D), np.float32), problem.value_dtype)
         self.grad_output = as_bits(draw.standard_normal((Q, M, D), np.float32), problem.value_dtype)
         of_sample = np.repeat(np.arange(problem.L), problem.points)
         sizes = np.array([(w, h) for h, w, _ in levels], np.float32)[of_sample]
-        reference = _references(problem, levels, draw)
+        reference = _references(problem, levels, draw, clustered)
         offsets = _SPREAD * draw.standard_normal((Q, M, problem.K, 2), np.float32)
         logits = draw.standard_normal((Q, M, problem.K), np.float32)
         self.references: np.ndarray | None = None
@@ -78,10 +83,15 @@ class Inputs:
         return found if self.references is None else found | {"references": self.references}
 
 
-def _references(problem: Problem, levels: Levels, draw: np.random.Generator) -> np.ndarray:
+def are_pixels(problem: Problem, levels: Levels) -> bool:
+    """Whether the queries are taken to be the pixels of all levels."""
+    return sum(h * w for h, w, _ in levels) == problem.Q
+
+
+def _references(problem: Problem, levels: Levels, draw: np.random.Generator, clustered: bool) -> np.ndarray:
     """Reference points (x, y) of all queries: the centres of the pixels where there are as many."""
-    if sum(h * w for h, w, _ in levels) != problem.Q:
-        return draw.random((problem.Q, 2), np.float32)
+    if not are_pixels(problem, levels):
+        return draw.random((problem.Q, 2), np.float32) * np.float32(_CLUSTER_SIDE if clustered else 1)
     centres = [
         np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), -1).reshape(-1, 2)
         for h, w, _ in levels

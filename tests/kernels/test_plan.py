@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from cupy_msda.arrays import item_size
-from cupy_msda.call import ALL, Problem, ValueStrides, Variant, Wanted
-from cupy_msda.cuda import cost_model, gpu, plan, plan_backward
+from cupy_msda.call import ALL, FusedFrontEnd, Problem, ValueStrides, Variant, Wanted
+from cupy_msda.cuda import cost_model, gpu, heuristics, plan, plan_backward
 from cupy_msda.cuda.gpu import H100
 from tests.helpers.cases import CASES, DTYPE_PAIRS
 
@@ -93,17 +93,35 @@ def test_a_warp_takes_the_heads_whose_value_vectors_are_one_cache_line(value, D,
     assert forward(apart).heads_per_warp == 1
 
 
-def test_few_queries_are_shared_by_more_lanes():
+def test_few_queries_leave_a_thread_more_registers():
     few, many = (forward(problem("float16", Q=Q)) for Q in (300, 3000))
-    assert [spec.channels.lanes * spec.lane_groups for spec in (few, many)] == [16, 8]
     assert few.block.min_blocks * few.block.warps < many.block.min_blocks * many.block.warps
     assert forward(problem("float16", Q=300), on=with_multiprocessors(16)) == many
     assert forward(problem(Q=22223)).lane_groups == 1
 
 
-@pytest.mark.parametrize(("D", "P", "groups"), [(32, 4, 2), (4, 4, 16), (4, 1, 4), (64, 4, 1), (48, 4, 1)])
-def test_no_lane_group_is_without_samples(D, P, groups):
-    assert forward(problem(D=D, P=P)).lane_groups == groups
+@pytest.mark.parametrize(
+    ("D", "L", "P", "groups"),
+    [(32, 4, 4, 2), (32, 1, 8, 2), (32, 1, 7, 1), (4, 4, 4, 4), (4, 3, 5, 2), (4, 8, 8, 16), (64, 4, 4, 1), (48, 4, 4, 1)],
+)
+def test_a_lane_group_has_four_samples_or_more(D, L, P, groups):
+    assert forward(replace(problem(D=D, P=P), L=L)).lane_groups == groups
+
+
+@pytest.mark.parametrize(
+    ("value", "D", "P", "fused", "many"),
+    [
+        ("float32", 32, 8, False, False), ("float32", 32, 9, False, True), ("float32", 32, 4, True, True),
+        ("float32", 48, 4, False, False), ("float16", 48, 4, False, True), ("float16", 32, 4, True, False),
+        ("float16", 16, 2, False, False), ("float16", 16, 3, False, True),
+    ],
+)  # fmt: skip
+def test_gradients_of_samples_that_need_more_registers_have_fewer_warps(value, D, P, fused, many):
+    found = problem(value, D=D, P=P)
+    if fused:
+        found = replace(found, fused=FusedFrontEnd(2, 4, value, False))
+    spec = heuristics.backward(found, 16, H100, Wanted(value=False, locations=True, weights=True), False)
+    assert (spec.block.warps * spec.block.min_blocks == 32) == many
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------

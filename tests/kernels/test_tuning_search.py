@@ -3,14 +3,16 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from cupy_msda.call import ALL, Problem
+from cupy_msda.call import ALL, FusedFrontEnd, Problem
 from cupy_msda.cuda import candidates, launch_tables, plan
 from cupy_msda.cuda.gpu import ARCHITECTURES, H100
 from cupy_msda.cuda.search import GAIN, Search
 from cupy_msda.cuda.tuned import AXES, ORDERED
 from cupy_msda.cuda.tuning_bench import Planner, targets_of
+from cupy_msda.cuda.tuning_inputs import Inputs, levels_of
 from tests.helpers import drawn_entries
 
 ENCODER = Problem(2, 22223, 8, 32, 4, 4, 22223, "float32", "float32", ("cuda", 0), None)
@@ -53,6 +55,23 @@ def test_wrong_results_are_left_out():
     default = {"warps": 4, "min_blocks": 2, "unroll": 2}
     search = Search("samples", default, H100, lambda asked: [*range(len(asked), 0, -1)])
     assert search.best(lambda axes: None, in_order=False).axes == {}
+
+
+@pytest.mark.parametrize("clustered, kept", [((10.0, 9.0), True), ((10.0, 10.2), True), ((10.0, 20.0), False), (None, False)])
+def test_a_way_is_kept_only_if_it_is_not_slower_elsewhere(clustered, kept):
+    search = Search("grad_value", {"way": "atomics"}, H100, lambda asked: [*range(len(asked), 0, -1)])
+    found = search.best(lambda axes: (10.0, 5.0), in_order=False, elsewhere=lambda axes: clustered)
+    assert bool(found.axes) == kept
+
+
+@pytest.mark.parametrize("fused", [None, FusedFrontEnd(2, 4, "float32", False)], ids=["plain", "fused"])
+def test_clustered_inputs_differ_in_the_place_of_their_samples_alone(fused):
+    problem = replace(DECODER, fused=fused)
+    levels = levels_of(problem.S, problem.L)
+    spread, clustered = (Inputs(problem, levels, seed=1, clustered=clustered).arrays for clustered in (False, True))
+    moved = "references" if fused else "locations"
+    assert [name for name in spread if not np.array_equal(spread[name], clustered[name])] == [moved]
+    assert np.quantile(clustered[moved], 0.9) < 0.4 < np.quantile(spread[moved], 0.6)
 
 
 def test_without_time_there_is_no_outcome():
