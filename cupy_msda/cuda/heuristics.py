@@ -259,7 +259,7 @@ def _samples_entry(problem: Problem, channels: ChannelAxes, table: BackwardTable
     narrow = problem.value_dtype in SIXTEEN_BIT
     entry = table.samples_16_bits if narrow else table.samples_32_bits
     masked_channels = problem.D % channels.channel_tile != 0
-    if problem.K > MAX_SAMPLES_PER_LANE * channels.lanes or (masked_channels if narrow else problem.fused):
+    if MAX_SAMPLES_PER_LANE * channels.lanes < problem.K or (masked_channels if narrow else problem.fused):
         entry = table.samples_many_registers
     return entry if channels.channel_tiles == 1 else replace(entry, unroll=2)
 

@@ -25,7 +25,7 @@ _ENTRIES = {
     "pixels_16_bits": "the queries are pixels and fill the GPU",
     "queries_32_bits": "the queries are no pixels, or do not fill the GPU: small blocks end independently",
     "queries_16_bits": "the queries are no pixels and fill the GPU",
-    "few_queries_16_bits": "the queries do not fill the GPU: small blocks, and several lanes for each query",
+    "few_queries_16_bits": "the queries do not fill the GPU: each has more loads in flight",
 }
 # The axes that are choices of a launch, in the order in which they are printed.
 _CHOICES = (

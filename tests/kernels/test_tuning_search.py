@@ -57,7 +57,9 @@ def test_wrong_results_are_left_out():
     assert search.best(lambda axes: None, in_order=False).axes == {}
 
 
-@pytest.mark.parametrize("clustered, kept", [((10.0, 9.0), True), ((10.0, 10.2), True), ((10.0, 20.0), False), (None, False)])
+@pytest.mark.parametrize(
+    ("clustered", "kept"), [((10.0, 9.0), True), ((10.0, 10.2), True), ((10.0, 20.0), False), (None, False)]
+)
 def test_a_way_is_kept_only_if_it_is_not_slower_elsewhere(clustered, kept):
     search = Search("grad_value", {"way": "atomics"}, H100, lambda asked: [*range(len(asked), 0, -1)])
     found = search.best(lambda axes: (10.0, 5.0), in_order=False, elsewhere=lambda axes: clustered)
