@@ -11,7 +11,6 @@ from .tuned import AXES, Axes
 
 # Warps that a multiprocessor holds at a time: what occupancy and the registers of a thread follow from.
 _RESIDENT_WARPS = (8, 12, 16, 20, 24, 32, 40, 48, 64)
-_MOST_WARPS = 16
 # Blocks that are measured first.
 _FIRST_BLOCKS = 16
 # Fewer registers than this per thread spill in every kernel.
@@ -67,19 +66,17 @@ def _blocks(name: str, default: Axes, gpu: Gpu) -> list[dict[str, int]]:
     """Blocks that the GPU holds, those of about as many resident warps as the default has first."""
     if "min_blocks" not in default:
         return []
-    # Without an axis for warps, any number stands for that of the kernel: all have eight at least.
-    warps = int(default.get("warps", 8))
+    warps = int(default["warps"])
     resident = warps * int(default["min_blocks"])
     most = min(gpu.threads_per_multiprocessor, gpu.registers_per_multiprocessor // _FEWEST_REGISTERS) // 32
     found = []
-    sizes = {max(1, warps // 2), warps, min(_MOST_WARPS, 2 * warps)} if "warps" in AXES[name] else {warps}
-    for per_block in sorted(sizes):
+    for per_block in (size for size in (warps // 2, warps, 2 * warps) if size in AXES[name]["warps"]):
         for held in sorted({*_RESIDENT_WARPS, resident}):
             blocks = held // per_block
             if held % per_block == 0 and held <= most and blocks <= gpu.blocks_per_multiprocessor:
                 found.append({"warps": per_block, "min_blocks": blocks})
     found.sort(key=lambda block: abs(math.log(block["warps"] * block["min_blocks"] / resident)))
-    return [{axis: value for axis, value in block.items() if axis in AXES[name]} for block in found]
+    return found
 
 
 def _distinct(found: list[Axes]) -> list[Axes]:

@@ -27,13 +27,14 @@ AXES: dict[str, dict[str, Sequence[int | str]]] = {
     "samples": _BLOCK,
     "atomics": _BLOCK,
     "aggregated": _BLOCK | {"aggregated_queries": (32, 64, 128)},
-    "bucket_sort": {"min_blocks": _BLOCK["min_blocks"]},
+    "bucket_sort": {"warps": (4, 8), "min_blocks": _BLOCK["min_blocks"]},
     "reduce_buckets": _BLOCK,
     "grad_value": {"way": ("sorted", "atomics", "aggregated")},
 }
 #: The axes that change the order of a sum. No entry for deterministic calls has one.
 ORDERED: dict[str, tuple[str, ...]] = {
     "forward": ("lanes_per_query",),
+    "bucket_sort": ("warps",),
     "reduce_buckets": ("unroll",),
     "grad_value": ("way",),
 }

@@ -122,7 +122,7 @@ def test_candidates_fit_the_gpu_and_the_nearest_come_first(architecture, name):
     found = candidates.first(name, default, gpu)
     assert found[0] == default
     for axes in found[1:]:
-        warps = axes.get("warps", 8)
+        warps = axes["warps"]
         assert axes["min_blocks"] <= gpu.blocks_per_multiprocessor
         assert 32 * warps * axes["min_blocks"] <= gpu.threads_per_multiprocessor
         assert all(value in AXES[name][axis] for axis, value in axes.items())
