@@ -17,13 +17,14 @@ from . import (
     scaling,
     served_report,
     several_gpus_report,
+    tuning_report,
 )
 from .compared_report import compared_table
 from .records import files, latest, recorded, records_table
 
 ROOT = Path(__file__).parent.parent
 README, MODELS, PERFORMANCE = ROOT / "README.md", ROOT / "docs/models.md", ROOT / "docs/performance/README.md"
-SEVERAL_GPUS = ROOT / "docs/several_gpus.md"
+SEVERAL_GPUS, TUNING = ROOT / "docs/several_gpus.md", ROOT / "docs/tuning.md"
 PLOTS = PERFORMANCE.parent / "plots"
 MODEL_RECORDS, GPU_CELLS = ("models_*.json",), partial(latest, ("grid_*.json",), device="cuda")
 
@@ -48,6 +49,11 @@ def served_table(path: Path, result: dict[str, Any]) -> str:
     return served_report.served_table(result, path.name)
 
 
+def tuning_table(path: Path, result: dict[str, Any]) -> str:
+    """Markdown: what tuning gains on drawn cells."""
+    return tuning_report.tuning_table(result, recorded(result["provenance"], path))
+
+
 def several_gpus_table() -> str:
     """Markdown: training on several GPUs, where it has been recorded."""
     patterns = ("several_gpus_*.json",)
@@ -67,6 +73,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "compared": (README, compared_table),
     "served": (MODELS, of_latest(served_table, "served_models.json")),
     "several_gpus": (SEVERAL_GPUS, several_gpus_table),
+    "tuning": (TUNING, of_latest(tuning_table, "tuning_*.json")),
     "benchmark": (PERFORMANCE, of_latest(operator_report.comparison_table, "benchmark_*.json")),
     "floors": (PERFORMANCE, of_latest(operator_report.floors_table, "benchmark_*.json")),
     "shapes": (PERFORMANCE, of_latest(operator_report.comparison_table, "shapes_*.json")),
