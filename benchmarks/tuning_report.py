@@ -26,6 +26,6 @@ def _summary(found: Mapping[str, Any]) -> str:
         f"Microseconds, in a process of their own. Of {found['calls']} calls {found['default_was_not_the_best']} are "
         f"faster by more than 2 % and 0.5 microseconds, {found['slower']} slower; the tuned calls take "
         f"{found['geometric_mean']:.2f} of the time in the geometric mean, {found['worst']:.2f} at most. "
-        f"{found['repaired_calls']} calls were tuned from a table with half the warps and twice the blocks, which took up "
-        f"to {found['spoilt']:.2f} times as long: {repaired} are then as fast as with the shipped table or faster."
+        f"{found['repaired_calls']} calls were tuned from a table with half the warps and twice the blocks, which took "
+        f"up to {found['spoilt']:.2f} times as long: {repaired} are then as fast as with the shipped table or faster."
     )
