@@ -270,7 +270,7 @@ def _advice(problem: Problem, alignment: int, on: Gpu) -> list[str]:
 
 
 def _rates(device: int) -> Rates:
-    """By the attributes of a device, as far as its driver gives them."""
+    """By the attributes of a device; 0 for those that its driver does not give."""
     found: Any = arrays.require_cupy("explain").cuda.Device(device).attributes
     memory = 2 * 1000 * found.get("MemoryClockRate", 0) * found.get("GlobalMemoryBusWidth", 0) / 8
     clock = 1000 * found.get("ClockRate", 0)

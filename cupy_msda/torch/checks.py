@@ -75,7 +75,7 @@ def read(arguments: Arguments, known: bool) -> Problem:
 
 
 def refuse_wrong_levels(arguments: Arguments) -> None:
-    """ValueError for levels that do not fit into value, as far as their numbers are known while a call is exported.
+    """ValueError for levels that do not fit into value, where their numbers are known while a call is exported.
 
     What is exported checks nothing when it runs, and a plugin may read outside of value.
     """
