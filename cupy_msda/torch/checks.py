@@ -80,7 +80,7 @@ def refuse_wrong_levels(arguments: Arguments) -> None:
     What is exported checks nothing when it runs, and a plugin may read outside of value.
     """
     with warnings.catch_warnings():  # the numbers of a trace are read and not recorded
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", compat.TracerWarning)
         sizes, starts = _numbers(arguments.spatial_shapes), _numbers(arguments.level_start_index)
         value = _numbers(arguments.value.shape)
     if sizes is None or not all(isinstance(row, list) for row in sizes):
