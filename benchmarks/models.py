@@ -25,6 +25,7 @@ from cupy_msda.torch import transformers as integration
 from cupy_msda.torch.integrations.patch import Patch
 
 from .provenance import provenance
+from .robust_gradients import make_gradients_robust
 from .timing import summary
 
 MODES = ("eager", "gradients", "compiled")
@@ -223,7 +224,7 @@ def _gradients(
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The gradients of all parameters by name, and the outputs, of one call."""
     subject = Subject(detector, "float32", patched, device)
-    _make_gradients_robust(subject.model)
+    make_gradients_robust(subject.model)
     subject.model.to(dtype)
     subject.images = subject.images.to(dtype)
     with subject.setting(), _float32_products():
@@ -232,21 +233,6 @@ def _gradients(
         sum(loss for loss in losses if loss.isfinite()).backward()
     grads = {name: p.grad.double() for name, p in subject.model.named_parameters() if p.grad is not None}
     return grads, [t.detach() for t in outputs]
-
-
-@torch.no_grad()
-def _make_gradients_robust(model: nn.Module) -> None:
-    """Change parameters so that rounding errors do not decide the gradients.
-
-    Untrained offsets are whole pixels: every sample of an encoder lies on a pixel centre, where rounding picks the
-    one-sided derivative. The offsets are moved. Convolutions get He's weights, with smaller ones activations vanish.
-    """
-    for name, parameter in model.named_parameters():
-        if name.endswith("sampling_offsets.bias"):
-            parameter += 0.3 * torch.randn_like(parameter)
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)
 
 
 @contextlib.contextmanager

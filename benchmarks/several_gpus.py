@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cupy_msda.torch
 
+from .robust_gradients import make_gradients_robust
+
 WARM_UP_STEPS = 3
 SEED = 0
 
@@ -59,23 +61,8 @@ def make_model(small: bool) -> nn.Module:
     else:
         backbone, sizes = hf.ResNetConfig(**levels), {}
     model = hf.DeformableDetrForObjectDetection(hf.DeformableDetrConfig(backbone_config=backbone, dropout=0.0, **sizes))
-    _make_gradients_robust(model)
+    make_gradients_robust(model)
     return model.train()
-
-
-@torch.no_grad()
-def _make_gradients_robust(model: nn.Module) -> None:
-    """Change parameters so that rounding errors do not decide the gradients.
-
-    Untrained offsets are whole pixels, where the gradient jumps, so they are moved. With He's weights of convolutions
-    activations do not vanish.
-    """
-    for name, parameter in model.named_parameters():
-        if name.endswith("sampling_offsets.bias"):
-            parameter += 0.3 * torch.randn_like(parameter)
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)
 
 
 def loss_of(outputs: Any) -> Tensor:

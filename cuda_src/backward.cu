@@ -4,7 +4,7 @@
 // Warps, lanes and samples are those of the forward. For each sample the lanes compute the dot products of grad_output with
 // the value vectors of its four neighbours, or, where locations need no gradient, with what is interpolated between them
 // (common/dot_products.cuh). These replace the sample in shared memory. At the end of a chunk, one lane per sample turns them
-// into the gradients of location and weight (common/sample_gradients.cuh). On the way weight * grad_output is added to the
+// into the gradients of location and weight (common/sample_gradients.cuh). Meanwhile weight * grad_output is added to the
 // four value vectors of grad_value; with config::aggregation_bits, the chunks of all queries of the block are added up before
 // (common/aggregation.cuh).
 #include "common/aggregation.cuh"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from . import __version__
-from .cli import check, demo, environment, explain, export_kernels, info, photograph, picture, tune
+from .cli import check, demo, environment, explain, export_kernels, info, photograph, picture, sizes_argument, tune
 from .cli.output import CommandError, OutputError, complain, discard, flush, say
 
 OUT = "msda_demo.png"
@@ -95,7 +95,7 @@ def _add_export_options(of_export: argparse.ArgumentParser) -> None:
         "--dtypes",
         nargs="+",
         default=["float32"],
-        help="of value, or of value and locations: float16/float32 (default: float32)",
+        help=f"{sizes_argument.DTYPES_HELP} (default: float32)",
     )
     of_export.add_argument("--arch", nargs="+", required=True, help="compute capabilities, such as 80 90")
     of_export.add_argument("--out", type=Path, required=True, help="folder to write; existing files are replaced")

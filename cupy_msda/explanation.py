@@ -18,7 +18,7 @@ from .cuda.axes import VECTOR_BYTES
 from .cuda.gpu import ARCHITECTURES, Gpu
 from .cuda.reasons import ExplainedKernel, Floor, Rates
 from .options import requested_variant
-from .sizes import Sizes, problems_of
+from .sizes import Sizes, problems_of, read_dtypes
 
 _L1_BYTES_PER_CLOCK = 128
 
@@ -81,7 +81,7 @@ def explain(
         The arguments of :func:`cupy_msda.ms_deform_attn` or of :func:`cupy_msda.ms_deform_attn_fused`, arrays of any
         framework, or one :class:`cupy_msda.Sizes`.
     dtype : str
-        Of value, with sizes.
+        Of value, with sizes; "float16/float32" for float32 locations and reference points, as in autocast.
     backward : bool
         Explain the backward with all gradients too.
     gpu : int, optional
@@ -153,7 +153,8 @@ def _arguments(arguments: Sequence[Any], options: dict[str, Any]) -> Arguments:
 def _of_sizes(
     sizes: Sizes, dtype: str, backward: bool, architecture: int | None, deterministic: bool = False
 ) -> Explanation:
-    problem = replace(problems_of([sizes], [dtype], 0)[0], deterministic=deterministic)
+    value, locations = read_dtypes("dtype", dtype)
+    problem = replace(problems_of([sizes], [f"{value}/{locations or value}"], 0)[0], deterministic=deterministic)
     if architecture is None and arrays.cuda_unavailable() is None:
         device: int = arrays.require_cupy("explain").cuda.runtime.getDevice()
         name = f"cuda:{device}, {tuning.name_of(device)}"
@@ -269,7 +270,7 @@ def _advice(problem: Problem, alignment: int, on: Gpu) -> list[str]:
 
 
 def _rates(device: int) -> Rates:
-    """By the attributes of a device, as far as its driver gives them."""
+    """By the attributes of a device; 0 for those that its driver does not give."""
     found: Any = arrays.require_cupy("explain").cuda.Device(device).attributes
     memory = 2 * 1000 * found.get("MemoryClockRate", 0) * found.get("GlobalMemoryBusWidth", 0) / 8
     clock = 1000 * found.get("ClockRate", 0)

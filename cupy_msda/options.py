@@ -21,7 +21,7 @@ _PADDING_MODES = ("zeros", "border")
 
 
 def requested_variant(num_points: Any, interpolation: Any, padding_mode: Any, align_corners: Any) -> Variant:
-    """The variant of a caller's arguments, checked as far as that needs no L, with `num_points` as a tuple of ints."""
+    """The variant of a caller's arguments, with `num_points` as a tuple of ints. What needs L is not checked."""
     defaults = interpolation is PLAIN.interpolation and padding_mode is PLAIN.padding_mode and align_corners is False
     if defaults and num_points is None:
         return PLAIN

@@ -50,22 +50,39 @@ class Sizes:
 
 
 def problems_of(sizes: Sequence[Sizes], dtypes: Sequence[str], device: int) -> list[Problem]:
-    """The problems of all these calls on a device: with locations and reference points in value's dtype and in float32.
+    """The problems of all these calls on a device.
+
+    Of value in 16 bits, "float16" stands for locations and reference points in float16 and in float32, and
+    "float16/float32" for float32 alone.
 
     Raises
     ------
     TypeError, ValueError
         For a dtype that the operator does not have, or levels without pixels.
     """
-    for dtype in dtypes:
-        if dtype not in VALUE_DTYPES:
-            raise TypeError(f"dtypes: expected float16, bfloat16, float32 or float64, got {dtype!r}")
     found = []
-    for size, dtype in product(sizes, dtypes):
-        location_dtypes = dict.fromkeys((dtype, "float32") if dtype in SIXTEEN_BIT else (dtype,))
+    for size, (dtype, given) in product(sizes, [read_dtypes("dtypes", text) for text in dtypes]):
+        location_dtypes = [given] if given else [dtype, "float32"] if dtype in SIXTEEN_BIT else [dtype]
         for location_dtype, fused in product(location_dtypes, fused_front_ends(size, location_dtypes)):
             found.append(problem_of(size, dtype, location_dtype, fused, device))
     return found
+
+
+def read_dtypes(name: str, text: str) -> tuple[str, str | None]:
+    """The dtypes of value and of locations in "float16/float32"; None for these in "float16".
+
+    Raises
+    ------
+    TypeError
+        For other texts, in which `name` is the argument.
+    """
+    value, slash, locations = text.partition("/") if isinstance(text, str) else ("", "", "")
+    allowed = (value, "float32") if value in SIXTEEN_BIT else (value,)
+    if value not in VALUE_DTYPES or (slash and locations not in allowed):
+        raise TypeError(
+            f"{name}: expected {', '.join(VALUE_DTYPES)}, float16/float32 or bfloat16/float32, got {text!r}"
+        )
+    return value, locations or None
 
 
 def problem_of(size: Sizes, dtype: str, location_dtype: str, fused: FusedFrontEnd | None, device: int) -> Problem:

@@ -6,6 +6,7 @@ expected in the notation of the contract (N, S, M, D, L, P, Q), and what came.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from . import arrays, plausibility
@@ -206,14 +207,22 @@ def _strides_of(value: View) -> ValueStrides | None:
 
 def _read_levels(shapes: View, starts: View | None, value: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
     """(H, W, start) of each level; metadata on a GPU is read back."""
-    sizes = arrays.to_numpy(shapes).tolist()
-    firsts = contiguous_starts(sizes) if starts is None else arrays.to_numpy(starts).tolist()
+    return checked_levels(
+        arrays.to_numpy(shapes).tolist(), None if starts is None else arrays.to_numpy(starts).tolist(), value
+    )
+
+
+def checked_levels(
+    sizes: Sequence[Sequence[int]], starts: Sequence[int] | None, value: Sequence[int] | None
+) -> tuple[tuple[int, int, int], ...]:
+    """(H, W, start) of each level, which fits into S of the shape of value where that is known."""
+    firsts = contiguous_starts(sizes) if starts is None else starts
     for level, ((h, w), start) in enumerate(zip(sizes, firsts, strict=True)):
         if h <= 0 or w <= 0:
             raise ValueError(f"spatial_shapes: expected positive (H, W), got ({h}, {w}) for level {level}")
         if start < 0:
             raise ValueError(f"level_start_index: expected starts of at least 0, got {start} for level {level}")
-        if start + h * w > value[1]:
+        if value is not None and start + h * w > value[1]:
             raise ValueError(
                 f"spatial_shapes: expected level {level} of {h} x {w} pixels from pixel {start} to fit into S = "
                 f"{value[1]} of value {list(value)}, got an end of {start + h * w}"

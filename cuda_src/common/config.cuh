@@ -41,7 +41,9 @@ struct config {
     enum : int { lanes = 8 };                   // lanes that share the channels of one (n, q, m)
     enum : int { lane_groups = 1 };             // groups of `lanes` lanes that share the samples of one (n, q, m)
     enum : int { heads_per_warp = 1 };          // neighbouring heads that a warp works on at a time
-    enum : int { chunk = 16 };                  // samples of a query in shared memory at a time
+    // Samples of a query in shared memory at a time. In bucket_sort, samples that a warp sorts; in reduce_buckets, contributions
+    // of a batch.
+    enum : int { chunk = 16 };
     enum : int { unroll = 4 };                  // samples whose value vectors are loaded before the first is used
 
     // ---- how a block is divided

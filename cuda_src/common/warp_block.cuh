@@ -52,7 +52,7 @@ __device__ __forceinline__ index_t encoded_query_of_tile(
     return local < queries_per_tile ? encoded_query_at(work, first + local, levels, queries_are_pixels, lengths, Q) : -1;
 }
 
-// The queries of a tile, one per lane as far as there are any; the other lanes have -1.
+// The queries of a tile, one per lane; lanes without a query have -1.
 struct lane_queries {
     index_t of_lane;
 };

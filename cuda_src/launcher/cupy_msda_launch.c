@@ -31,13 +31,27 @@ typedef struct grid {
 
 /* ---- loading ------------------------------------------------------------------------------------------------ */
 
-/* A cubin runs on its compute capability and on later minor ones. */
+/* Compute capabilities of Tegra, such as Jetson Orin's 8.7. */
+static int is_tegra(int major, int minor) {
+    int capability = 10 * major + minor;
+    return capability == 72 || capability == 87 || capability == 101 || capability == 110;
+}
+
+/* A cubin runs on its compute capability and on later minor ones. NVIDIA promises this without Tegra alone: a cubin
+   for Tegra runs nowhere else, and Tegra runs no other (CUDA C++ Programming Guide, "Binary Compatibility"). */
+static int runs_on(const cupy_msda_cubin *cubin, int major, int minor) {
+    if (cubin->major != major) return 0;
+    if (is_tegra(major, cubin->minor) || is_tegra(major, minor)) return cubin->minor == minor;
+    return cubin->minor <= minor;
+}
+
+/* The newest one that runs, or NULL. */
 static const cupy_msda_cubin *cubin_for(const cupy_msda_configuration *configuration, int major, int minor) {
     const cupy_msda_cubin *found = NULL;
     int i;
     for (i = 0; i < configuration->cubin_count; ++i) {
         const cupy_msda_cubin *cubin = &configuration->cubins[i];
-        if (cubin->major == major && cubin->minor <= minor && (!found || cubin->minor > found->minor)) found = cubin;
+        if (runs_on(cubin, major, minor) && (!found || cubin->minor > found->minor)) found = cubin;
     }
     return found;
 }

@@ -1,5 +1,5 @@
 // Before the sorted backward of a fused call: makes locations, in pixels, and weights from offsets and logits. Only where
-// the bucket sort does not do it on the way (docs/performance/decisions.md#sorted-materialise).
+// the bucket sort does not do it itself (docs/performance/decisions.md#sorted-materialise).
 #include "common/block_size.cuh"
 #include "common/tile_samples.cuh"
 

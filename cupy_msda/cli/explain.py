@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..call import VALUE_DTYPES
 from ..explanation import explain
 from . import sizes_argument
 from .output import CommandError, say
@@ -16,7 +15,12 @@ def add(commands: Any) -> None:
     words = "say which kernels a call takes, why, and what would make it faster"
     parser = commands.add_parser("explain", help=words, description=f"{words.capitalize()}.")
     parser.add_argument("--sizes", required=True, metavar="TEXT", help=sizes_argument.HELP)
-    parser.add_argument("--dtype", choices=VALUE_DTYPES, default="float32", help="of value (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        type=sizes_argument.dtypes,
+        default="float32",
+        help=f"{sizes_argument.DTYPES_HELP} (default: %(default)s)",
+    )
     parser.add_argument("--deterministic", action="store_true", help="a call with deterministic=True")
     parser.add_argument("--forward", action="store_true", help="the forward alone")
     parser.add_argument("--gpu", type=int, metavar="NUMBER", help="explain for a compute capability, 80 for 8.0")

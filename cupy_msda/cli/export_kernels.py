@@ -6,11 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..call import VALUE_DTYPES
 from ..cuda import c_sources
 from ..cuda.forward_export import ForwardExport, export_forward
 from ..cuda.gpu import ARCHITECTURES
-from ..sizes import Sizes, fused_front_ends, problem_of
+from ..sizes import Sizes, fused_front_ends, problem_of, read_dtypes
 from . import sizes_argument
 from .output import CommandError, reason_of
 
@@ -26,15 +25,13 @@ def read_sizes(text: str) -> tuple[str, Sizes]:
     return name, sizes_argument.read(sizes)
 
 
-def read_dtypes(text: str) -> tuple[str, str]:
+def _dtypes_of(text: str) -> tuple[str, str]:
     """The dtypes of value and of locations: ``float16``, or ``float16/float32``."""
-    value, slash, locations = text.partition("/")
-    locations = locations if slash else value
-    if value not in VALUE_DTYPES or locations not in (value, "float32") or (value == "float64" != locations):
-        raise CommandError(
-            f"--dtypes: expected {', '.join(VALUE_DTYPES)}, float16/float32 or bfloat16/float32, got {text!r}"
-        )
-    return value, locations
+    try:
+        value, locations = read_dtypes("--dtypes", text)
+    except TypeError as error:
+        raise CommandError(str(error)) from error
+    return value, locations or value
 
 
 def read_architectures(texts: Sequence[str]) -> list[int]:
@@ -48,7 +45,7 @@ def read_architectures(texts: Sequence[str]) -> list[int]:
 
 def export(sizes: Sequence[str], dtypes: Sequence[str], architectures: Sequence[str], out: Path) -> list[ForwardExport]:
     """Compile every one of `sizes` in every one of `dtypes`, and write all of it into `out`."""
-    of_gpus, pairs = read_architectures(architectures), [read_dtypes(text) for text in dtypes]
+    of_gpus, pairs = read_architectures(architectures), [_dtypes_of(text) for text in dtypes]
     exports = [
         _exported(name, size, pair, of_gpus) for name, size in map(read_sizes, sizes) for pair in dict.fromkeys(pairs)
     ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 
 from ..cuda.workloads import WORKLOADS
-from ..sizes import Sizes
+from ..sizes import Sizes, read_dtypes
 from .output import CommandError
 
 HELP = (
     "as 'levels=100x167,50x84 N=2 Q=300 M=8 D=32 P=4': the fields of cupy_msda.Sizes, without Q for pixels as "
     f"queries, and words such as packed for what is a flag; or one of {', '.join(WORKLOADS)}"
 )
+DTYPES_HELP = "of value, or of value and locations: float16/float32"
 _FIELDS = {field.name: str(field.type) for field in dataclasses.fields(Sizes)}
 
 
@@ -40,6 +42,15 @@ def read(text: str) -> Sizes:
     if "levels" not in given:
         raise CommandError(f"--sizes: expected sizes {HELP}; got {text!r}")
     return Sizes(**given)  # type: ignore[arg-type]
+
+
+def dtypes(text: str) -> str:
+    """A dtype of value, or "float16/float32", for argparse."""
+    try:
+        read_dtypes("a dtype", text)
+    except TypeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _value(name: str, text: str) -> object:

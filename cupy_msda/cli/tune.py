@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import arrays
-from ..call import VALUE_DTYPES
 from ..cuda import tuning, tuning_file, tuning_format
 from ..cuda.tune import tune
 from ..cuda.tuned import Entry
@@ -28,7 +27,11 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("tune", help=words, description=f"{words.capitalize()}. {notes}")
     parser.add_argument("--sizes", action="append", metavar="TEXT", help=sizes_argument.HELP)
     parser.add_argument(
-        "--dtypes", nargs="+", choices=VALUE_DTYPES, default=["float32"], help="of value (default: float32)"
+        "--dtypes",
+        nargs="+",
+        type=sizes_argument.dtypes,
+        default=["float32"],
+        help=f"{sizes_argument.DTYPES_HELP}; float16 alone is both (default: float32)",
     )
     parser.add_argument("--forward", action="store_true", help="the forward alone")
     parser.add_argument("--budget", metavar="TIME", help="stop after so long: 60s, 5m")

@@ -63,6 +63,7 @@ def forward(problem: Problem, alignment: int, gpu: Gpu) -> list[ExplainedKernel]
         reasons.append("Q = S: neighbouring warps take neighbouring pixels and read the same value vectors")
     if spec.queries.chunk < problem.K:
         reasons.append(f"of {problem.K} samples per query, {spec.queries.chunk} are in shared memory at a time")
+    reasons += _of_unused_tuning("forward", problem, alignment, gpu)
     return [_explained("forward", launch, axes, reasons)]
 
 
@@ -74,38 +75,57 @@ def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> list
         name, reasons = launch.spec.kernel, _of_block(launch, gpu)
         subject, of_subject = name, wanted
         if isinstance(launch.spec, BackwardSpec):
-            subject, of_subject, first = _of_backward(launch.spec, problem, gpu, wanted)
+            subject, of_subject, first = _of_backward(launch.spec, problem, alignment, gpu, wanted)
             reasons = [first, *reasons, *_of_vectors(problem, launch.spec.channels.vec, alignment)]
         elif isinstance(launch.spec, ReduceBucketsSpec):
             reasons.insert(0, "a warp sums a bucket of value vectors in a fixed order")
         elif name == "bucket_sort":
-            reasons.insert(0, f"grad_value is summed from sorted contributions: {_why_way(problem, gpu, wanted)}")
+            reasons.insert(
+                0, f"grad_value is summed from sorted contributions: {_why_way(problem, alignment, gpu, wanted)}"
+            )
         elif name == "cast":
             reasons.insert(0, "the atomic additions are to float32 sums")
-        axes = measured.axes_of(subject, problem, alignment, gpu, of_subject)
+        if name == "bucket_sort":  # it loads no vectors of value
+            axes = measured.axes_of(name, problem, VECTOR_BYTES, gpu)
+        else:
+            axes = measured.axes_of(subject, problem, alignment, gpu, of_subject)
+            reasons += _of_unused_tuning(subject, problem, alignment, gpu, of_subject)
         found.append(_explained(name, launch, axes, reasons))
     return found
 
 
-def _of_backward(spec: BackwardSpec, problem: Problem, gpu: Gpu, wanted: Wanted) -> tuple[str, Wanted, str]:
+def _of_backward(
+    spec: BackwardSpec, problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted
+) -> tuple[str, Wanted, str]:
     """What tuning calls a launch of this kernel, with which gradients, and what it is for."""
     if not spec.gradients.grad_value:
         return "samples", wanted._replace(value=False), "the gradients of the samples alone"
-    why = _why_way(problem, gpu, wanted)
+    why = _why_way(problem, alignment, gpu, wanted)
     if spec.aggregation_bits:
         return "aggregated", wanted, f"a block adds up the samples of a cell before its atomic additions: {why}"
     return "atomics", wanted, f"an atomic addition per sample and value vector: {why}"
 
 
-def _why_way(problem: Problem, gpu: Gpu, wanted: Wanted) -> str:
+def _why_way(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> str:
     """Why the gradient of value is summed as it is."""
     if problem.deterministic:
         return "deterministic=True asks for a fixed order"
-    if measured.axes_of("grad_value", problem, VECTOR_BYTES, gpu, wanted):
+    if measured.axes_of("grad_value", problem, alignment, gpu, wanted):
         return "measured on this GPU"
     costs = cost_model.estimates(problem)
     listed = ", ".join(f"{name} {costs[name] / 1000:.0f}" for name in sorted(costs, key=costs.__getitem__))
-    return f"estimated microseconds on an H100: {listed}"
+    unused = _of_unused_tuning("grad_value", problem, alignment, gpu, wanted)
+    return "; ".join([f"estimated microseconds on an H100: {listed}", *unused])
+
+
+def _of_unused_tuning(name: str, problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted | None = None) -> list[str]:
+    """Why what tuning found for a call like this one is not used."""
+    if alignment >= VECTOR_BYTES or not gpu.choices.axes(name, problem, wanted):
+        return []
+    return [
+        f"the tuned {name} is not used: it holds for addresses at multiples of {VECTOR_BYTES} bytes, and these are at "
+        f"multiples of {alignment}"
+    ]
 
 
 def _of_block(launch: Launch, gpu: Gpu) -> list[str]:

@@ -41,7 +41,7 @@ def warmup(
     sizes : Sizes or iterable of Sizes
         Calls to come.
     dtypes : str or iterable of str
-        Of value: float16, bfloat16, float32, float64.
+        Of value: float16, bfloat16, float32, float64. "float16/float32": float16 with float32 locations alone.
     backward : bool
         Compile the backward too.
     device : int, optional

@@ -1,4 +1,4 @@
-"""The C structs of XLA's foreign function interface, as far as a handler reads them.
+"""The C structs of XLA's foreign function interface: the members that a handler reads.
 
 The layouts are those of ``xla/ffi/api/c_api.h``, versions 0.1 to 0.4 of the interface. XLA appends fields and keeps the
 others in place, so what is read here is the same in each of them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .. import arrays, validate
 from ..call import PLAIN, Arguments, Problem
-from ..options import read_variant
+from ..options import is_sequence, read_variant
 from . import compat, devices
 from .dtypes import agreed_dtypes
 from .metadata import has_symbols, tensor_of
@@ -71,6 +72,40 @@ def read(arguments: Arguments, known: bool) -> Problem:
         )
     with compat.without_transforms():
         return devices.check(arguments)
+
+
+def refuse_wrong_levels(arguments: Arguments) -> None:
+    """ValueError for levels that do not fit into value, where their numbers are known while a call is exported.
+
+    What is exported checks nothing when it runs, and a plugin may read outside of value.
+    """
+    with warnings.catch_warnings():  # the numbers of a trace are read and not recorded
+        warnings.simplefilter("ignore", compat.TracerWarning)
+        sizes, starts = _numbers(arguments.spatial_shapes), _numbers(arguments.level_start_index)
+        value = _numbers(arguments.value.shape)
+    if sizes is None or not all(isinstance(row, list) for row in sizes):
+        return
+    L = len(sizes)
+    if any(len(row) != 2 for row in sizes):
+        raise ValueError(f"spatial_shapes: expected shape [L, 2], got {[L, len(sizes[0])]}")
+    if starts is None and arguments.level_start_index is not None:
+        starts = [0] * L  # unknown ones
+    if starts is not None and len(starts) != L:
+        raise ValueError(f"level_start_index: expected shape [L] with L = {L}, got {[len(starts)]}")
+    validate.checked_levels(sizes, starts, value)
+
+
+def _numbers(metadata: Any) -> Any:
+    """A number, or metadata as nested lists of numbers. None for what is no number while a call is exported."""
+    if is_sequence(metadata):
+        found = [_numbers(part) for part in metadata]
+        return None if None in found else found
+    if isinstance(metadata, Tensor):
+        known = compat.has_elements(metadata) and not compat.fake([metadata])
+        return metadata.tolist() if known else None
+    if isinstance(metadata, (np.ndarray, np.integer)):
+        return metadata.tolist()
+    return metadata if isinstance(metadata, int) else None
 
 
 def _extreme_lengths(lengths: Tensor) -> Tensor:

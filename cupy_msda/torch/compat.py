@@ -46,6 +46,10 @@ def tracing() -> bool:
     return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
+# A trace warns where it reads numbers. torch.jit's __all__ leaves it out.
+TracerWarning: type[Warning] = torch.jit.TracerWarning  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _public_tracing() -> bool | None:
     return tracing() or None
 

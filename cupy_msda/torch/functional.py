@@ -233,6 +233,8 @@ def _attention(arguments: Arguments) -> Tensor:
                 return checks.zeros(arguments, problem)
     elif arguments.variant != PLAIN:
         read_variant(arguments.variant, len(arguments.spatial_shapes))
+    if not torch.compiler.is_dynamo_compiling() and (torch.compiler.is_compiling() or compat.tracing()):
+        checks.refuse_wrong_levels(arguments)
     if exports_plugin() or _decomposed or torch.onnx.is_in_onnx_export():
         _check_weights(arguments)
         return plugin_attention(arguments) if exports_plugin() else exportable_attention(arguments)

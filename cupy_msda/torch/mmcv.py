@@ -55,7 +55,7 @@ def multi_scale_deformable_attn_pytorch(
 
 
 def patch() -> ModelPatch:
-    """Serve whoever calls mmcv's operator, in any order of imports.
+    """Serve all callers of mmcv's operator, in any order of imports.
 
     Tensors on devices without kernels (see :func:`cupy_msda.torch.ms_deform_attn`) are left to mmcv.
 

@@ -152,7 +152,7 @@ class MSDeformAttn(nn.Module):
 class Projection(nn.Linear):
     """A linear layer of :class:`MSDeformAttn`, which knows its initial values.
 
-    Whoever makes parameters on the meta device resets the modules that hold them, and not the layer around them.
+    Code that makes parameters on the meta device resets the modules that hold them, and not the layer around them.
 
     Parameters
     ----------

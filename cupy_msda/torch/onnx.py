@@ -77,9 +77,6 @@ def plugin_attention(arguments: Arguments) -> Tensor:
     N, Q, M = locations.shape[:3]
     shapes = tensor_of(arguments.spatial_shapes, value.device).reshape(-1, 2)
     L, variant = shapes.shape[0], arguments.variant
-    S, levels = value.shape[1], arguments.spatial_shapes
-    if not isinstance(levels, Tensor) and sum(h * w for h, w in levels) > S:
-        raise ValueError(f"spatial_shapes: expected levels of S = {S} pixels together, got {levels}")
     if 0 in (N, Q, M, L):
         raise ValueError(f"expected N, Q, M and L of at least 1 in TensorRT's plugin, got {(N, Q, M, L)}")
     points = variant.num_points or (locations.shape[-2],) * L

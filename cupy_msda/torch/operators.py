@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..call import ALL, DIFFERENTIABLE, FUSED_NAMES, OPERATOR_NAMES, ArgumentNames, Arguments, Variant, Wanted
 from . import compat, devices, fast_path
+from .checks import refuse_wrong_levels
 from .dtypes import agreed_dtypes
 from .metadata import has_symbols, tensor_of
 
@@ -203,6 +204,7 @@ def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
 def _forward_fake(operator: Operator, *inputs: Any) -> Tensor:
     arguments = arguments_of(operator, inputs)
     check_shapes(arguments)
+    refuse_wrong_levels(arguments)
     N, _, M, D = arguments.value.shape
     return arguments.value.new_empty((N, arguments.locations.shape[1], M * D))
 

@@ -167,7 +167,47 @@ def fused_front_end() -> Drawing:
     return drawing
 
 
-DRAWINGS = (query_tile, bucket_reduction, fused_front_end)
+def cross_level_tiles() -> Drawing:
+    """The backward with aggregation: which pixels of three levels each of six blocks takes."""
+    drawing = Drawing(356, "A block takes the pixels of all levels that lie in the same part of the image")
+    drawing.text(8, 18, "queries are the pixels of three levels; a colour is a block")
+    levels, bands, side = ((12, 16), (6, 8), (3, 4)), 3, 128
+    for number, (h, w) in enumerate(levels):
+        x = 24 + 142 * number
+        drawing.text(x, 42, f"level {number}: {h} x {w} pixels", size=12)
+        _tiles_of_level(drawing, x, 50, (h, w), (bands, side))
+    for band in range(bands):
+        drawing.text(19, 76 + 32 * band, f"{band}", anchor="end", size=12)
+    drawing.text(8, 164, "bands 0 to 2: 4 rows of level 0, 2 of level 1, 1 of level 2;", size=12)
+    drawing.text(8, 180, "in a band, a block takes the same part of each level, column by column", size=12)
+    drawing.arrow(220, 188, 220, 206)
+    drawing.text(8, 224, "the 42 queries of the first block")
+    x = 8.0
+    for number, (h, w) in enumerate(levels):
+        count = h // bands * w // 2
+        drawing.named(
+            x, 232, 10 * count, f"{count} of level {number}" if count > 2 else "2", COLOURS[0], 0.45 - 0.15 * number
+        )
+        x += 10 * count
+    drawing.arrow(220, 262, 220, 280)
+    drawing.text(8, 298, "their samples are near each other in every level: the block adds up", size=12)
+    drawing.text(8, 314, "those of a cell in registers, and adds the sums to grad_value", size=12)
+    drawing.text(8, 342, "gradient of value: few additions per value vector of the part")
+    return drawing
+
+
+def _tiles_of_level(drawing: Drawing, x: float, y: float, size: tuple[int, int], of_all: tuple[int, int]) -> None:
+    """The pixels of a level in the colours of their blocks: two per band. `of_all` are bands and the width here."""
+    (h, w), (bands, side) = size, of_all
+    width, height = side / w, 0.75 * side / h
+    for row in range(h):
+        for column in range(w):
+            tile = 2 * (row * bands // h) + 2 * column // w
+            colour, opacity = COLOURS[tile % len(COLOURS)], 0.8 if tile < len(COLOURS) else 0.3
+            drawing.box(x + width * column, y + height * row, width, height, colour, opacity)
+
+
+DRAWINGS = (query_tile, bucket_reduction, fused_front_end, cross_level_tiles)
 
 
 def main() -> None:

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from benchmarks import cases, compare_kernels, implementations, models_report, operator_report, records, report, run
+from benchmarks.robust_gradients import make_gradients_robust
 from cupy_msda.call import Problem
 from cupy_msda.cuda import kernels, plan
 from cupy_msda.cuda.gpu import H100
+from cupy_msda.torch import MSDeformAttn
 
 SMALL = {
     "workloads": {
@@ -111,6 +113,18 @@ def test_inputs_have_the_sizes_and_sampling_of_their_workload(name):
     torch.testing.assert_close(centre, torch.full((2,), 0.5), atol=0.3, rtol=0)
     if workload.sampling == "uniform":
         assert 0 <= inputs.sampling_locations.min() <= inputs.sampling_locations.max() <= 1
+
+
+def test_robust_gradients_have_offsets_off_pixels_and_the_weights_of_he():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"convolution": torch.nn.Conv2d(64, 64, 3), "attention": MSDeformAttn(64, 2, 4, 4)})
+    whole = model["attention"].sampling_offsets.bias
+    before = whole.detach().clone()
+    make_gradients_robust(model)
+    moved = (whole - before).detach().abs()
+    assert moved.min() > 0
+    assert 0.1 < moved.mean() < 0.5
+    torch.testing.assert_close(model["convolution"].weight.std(), torch.tensor((2 / 576) ** 0.5), rtol=0.05, atol=0)
 
 
 @pytest.mark.long

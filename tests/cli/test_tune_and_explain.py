@@ -136,6 +136,19 @@ def test_explain_says_which_kernels_run_and_why(capsys, folder, gpu, name):
     assert out.count("backward:") >= 2
 
 
+def test_explain_takes_the_dtype_of_locations(capsys, folder):
+    code, out, _ = run(capsys, "explain", "--sizes", "decoder_300", "--dtype", "bfloat16/float32", "--gpu", 80)
+    assert code == 0
+    assert re.search(r"^call +ms_deform_attn of bfloat16 and float32, ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [["explain", "--sizes", "decoder_300", "--dtype"], ["tune", "--dtypes"]])
+def test_dtypes_that_are_none_are_refused(capsys, folder, command):
+    code, _, err = run(capsys, *command, "float32/float16")
+    assert code == 2
+    assert "a dtype: expected float16, bfloat16, float32, float64, float16/float32 or bfloat16/float32" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

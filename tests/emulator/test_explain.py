@@ -8,7 +8,8 @@ import pytest
 import cupy_msda
 from cupy_msda import Sizes
 from cupy_msda.call import ALL
-from cupy_msda.cuda import tuned, tuning
+from cupy_msda.cuda import cost_model, reasons, tuned, tuning
+from cupy_msda.cuda.gpu import H100
 from cupy_msda.cuda.tuned import Choices, Entry
 from cupy_msda.sizes import problems_of
 from tests.helpers import emulated_gpu
@@ -127,10 +128,7 @@ def test_floors_follow_from_bytes_and_the_rates_of_the_device(gpu):
 def test_tuned_axes_are_marked(gpu, monkeypatch):
     problem = problems_of([SIZES], ["float32"], 0)[0]
     subjects = {"forward": ({"warps": 4}, None), "grad_value": ({"way": "sorted"}, ALL)}
-    entries = [
-        Entry(tuned.subject_of(name, problem, wanted), tuned.measured_of(problem), axes, 20.0, 10.0)
-        for name, (axes, wanted) in subjects.items()
-    ]
+    entries = entries_of(problem, subjects)
     assert cupy_msda.explain(SIZES).tuned.startswith("no: `python -m cupy_msda tune`")
     monkeypatch.setattr(tuning, "_choices", {0: Choices(entries)})
     explanation = cupy_msda.explain(SIZES)
@@ -138,6 +136,78 @@ def test_tuned_axes_are_marked(gpu, monkeypatch):
     assert "warps=4*" in str(explanation)
     assert "measured on this GPU" in str(explanation)
     assert cupy_msda.explain(replace(SIZES, M=4)).tuned == "not for calls of these or of similar sizes"
+
+
+def entries_of(problem, subjects):
+    return [
+        Entry(tuned.subject_of(name, problem, wanted), tuned.measured_of(problem), axes, 20.0, 10.0)
+        for name, (axes, wanted) in subjects.items()
+    ]
+
+
+@pytest.mark.parametrize("way", ["atomics", "aggregated"])
+@pytest.mark.parametrize("alignment", [16, 8, 4])
+def test_tuned_axes_that_misaligned_addresses_exclude_are_named(way, alignment):
+    problem = problems_of([SIZES], ["float32"], 0)[0]
+    samples, all_of = {"warps": 4, "unroll": 2}, ALL
+    found = entries_of(problem, {"forward": (samples, None), way: (samples, all_of), "grad_value": ({"way": way}, ALL)})
+    on = replace(H100, choices=Choices(found))
+    kernels = {"forward": reasons.forward(problem, alignment, on), way: reasons.backward(problem, alignment, on, ALL)}
+    by_estimate = cost_model.fastest_way(problem)
+    for subject, (first, *_) in kernels.items():
+        unused = f"the tuned {subject} is not used: it holds for addresses at multiples of 16 bytes, and these are at"
+        said = [text for text in first.reasons if unused in text]
+        if alignment == 16:
+            assert first.measured == samples
+            assert not said
+        elif subject in ("forward", by_estimate):
+            assert not first.measured
+            assert said == [f"{unused} multiples of {alignment}"]
+    why = " ".join(kernels[way][0].reasons)
+    assert ("measured on this GPU" in why) == (alignment == 16)
+    assert ("the tuned grad_value is not used" in why) == (alignment < 16)
+
+
+@pytest.mark.parametrize("alignment", [16, 4])
+def test_a_tuned_sort_holds_for_every_address(alignment):
+    """It loads no vectors of value."""
+    problem = replace(problems_of([SIZES], ["float32"], 0)[0], deterministic=True)
+    on = replace(H100, choices=Choices(entries_of(problem, {"bucket_sort": ({"min_blocks": 1}, None)})))
+    sort = next(kernel for kernel in reasons.backward(problem, alignment, on, ALL) if kernel.name == "bucket_sort")
+    assert sort.measured == {"min_blocks": 1}
+    assert sort.configuration["min_blocks"] == 1
+    assert not any("is not used" in text for text in sort.reasons)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "described"),
+    [
+        ("float16", "ms_deform_attn of float16, "),
+        ("float16/float32", "ms_deform_attn of float16 and float32, "),
+        ("bfloat16/bfloat16", "ms_deform_attn of bfloat16, "),
+        ("float64", "ms_deform_attn of float64, "),
+    ],
+)
+def test_sizes_of_16_bit_values_with_float32_locations(dtype, described):
+    assert cupy_msda.explain(SIZES, dtype=dtype, gpu=90).call.startswith(described)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16/bfloat16", "float32/float16", "float64/float32", "float32/", None])
+def test_other_dtypes_of_sizes_are_refused(dtype):
+    with pytest.raises(
+        TypeError, match=r"dtype: expected float16, bfloat16, float32, float64, float16/float32 or .* got"
+    ):
+        cupy_msda.explain(SIZES, dtype=dtype, gpu=90)
+
+
+def test_a_dtype_of_sizes_stands_for_both_dtypes_of_locations_unless_these_are_named():
+    def pairs(*dtypes):
+        return [(problem.value_dtype, problem.location_dtype) for problem in problems_of([SIZES], dtypes, 0)]
+
+    assert pairs("float16", "float32") == [("float16", "float16"), ("float16", "float32"), ("float32", "float32")]
+    assert pairs("float16/float32", "float16/float16") == [("float16", "float32"), ("float16", "float16")]
+    boxes = replace(SIZES, reference_coordinates=4)
+    assert [p.fused.dtype for p in problems_of([boxes], ["bfloat16/float32"], 0)] == ["float32"]
 
 
 def test_other_paths(gpu, monkeypatch):

@@ -101,7 +101,7 @@ def test_first_of_very_many_heads():
 
 @pytest.mark.parametrize(("value_dtype", "D"), [("float32", 256), ("float16", 512)])
 def test_channels_beyond_a_stride_of_31_bits(value_dtype, D):
-    """One pixel, and samples beside it: the address of a neighbour is computed, and nothing is read there."""
+    """One pixel, and samples outside of it: the address of a neighbour is computed, and nothing is read there."""
     inputs = Case("wide", levels=((1, 1),), N=1, M=1, D=D, P=1, queries=2).inputs(value_dtype, "float32", seed=4)
     inputs.locations[...] = 9
     problem = replace(emulator.prepare(inputs, False, None), value_strides=ValueStrides(0, 2**31 - 8, D))

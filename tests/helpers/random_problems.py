@@ -1,6 +1,7 @@
 """Random problems for the tests of the planner: plain data, the same numbers on every run."""
 
 import random
+from dataclasses import replace
 from typing import NamedTuple
 
 from cupy_msda.call import FusedFrontEnd, Problem, ValueStrides, Variant, Wanted
@@ -27,6 +28,41 @@ def draw(count: int, seed: int = 0) -> list[Asked]:
     """`count` problems that do not depend on the planner."""
     generator = random.Random(seed)
     return [_draw(generator) for _ in range(count)]
+
+
+def draw_large(count: int, seed: int = 0) -> list[Asked]:
+    """`count` problems with many samples per query, many levels and few channels: blocks with much shared memory."""
+    generator = random.Random(seed)
+    return [_draw_large(generator) for _ in range(count)]
+
+
+def _draw_large(generator: random.Random) -> Asked:
+    pick = generator.choice
+    asked = _draw(generator)
+    L = pick((1, 2, 4, 4, 5, 16, 20, 32, 33, 64, 120))
+    points = tuple(generator.randint(1, 40) for _ in range(L)) if generator.random() < 0.2 else None
+    S = int(2 ** generator.uniform(9, 18))
+    dtypes = pick((("float32", "float32"), *DTYPE_PAIRS))
+    fused = asked.problem.fused if generator.random() < 0.7 else None
+    if fused:
+        fused = fused._replace(levels=pick((1, L)), dtype=pick(("float32", dtypes[0])))
+    problem = replace(
+        asked.problem,
+        N=pick((1, 4, 16, 64)),
+        D=pick((4, 8, 16, 16, 32, *(D for D in CHANNELS if D <= 512))),
+        L=L,
+        P=0 if points else pick((1, 4, 8, 16, 25, 64, 100, 300, 1000, 3000)),
+        S=S,
+        Q=S if generator.random() < 0.8 else int(2 ** generator.uniform(0, 17)),
+        levels=None,
+        variant=asked.problem.variant._replace(num_points=points),
+        value_strides=None,
+        fused=fused,
+        value_dtype=dtypes[0],
+        location_dtype=dtypes[1],
+    )
+    wanted = asked.wanted._replace(references=asked.wanted.references and fused is not None)
+    return Asked(problem, asked.alignment, wanted)
 
 
 def _draw(generator: random.Random) -> Asked:

@@ -151,6 +151,45 @@ def test_a_cubin_is_for_its_major_capability(launcher, exports, capability, chos
         launcher.set("minor", 0)
 
 
+@pytest.mark.parametrize(
+    ("architectures", "capability", "chosen"),
+    [
+        ([80, 86, 87], (8, 9), 86),
+        ([80, 86, 87], (8, 7), 87),
+        ([87], (8, 9), None),
+        ([87], (8, 7), 87),
+        ([80, 86], (8, 7), None),
+        ([86, 80], (8, 9), 86),
+        ([86], (8, 0), None),
+        ([75], (7, 2), None),
+        ([100], (10, 3), 100),
+        ([100], (10, 1), None),
+        ([100], (11, 0), None),
+        ([120], (12, 1), 120),
+    ],
+)
+def test_tegra_and_other_gpus_run_no_cubins_of_each_other(of_architectures, architectures, capability, chosen):
+    """CUDA C++ Programming Guide, "Binary Compatibility": none for Tegra, and none between desktop and Tegra."""
+    launcher, named = of_architectures
+    for name, number in zip(("major", "minor"), capability, strict=True):
+        launcher.set(name, number)
+    kernel = launcher.load(named["_".join(map(str, architectures))], expected=0 if chosen else NO_CUBIN)
+    if chosen:
+        cubin = (exported_launcher.ctypes.c_int * 2).from_address(kernel.cubin)
+        assert tuple(cubin) == divmod(chosen, 10)
+
+
+@pytest.fixture(scope="module")
+def of_architectures(exports, tmp_path_factory):
+    """The launcher of exports whose cubins say that they are for these architectures, and the exports by name."""
+    cubin, named = exports["decoder"].cubins[0], {}
+    for architectures in ([80, 86, 87], [87], [80, 86], [86, 80], [86], [75], [100], [120]):
+        name = "_".join(map(str, architectures))
+        cubins = tuple(replace(cubin, architecture=architecture) for architecture in architectures)
+        named[name] = replace(exports["decoder"], name=f"for_{name}", cubins=cubins)
+    return Launcher(list(named.values()), tmp_path_factory.mktemp("architectures"), H100), named
+
+
 def test_a_driver_s_error_is_returned(launcher, exports):
     launcher.set("load_status", 209)
     try:

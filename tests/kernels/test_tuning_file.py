@@ -1,4 +1,4 @@
-"""A tuning file that is old, foreign, broken or hostile is ignored with one warning; several writers lose nothing."""
+"""A tuning file that is old, foreign, broken or hostile is ignored with one warning. Writers lose no entry."""
 
 import json
 import multiprocessing

@@ -40,7 +40,12 @@ def test_without_the_backward_only_the_forward_is_compiled():
 @pytest.mark.parametrize(
     ("sizes", "dtypes", "error", "message"),
     [
-        ([ENCODER], ["int8"], TypeError, "dtypes: expected float16, bfloat16, float32 or float64, got 'int8'"),
+        (
+            [ENCODER],
+            ["int8"],
+            TypeError,
+            "dtypes: expected float16, bfloat16, float32, float64, float16/float32 or bfloat16/float32, got 'int8'",
+        ),
         ([Sizes(levels=((0, 3),))], ["float32"], ValueError, r"sizes: expected levels of positive \(H, W\)"),
         ([Sizes(levels=())], ["float32"], ValueError, r"sizes: expected levels of positive \(H, W\)"),
     ],

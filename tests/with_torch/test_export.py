@@ -1,11 +1,15 @@
 """Export: torch.jit.trace, torch.export and ONNX, where sizes that follow an input's keep doing so."""
 
+import contextlib
+import functools
+
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 
 from cupy_msda.torch import decomposed, ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.torch.onnx import tensorrt
 from tests.helpers.torch_calls import LEVELS, attention_module, module_inputs, to_float32
 
 
@@ -178,6 +182,112 @@ def test_the_pixels_of_a_level_may_not_fit_the_dtype_of_its_size(tmp_path, onnx,
         with decomposed():
             have = torch.jit.trace(Net(), inputs, check_trace=False)(*inputs)
     torch.testing.assert_close(have, Net()(*inputs), rtol=1e-4, atol=1e-5)
+
+
+# ---- levels that do not fit ------------------------------------------------------------------------------------------
+
+
+class WrongLevels(torch.nn.Module):
+    """A call with S = 20 and the levels of `fault`; `form` says what they are."""
+
+    def __init__(self, form, fault):
+        super().__init__()
+        self.form, (self.shapes, self.starts, _) = form, FAULTS[fault]
+        self.register_buffer("table", torch.tensor(self.shapes))
+        self.register_buffer("first", None if self.starts is None else torch.tensor(self.starts))
+
+    def forward(self, value, locations, weights):
+        shapes, starts = self.shapes, self.starts
+        if self.form == "tensors":
+            shapes, starts = self.table, self.first
+        elif self.form == "arrays":
+            shapes, starts = np.array(shapes), None if starts is None else np.array(starts)
+        return ms_deform_attn(value, shapes, starts, locations, weights)
+
+
+FAULTS = {
+    "sum": ([[4, 4], [3, 3]], None, r"spatial_shapes: expected level 1 of 3 x 3 pixels from pixel 16 to fit into S"),
+    "end": ([[4, 4], [2, 2]], [0, 17], r"spatial_shapes: expected level 1 of 2 x 2 pixels from pixel 17 to fit"),
+    "size": ([[4, 4], [0, 2]], None, r"spatial_shapes: expected positive \(H, W\), got \(0, 2\) for level 1"),
+    "start": ([[4, 4], [2, 2]], [-1, 16], "level_start_index: expected starts of at least 0, got -1 for level 0"),
+    "starts": ([[4, 4], [2, 2]], [0], r"level_start_index: expected shape \[L\] with L = 2, got \[1\]"),
+}  # fmt: skip
+WRONG_INPUTS = torch.rand(1, 20, 2, 4), torch.rand(1, 5, 2, 2, 3, 2), torch.rand(1, 5, 2, 2, 3)
+
+
+def of_trace(net, path, plugin=False):
+    with tensorrt() if plugin else contextlib.nullcontext():
+        torch.onnx.export(net, WRONG_INPUTS, path, dynamo=False, opset_version=18, verbose=False)
+
+
+def of_program(net, path, plugin=False):
+    with tensorrt() if plugin else contextlib.nullcontext():
+        torch.onnx.export(net, WRONG_INPUTS, path, dynamo=True, verbose=False)
+
+
+READS_TENSORS = {
+    "trace": lambda net, path: torch.jit.trace(net, WRONG_INPUTS, check_trace=False),
+    "trace of composition": lambda net, path: traced_composition(net, WRONG_INPUTS, path),
+    "onnx": of_trace,
+    "plugin": functools.partial(of_trace, plugin=True),
+}
+READS_NUMBERS = READS_TENSORS | {
+    "export": lambda net, path: torch.export.export(net, WRONG_INPUTS),
+    "strict export": lambda net, path: torch.export.export(net, WRONG_INPUTS, strict=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("form", "export"),
+    [("numbers", name) for name in READS_NUMBERS if name != "strict export"]
+    + [("arrays", name) for name in READS_NUMBERS if name != "strict export"]
+    + [("tensors", name) for name in READS_TENSORS],
+)
+def test_levels_that_do_not_fit_are_refused_at_export(tmp_path, form, export, fault):
+    with pytest.raises(ValueError, match=FAULTS[fault][-1]):
+        READS_NUMBERS[export](WrongLevels(form, fault), tmp_path / "net.onnx")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "export",
+    [
+        lambda net, path: READS_NUMBERS["strict export"](net, path),
+        pytest.param(of_program, marks=pytest.mark.long),
+        pytest.param(functools.partial(of_program, plugin=True), marks=pytest.mark.long),
+    ],
+)
+@pytest.mark.parametrize("fault", ["sum", "size"])
+def test_a_compiler_says_which_numbers_do_not_fit(tmp_path, export, fault):
+    with pytest.raises(Exception, match=FAULTS[fault][-1]):
+        export(WrongLevels("numbers", fault), tmp_path / "net.onnx")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fault", ["sum", "end", "size", "start"])
+def test_tensors_that_an_export_cannot_read_give_nan(fault):
+    """torch.export knows the shapes of tensors alone. The composition finds out when it runs."""
+    with decomposed():
+        program = torch.export.export(WrongLevels("tensors", fault), WRONG_INPUTS).module()
+    assert program(*WRONG_INPUTS).isnan().all()
+
+
+def test_an_export_with_unknown_sizes_reads_no_symbol():
+    """The least S is not written into the program, whose S may be smaller or larger."""
+
+    class Follows(torch.nn.Module):
+        def forward(self, value, locations, weights):
+            return ms_deform_attn(
+                value, [(value.shape[1] // 4, 4)] * 1, None, locations[:, :, :, :1], weights[..., :1, :]
+            )
+
+    S = 4 * torch.export.Dim("S4", min=2, max=100)
+    program = torch.export.export(Follows(), WRONG_INPUTS, dynamic_shapes=({1: S}, None, None)).module()
+    value, *samples = WRONG_INPUTS
+    for other in (value[:, :8], value.repeat(1, 2, 1, 1)):
+        torch.testing.assert_close(program(other, *samples), Follows()(other, *samples))
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""What has been exchanged in other packages: each once, whoever asks for it, until the last patch is undone."""
+"""What has been exchanged in other packages: each once, also for several patches, until the last one is undone."""
 
 from __future__ import annotations
 

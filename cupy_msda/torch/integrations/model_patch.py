@@ -194,7 +194,7 @@ class ModelPatch(Patch):
         self.at_undo(exchanges.use(key))
 
     def _add(self, key: Any, served: Served | CompiledOperator, undo: Callable[[], None]) -> None:
-        """Note an exchange; whoever has kept what answers gets the original after its end."""
+        """Note an exchange. A caller that has kept the replacement gets the original after the end of the exchange."""
 
         def undo_and_end() -> None:
             served.is_active = False

@@ -1,4 +1,4 @@
-"""Redirecting a function of Python: whoever holds it calls another one, until that is undone.
+"""Redirecting a function of Python: its holders call another one, until that is undone.
 
 A model may hold a function in a module, under another module's name, in a layer or in a ``functools.partial``. All of
 them hold one object, so the code of that object is exchanged, and no holder has to be found. ``torch.compile`` guards

@@ -40,7 +40,7 @@ class Served:
     is_verified : bool
         False until the first call of a function that could not be compared before.
     is_active : bool
-        False after the patch is undone: whoever has kept this calls the original.
+        False after the patch is undone. Then this calls the original.
     """
 
     def __init__(
