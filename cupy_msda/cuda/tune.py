@@ -57,7 +57,8 @@ def tune(
         Sizes of calls, or the calls of a model that :func:`cupy_msda.record` has recorded. None: typical calls of
         detectors and segmenters.
     dtypes : str or iterable of str
-        Of value, for sizes: float16, bfloat16, float32, float64.
+        Of value, for sizes: float16, bfloat16, float32, float64; "float16/float32" is a float16 value with float32
+        locations.
     backward : bool
         Tune the backward of sizes too.
     budget : float, optional
@@ -255,7 +256,7 @@ class Bench:
         return before, after
 
     def replay(self, candidate: Candidate) -> Replay:
-        """What times a candidate."""
+        """A candidate, ready to be timed."""
         with self.stream:
             runs, memory = self.arrays.runs(candidate)
         return Replay(runs, self.stream, memory)
