@@ -14,7 +14,7 @@ import pytest
 import cupy_msda
 from cupy_msda.call import Wanted
 from cupy_msda.cpu import run as cpu_run
-from cupy_msda.cpu import tasks, tier
+from cupy_msda.cpu import tier
 from cupy_msda.cpu.sampling import from_accumulator
 from tests.helpers.backends import NumPyBackend
 from tests.helpers.calls import call_of
@@ -118,7 +118,7 @@ def _fill(bits, found):
 def test_results_depend_on_neither_blocks_nor_threads(monkeypatch, pair, case):
     inputs = case.inputs(*pair, seed=3)
     settings = [(1, 1 << 15, 1 << 12), (1, 1, 1), (2, 1, 1), (3, 40, 7), (7, 1 << 15, 1)]
-    monkeypatch.setattr(tasks, "ONE_TASK_SAMPLES", 0)
+    monkeypatch.setattr(run, "ONE_TASK_SAMPLES", 0)
     found = []
     for threads, block, others in settings:
         monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", str(threads))
@@ -137,7 +137,7 @@ def test_gradients_of_reference_points_depend_on_no_thread(monkeypatch, coordina
     """They are sums over heads, which several threads work on."""
     inputs = to_fused(Case("fused", N=2, M=4, queries=300).inputs(), coordinates=coordinates)
     monkeypatch.setattr(run, "TASK_SAMPLES", 1)
-    monkeypatch.setattr(tasks, "ONE_TASK_SAMPLES", 0)
+    monkeypatch.setattr(run, "ONE_TASK_SAMPLES", 0)
     found = []
     for threads in ("1", "2", "5"):
         monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", threads)

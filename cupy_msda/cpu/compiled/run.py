@@ -25,6 +25,8 @@ ONE_BLOCK_SAMPLES = 1 << 13
 BLOCKS = 8
 # Heads and images share a task of the backward up to this many samples.
 TASK_SAMPLES = 1 << 13
+# A backward of so many samples is one task: a thread would take longer to start than it saves.
+ONE_TASK_SAMPLES = 1 << 12
 
 
 class Block(NamedTuple):
@@ -94,7 +96,7 @@ def backward(inputs: Inputs, wanted: Wanted) -> Gradients:
     assert inputs.grad_output is not None
     by_head = inputs.grad_output.reshape(problem.N, problem.Q, problem.M, problem.D)
     setup = _setup(replace(inputs, grad_output=by_head))
-    tasks = divide(problem, inputs.lengths, TASK_SAMPLES)
+    tasks = divide(problem, inputs.lengths, TASK_SAMPLES, ONE_TASK_SAMPLES)
     of_references: dict[int, np.ndarray] = {}
 
     def work(number: int) -> None:
