@@ -109,6 +109,20 @@ def test_gradients_on_pixels_are_the_contract_s(share, form, wanted, recorded, m
         np.testing.assert_allclose(one.numpy(), want[place], rtol=2e-4, atol=1e-4 * np.abs(want[place]).max())
 
 
+def test_samples_that_grid_sample_moves_to_another_cell_are_near_a_pixel():
+    sizes = torch.tensor([[[w, h]] for h, w in ON_PIXELS])
+    exact = on_pixels(0.5)[0][1]
+    locations = torch.cat([exact + shift * 2.0**-24 for shift in range(-3, 4)], dim=1)
+    moved = (((2 * locations - 1) + 1) * sizes - 1) / 2
+    differs = (moved.floor() != (locations.double() * sizes - 0.5).floor()).any(-1)
+    near = composition.kinks.samples_near_a_pixel(locations, [(h, w, 0) for h, w in ON_PIXELS])
+    found = torch.zeros_like(differs)
+    found[tuple(near.unbind(1))] = True
+    assert differs.any()
+    assert not (differs & ~found).any()
+    assert found.float().mean() < 0.7
+
+
 def test_an_overflow_of_gradients_stays_with_its_sample(recorded, monkeypatch):
     """In grid_sample's gradient a sample outside the level takes zero times infinity."""
     monkeypatch.setattr(composition.Costs, "composition_is_faster", True)
