@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import PLAIN, SIXTEEN_BIT, Arguments, Problem, Wanted
+from ..call import PLAIN, Arguments, Problem, Wanted
 from . import kinks
+from .composition_costs import sampled_elements
 from .exportable import grid_sample_attention
 from .reference import Gradients
 
@@ -27,62 +28,6 @@ _MOST_ELEMENTS = 1 << 24
 _MOST_NEAR_A_PIXEL = 0.25
 # Up to so many sampled elements all images are worked on at once (docs/performance/decisions.md#cpu-composition).
 _CACHED_ELEMENTS = 1 << 22
-
-
-class Costs(NamedTuple):
-    """Estimated nanoseconds on one thread of a composition and of NumPy.
-
-    Fitted to 400 drawn calls (docs/performance/decisions.md#cpu-composition).
-    """
-
-    composition: float
-    numpy: float
-
-    @property
-    def composition_is_faster(self) -> bool:
-        return self.composition < self.numpy
-
-
-def forward_costs(problem: Problem) -> Costs:
-    """What the output costs, without a gradient to record."""
-    sizes = _Sizes.of(problem)
-    # For one image or one head, a level is a part of value without a copy.
-    copied = sizes.value if problem.N > 1 and problem.M > 1 else 0
-    of_levels, of_samples = 110e3 + 40e3 * problem.L, 4 * sizes.sampled + 10 * sizes.samples
-    return Costs(
-        composition=of_levels + of_samples + 3 * copied + 0.6 * sizes.cast,
-        numpy=190e3 + 90 * sizes.samples + 3.4 * sizes.sampled,
-    )
-
-
-def training_costs(problem: Problem, wanted: Wanted) -> Costs:
-    """What the output and the gradients that are wanted cost."""
-    sizes, forward = _Sizes.of(problem), forward_costs(problem)
-    composition, numpy = 100e3 + 25e3 * problem.L, 650e3 + 250 * sizes.samples + 3.5 * sizes.sampled
-    if wanted.value:
-        composition += 6 * sizes.value + 2 * sizes.cast + 8 * sizes.sampled
-        numpy += 1.1 * sizes.value + 7 * sizes.cast
-    elif wanted.locations or wanted.references:
-        composition += 3.5 * sizes.sampled
-    else:
-        composition += 2 * sizes.sampled
-    if wanted.locations or wanted.references:
-        composition += 20 * sizes.samples
-    return Costs(forward.composition + composition, forward.numpy + numpy)
-
-
-class _Sizes(NamedTuple):
-    """Elements of value, and of a value that is cast; samples, and the elements that they have: D channels each."""
-
-    value: int
-    cast: int
-    samples: int
-    sampled: int
-
-    @classmethod
-    def of(cls, problem: Problem) -> _Sizes:
-        value, samples = problem.N * problem.S * problem.M * problem.D, problem.N * problem.Q * problem.M * problem.K
-        return cls(value, value if problem.value_dtype in SIXTEEN_BIT else 0, samples, samples * problem.D)
 
 
 class OnPixels(NamedTuple):
@@ -114,7 +59,7 @@ def can_run(problem: Problem) -> bool:
         and not problem.ragged
         and problem.levels is not None
         and max(max(h, w) for h, w, _ in problem.levels) <= _MOST_PIXELS
-        and _Sizes.of(problem).sampled <= _MOST_ELEMENTS
+        and sampled_elements(problem) <= _MOST_ELEMENTS
     )
 
 
@@ -188,7 +133,7 @@ def _rounded_locations(problem: Problem, leaves: Sequence[Tensor | None]) -> Ten
 
 def _images_at_a_time(problem: Problem) -> int:
     """All images of a small call; of a large one, as many as keep what is sampled in the caches."""
-    elements = _Sizes.of(problem).sampled
+    elements = sampled_elements(problem)
     if elements <= _CACHED_ELEMENTS:
         return problem.N
     return max(1, _CACHED_ELEMENTS // 4 * problem.N // elements)
