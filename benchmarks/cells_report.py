@@ -11,6 +11,8 @@ from .records import recorded
 
 KINDS = {"float32 sums": "peers with float32 sums", "as accurate": "peers that are as accurate", "any": "all peers"}
 CPU_RECORDS = ("grid_numba_*.json", "grid_numpy_*.json")
+# Of the CPU's cells. Training is a forward that records and its backward; the first records are without it.
+CPU_DIRECTIONS = (*DIRECTIONS, "training")
 
 
 def cells_table(path: Path, result: dict[str, Any]) -> str:
@@ -41,15 +43,15 @@ def cells_table(path: Path, result: dict[str, Any]) -> str:
 
 def cpu_cells_table(results: list[tuple[Path, dict[str, Any]]]) -> str:
     """Markdown: both tiers of the CPU path against their peers."""
-    columns = [f"{kind}, {direction}" for direction in DIRECTIONS for kind in ("geometric mean", "slower in")]
+    columns = [f"{kind}, {direction}" for direction in CPU_DIRECTIONS for kind in ("geometric mean", "slower in")]
     lines = head(columns, first="tier, compared with")
     for _, result in results:
         tier = result["tier"].partition(" ")[0]
         for peer, numbers in result["summary"].items():
             cells = []
-            for direction in DIRECTIONS:
-                of = numbers[direction]
-                cells += [f"{of['geometric_mean']:.2f}x", f"{of['slower']} of {of['cells']}"]
+            for direction in CPU_DIRECTIONS:
+                of = numbers.get(direction)
+                cells += [f"{of['geometric_mean']:.2f}x", f"{of['slower']} of {of['cells']}"] if of else ["", ""]
             lines.append(f"| {tier}, `{peer}` | {' | '.join(cells)} |")
     sentences = " ".join(recorded(result["provenance"], path) for path, result in results)
     lines += [

@@ -8,6 +8,7 @@ was stopped: cells of the file named by `--out` are not measured again.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -42,8 +43,9 @@ DTYPES = {"float32": 6, "float64": 1, "bfloat16": 2, "float16": 1}  # how often
 GRADIENTS = ("all", "value", "locations", "weights")
 # Most elements of a value, and most samples, so that a cell takes seconds.
 MAX_ELEMENTS, MAX_SAMPLES = 1 << 25, 1 << 22
-# A call may take longer than the composition by a tenth, or by so many seconds.
-MARGIN = {"forward": 100e-6, "backward": 300e-6}
+# A call may take longer than the composition by a tenth, or by so many seconds. Training is a forward that records and
+# its backward: what one of them keeps, or computes again for the other, counts once.
+MARGIN = {"forward": 100e-6, "backward": 300e-6, "training": 400e-6}
 LEAST_SECONDS, MOST_REPEATS = 0.15, 200
 COUNTED_SECONDS = 1e-3
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
@@ -87,12 +89,16 @@ def measure(cell: Cell) -> dict[str, Any]:
         forward = median_seconds(list(calls.values()))
     outputs = [call() for call in calls.values()]
 
-    def backward_of(output: Tensor) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True, allow_unused=True)
+    def gradients(output: Tensor, kept: bool) -> Any:
+        return torch.autograd.grad(output, leaves, grad_output, retain_graph=kept, allow_unused=True)
 
-    backward = median_seconds([backward_of(output) for output in outputs])
-    for name, *seconds in zip(calls, forward, backward, strict=True):
-        record |= dict(zip((f"{name} forward", f"{name} backward"), seconds, strict=True))
+    seconds = {
+        "forward": forward,
+        "backward": median_seconds([functools.partial(gradients, output, kept=True) for output in outputs]),
+        "training": median_seconds([lambda call=call: gradients(call(), kept=False) for call in calls.values()]),
+    }
+    for direction, medians in seconds.items():
+        record |= {f"{name} {direction}": median for name, median in zip(calls, medians, strict=True)}
     have, want = (output.detach().double() for output in outputs[:2])
     error = float((have - want).norm() / want.norm())
     return record | {"error": error, "valid": error < TOLERANCE[cell.dtype]}

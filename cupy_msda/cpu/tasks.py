@@ -15,7 +15,7 @@ from ..call import Problem
 TASK_SAMPLES = 1 << 15
 # A call of so many samples is one task: another one, and its thread, would take longer than they save
 # (docs/performance/decisions.md#cpu-work-units).
-ONE_TASK_SAMPLES = 1 << 12
+ONE_TASK_SAMPLES = 1 << 14
 # Bytes that the sums of grad_value of one task may take where they need a buffer (16-bit dtypes).
 TASK_SUM_BYTES = 12 << 20
 
@@ -77,17 +77,21 @@ class Task(NamedTuple):
         target[...] = found.reshape(target.shape)
 
 
-def divide(problem: Problem, lengths: Sequence[int] | None, samples: int | None = None) -> list[Task]:
+def divide(
+    problem: Problem, lengths: Sequence[int] | None, samples: int | None = None, one_task: int | None = None
+) -> list[Task]:
     """The tasks of a call that is not empty: one of a small call, otherwise at least two, for threads to share.
 
-    `samples` are those up to which heads and images share a task, TASK_SAMPLES unless given.
+    `samples` are those up to which heads and images share a task, TASK_SAMPLES unless given; `one_task` those up to
+    which a call is one task, ONE_TASK_SAMPLES unless given.
     """
     N, M = problem.N, problem.M
     by_samples = -(-(samples or TASK_SAMPLES) // (problem.Q * problem.K))
     sum_bytes = problem.S * problem.D * np.dtype(problem.accumulator_dtype).itemsize
     by_memory = max(1, TASK_SUM_BYTES // sum_bytes)
     images = min(by_samples // M, by_memory // M, -(-N // 2))
-    if N * M * problem.Q * problem.K <= ONE_TASK_SAMPLES and lengths is None and by_memory >= N * M:
+    all_samples = N * M * problem.Q * problem.K
+    if all_samples <= (ONE_TASK_SAMPLES if one_task is None else one_task) and lengths is None and by_memory >= N * M:
         return [Task(problem, slice(0, N), slice(0, M))]
     if images > 1 and lengths is None:
         return [Task(problem, part, slice(0, M)) for part in ranges(N, images)]

@@ -7,17 +7,18 @@ What decides is the arguments alone, so that the same call always has the same b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..call import PLAIN, SIXTEEN_BIT, Arguments, Problem, Wanted
+from ..call import PLAIN, Arguments, Problem, Wanted
 from . import kinks
+from .composition_costs import sampled_elements
 from .exportable import grid_sample_attention
 from .reference import Gradients
-from .samples import in_float, plain_samples
 
 # Pixels along an axis up to which float32 coordinates are within the tolerance.
 _MOST_PIXELS = 168
@@ -29,75 +30,24 @@ _MOST_NEAR_A_PIXEL = 0.25
 _CACHED_ELEMENTS = 1 << 22
 
 
-class Costs(NamedTuple):
-    """Estimated nanoseconds on one thread of a composition and of NumPy.
+class OnPixels(NamedTuple):
+    """Samples whose gradient is computed anew, at their exact locations (:mod:`.kinks`)."""
 
-    Fitted to 400 drawn calls (docs/performance/decisions.md#cpu-composition).
-    """
-
-    composition: float
-    numpy: float
-
-    @property
-    def composition_is_faster(self) -> bool:
-        return self.composition < self.numpy
-
-
-def forward_costs(problem: Problem) -> Costs:
-    """What the output costs, without a gradient to record."""
-    sizes = _Sizes.of(problem)
-    # For one image or one head, a level is a part of value without a copy.
-    copied = sizes.value if problem.N > 1 and problem.M > 1 else 0
-    of_levels, of_samples = 110e3 + 40e3 * problem.L, 4 * sizes.sampled + 10 * sizes.samples
-    return Costs(
-        composition=of_levels + of_samples + 3 * copied + 0.6 * sizes.cast,
-        numpy=190e3 + 90 * sizes.samples + 3.4 * sizes.sampled,
-    )
-
-
-def training_costs(problem: Problem, wanted: Wanted) -> Costs:
-    """What the output and the gradients that are wanted cost."""
-    sizes, forward = _Sizes.of(problem), forward_costs(problem)
-    composition, numpy = 100e3 + 25e3 * problem.L, 650e3 + 250 * sizes.samples + 3.5 * sizes.sampled
-    if wanted.value:
-        composition += 6 * sizes.value + 2 * sizes.cast + 8 * sizes.sampled
-        numpy += 1.1 * sizes.value + 7 * sizes.cast
-    elif wanted.locations or wanted.references:
-        composition += 3.5 * sizes.sampled
-    else:
-        composition += 2 * sizes.sampled
-    if wanted.locations or wanted.references:
-        composition += 20 * sizes.samples
-    return Costs(forward.composition + composition, forward.numpy + numpy)
-
-
-class _Sizes(NamedTuple):
-    """Elements of value, and of a value that is cast; samples, and the elements that they have: D channels each."""
-
-    value: int
-    cast: int
-    samples: int
-    sampled: int
-
-    @classmethod
-    def of(cls, problem: Problem) -> _Sizes:
-        value, samples = problem.N * problem.S * problem.M * problem.D, problem.N * problem.Q * problem.M * problem.K
-        return cls(value, value if problem.value_dtype in SIXTEEN_BIT else 0, samples, samples * problem.D)
+    samples: Tensor
+    locations: Tensor
 
 
 class Recorded(NamedTuple):
     """An output and the inputs that it was computed from, whose gradients autograd recorded where they are wanted.
 
-    `locations` and `weights` are those of the plain operator, which follow from the leaves. `near_a_pixel` are the
-    samples whose gradient is computed anew, at the locations `at_pixels` (:mod:`.kinks`).
+    `locations` and `weights` are those of the plain operator, which follow from the leaves.
     """
 
     output: Tensor
     leaves: tuple[Tensor | None, ...]
     locations: Tensor
     weights: Tensor
-    near_a_pixel: Tensor
-    at_pixels: Tensor
+    on_pixels: OnPixels | None
     levels: tuple[kinks.Level, ...]
 
 
@@ -109,43 +59,81 @@ def can_run(problem: Problem) -> bool:
         and not problem.ragged
         and problem.levels is not None
         and max(max(h, w) for h, w, _ in problem.levels) <= _MOST_PIXELS
-        and _Sizes.of(problem).sampled <= _MOST_ELEMENTS
+        and sampled_elements(problem) <= _MOST_ELEMENTS
     )
 
 
 def record(problem: Problem, arguments: Arguments, wanted: Wanted) -> Recorded | None:
     """The output of a call that :func:`can_run`, in the accumulator dtype; None where the contract differs."""
-    wide = in_float(arguments)
-    tensors = (wide.value, wide.locations, wide.weights, wide.reference_points)
+    dtype = torch.float64 if problem.value_dtype == "float64" else torch.float32
+    tensors = (arguments.value, arguments.locations, arguments.weights, arguments.reference_points)
     leaves = tuple(
-        None if tensor is None else tensor.detach().requires_grad_(asked)
+        None if tensor is None else tensor.detach().to(dtype).requires_grad_(asked)
         for tensor, asked in zip(tensors, wanted, strict=True)
     )
+    value = leaves[0]
     assert problem.levels is not None
+    assert value is not None
     sizes, starts = [(h, w) for h, w, _ in problem.levels], [start for *_, start in problem.levels]
-    given = Arguments(leaves[0], sizes, starts, leaves[3], leaves[1], leaves[2], names=arguments.names)
     with torch.enable_grad() if any(wanted) else torch.no_grad():
-        given, locations, weights, fused = plain_samples(given)
-        locations = locations.reshape(problem.N, problem.Q, problem.M, problem.L, problem.P, 2)
-        weights = weights.reshape(locations.shape[:-1])
-        near, exact = torch.empty((0, 5), dtype=torch.int64, device="cpu"), locations.detach()
+        locations, weights = _samples(problem, leaves)
+        on_pixels = None
         if wanted.locations or wanted.references:
-            exact = exact if fused is None else kinks.locations_of(fused).reshape(exact.shape)
+            exact = _rounded_locations(problem, leaves)
             near = kinks.samples_near_a_pixel(exact, problem.levels)
             if len(near) > _MOST_NEAR_A_PIXEL * weights.numel():
                 return None
+            on_pixels = OnPixels(near, exact[tuple(near.unbind(1))]) if len(near) else None
         step = _images_at_a_time(problem)
-        parts = zip(given.value.split(step), locations.split(step), weights.split(step), strict=True)
-        outputs = [grid_sample_attention(part, sizes, where, weight, starts) for part, where, weight in parts]
-        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    at_pixels = exact[tuple(near.unbind(1))]
-    recorded = Recorded(output, leaves, locations, weights, near, at_pixels, problem.levels)
-    return recorded if bool(output.detach().sum().isfinite()) else None
+        if step >= problem.N:
+            output = grid_sample_attention(value, sizes, locations, weights, starts)
+        else:
+            parts = zip(value.split(step), locations.split(step), weights.split(step), strict=True)
+            output = torch.cat([grid_sample_attention(a, sizes, b, c, starts) for a, b, c in parts])
+    recorded = Recorded(output, leaves, locations, weights, on_pixels, problem.levels)
+    return recorded if math.isfinite(output.detach().sum().item()) else None
+
+
+def _samples(problem: Problem, leaves: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Locations [N, Q, M, L, P, 2] and weights [N, Q, M, L, P]."""
+    offsets, weights = _operands(problem, leaves)
+    references = leaves[3]
+    if references is None:
+        return offsets, weights
+    points, unit = references[:, :, None, :, None], _unit(problem, references)
+    shift = offsets / unit
+    locations = points + shift if references.shape[-1] == 2 else points[..., :2] + shift * points[..., 2:]
+    return locations, weights.flatten(3).softmax(-1).view_as(weights)
+
+
+def _operands(problem: Problem, leaves: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Locations or offsets [N, Q, M, L, P, 2], and weights or logits [N, Q, M, L, P]."""
+    _, locations, weights, _ = leaves
+    assert locations is not None
+    shape, K = (problem.N, problem.Q, problem.M, problem.L, problem.P), problem.K
+    if weights is None:
+        locations, weights = locations[..., : 2 * K], locations[..., 2 * K :]
+    return locations.reshape(*shape, 2), weights.reshape(shape)
+
+
+def _unit(problem: Problem, references: Tensor) -> Tensor:
+    """What offsets are divided by: (W, H) of the level, or two times the points of the level for a box."""
+    sizes = [[(w, h)] for h, w, _ in problem.levels or ()]
+    unit = sizes if references.shape[-1] == 2 else [2.0 * problem.P]
+    return torch.tensor(unit, dtype=references.dtype, device="cpu")
+
+
+def _rounded_locations(problem: Problem, leaves: Sequence[Tensor | None]) -> Tensor:
+    """Locations as the CPU path rounds them."""
+    offsets, references = _operands(problem, leaves)[0].detach(), leaves[3]
+    if references is None:
+        return offsets
+    return kinks.rounded_locations(references[:, :, None, :, None], offsets, _unit(problem, references))
 
 
 def _images_at_a_time(problem: Problem) -> int:
     """All images of a small call; of a large one, as many as keep what is sampled in the caches."""
-    elements = _Sizes.of(problem).sampled
+    elements = sampled_elements(problem)
     if elements <= _CACHED_ELEMENTS:
         return problem.N
     return max(1, _CACHED_ELEMENTS // 4 * problem.N // elements)
@@ -159,11 +147,11 @@ def gradients(
     `kept`: what is recorded serves another backward.
     """
     grad_output = grad_output.to(recorded.output.dtype)
-    if not bool(grad_output.sum().isfinite()):
+    if not math.isfinite(grad_output.sum().item()):
         return None
     leaves = [leaf for leaf, asked in zip(recorded.leaves, wanted, strict=True) if asked and leaf is not None]
     of_leaves = _of_leaves(recorded, leaves, grad_output, kept)
-    if not all(bool(gradient.sum().isfinite()) for gradient in of_leaves):
+    if not all(math.isfinite(gradient.sum().item()) for gradient in of_leaves):
         return None
     found = iter(of_leaves)
     given = (arguments.value, arguments.locations, arguments.weights, arguments.reference_points)
@@ -176,7 +164,7 @@ def gradients(
 
 def _of_leaves(recorded: Recorded, leaves: list[Tensor], grad_output: Tensor, kept: bool) -> Sequence[Tensor]:
     """Gradients of the leaves that are wanted. Those of samples on a pixel are replaced on the way."""
-    if not len(recorded.near_a_pixel):
+    if recorded.on_pixels is None:
         return torch.autograd.grad(recorded.output, leaves, grad_output, retain_graph=kept)
     value, locations, weights = recorded.leaves[0], recorded.locations, recorded.weights
     assert value is not None
@@ -184,10 +172,8 @@ def _of_leaves(recorded: Recorded, leaves: list[Tensor], grad_output: Tensor, ke
     of_values = [value] if value.requires_grad else []
     found = torch.autograd.grad(recorded.output, [*of_values, *between], grad_output, retain_graph=kept)
     of_value, passed = found[: len(of_values)], list(found[len(of_values) :])
-    near = recorded.near_a_pixel
-    exact = kinks.exact_gradient(
-        value.detach(), recorded.at_pixels, weights.detach(), grad_output, recorded.levels, near
-    )
+    near, at_pixels = recorded.on_pixels
+    exact = kinks.exact_gradient(value.detach(), at_pixels, weights.detach(), grad_output, recorded.levels, near)
     passed[0] = passed[0].index_put(tuple(near.unbind(1)), exact)
     others = [leaf for leaf in leaves if leaf is not value]
     return [*of_value, *torch.autograd.grad(between, others, passed, retain_graph=kept)]

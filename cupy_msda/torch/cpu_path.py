@@ -18,6 +18,7 @@ from ..cpu import run as cpu
 from ..cpu.tasks import Inputs
 from ..cpu.tier import compiled_tier
 from . import compat, composition
+from .composition_costs import forward_costs, training_costs
 from .reference import Gradients
 
 # A model comes back to few layouts. One that never does must not fill the memory.
@@ -75,7 +76,7 @@ def composes(problem: Problem, wanted: Wanted | None) -> bool:
     """Whether torch's own functions compute a call with these gradients, or none, where the contract allows it."""
     if problem.device[0] != "cpu" or compiled_tier() is not None or not composition.can_run(problem):
         return False
-    costs = composition.training_costs(problem, wanted) if wanted else composition.forward_costs(problem)
+    costs = training_costs(problem, wanted) if wanted else forward_costs(problem)
     return costs.composition_is_faster
 
 

@@ -11,25 +11,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .samples import FusedSamples
-
 # (H, W, start) of a level.
 Level = tuple[int, int, int]
 
 
-def locations_of(samples: FusedSamples) -> Tensor:
-    """Locations [N, Q, M, K, 2] of a fused call, rounded as the CPU path rounds them."""
-    points, offsets = samples.points.detach(), samples.offsets.detach()
-    per_offset = (1 / samples.unit.double()).to(offsets.dtype)
+def rounded_locations(points: Tensor, offsets: Tensor, unit: Tensor) -> Tensor:
+    """Locations of a fused call, rounded as the CPU path rounds them.
+
+    `points` are reference points [..., 2] or boxes [..., 4]; `unit` divides the offsets from them.
+    """
+    points, offsets = points.detach(), offsets.detach()
+    per_offset = (1 / unit.double()).to(offsets.dtype)
     return points[..., :2] + offsets * (per_offset if points.shape[-1] == 2 else points[..., 2:] * per_offset)
 
 
 def samples_near_a_pixel(locations: Tensor, levels: Sequence[Level]) -> Tensor:
-    """Indices [samples, 5] of those of `locations` [N, Q, M, L, P, 2] that rounding may move to another cell."""
-    sizes = torch.tensor([[(w, h)] for h, w, _ in levels], dtype=torch.float64, device="cpu")
-    pixels = locations.double() * sizes - 0.5
-    rounding = 2 * torch.finfo(locations.dtype).eps * sizes
-    return ((pixels - pixels.round()).abs() <= rounding).any(-1).nonzero()
+    """Indices [samples, 5] of those of `locations` [N, Q, M, L, P, 2] that rounding may move to another cell.
+
+    Rounding here may move them as far, so that a few more count.
+    """
+    sizes = torch.tensor([[(w, h)] for h, w, _ in levels], dtype=locations.dtype, device="cpu")
+    pixels = (locations * sizes).sub_(0.5)
+    distance = pixels.sub_(pixels.round()).abs_()
+    near = distance <= 4 * torch.finfo(locations.dtype).eps * sizes
+    # Both coordinates are one number: torch is slow along short dimensions.
+    return near.view(torch.int16).squeeze(-1).nonzero()
 
 
 def exact_gradient(

@@ -3,6 +3,7 @@ drawn calls hold its results against the formula and against NumPy's.
 """
 
 import builtins
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 
 import cupy_msda
-from cupy_msda.cpu import tasks, tier
+from cupy_msda.call import Wanted
+from cupy_msda.cpu import run as cpu_run
+from cupy_msda.cpu import tier
+from cupy_msda.cpu.sampling import from_accumulator
 from tests.helpers.backends import NumPyBackend
 from tests.helpers.calls import call_of
 from tests.helpers.cases import DTYPE_PAIRS, VARIANTS, Case, to_fused
 from tests.helpers.checks import run_fused, run_operator
 
 pytest.importorskip("numba")
-from cupy_msda.cpu.compiled import build, kernels, run
+from cupy_msda.cpu.compiled import build, casts, kernels, run
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -83,6 +87,26 @@ def test_float16_and_bfloat16_are_read_exactly():
     np.testing.assert_array_equal(wide.view(np.uint32) >> 16, bits)
 
 
+def _numbers_to_cast():
+    """All numbers of both dtypes, the middles between neighbours, what is next to these, and others at random."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    exact = np.concatenate((bits.view(np.float16).astype(np.float32).view(np.uint32), bits.astype(np.uint32) << 16))
+    middles = np.concatenate((exact + 0x1000, exact + 0x8000, exact + 0x2000))
+    drawn = np.random.default_rng(0).integers(1 << 32, size=1 << 17, dtype=np.uint32)
+    return np.concatenate((exact, middles - 1, middles, middles + 1, drawn)).view(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_casts_to_16_bits_round_as_numpy_does(dtype):
+    numbers = _numbers_to_cast()
+    storage = np.dtype("float16" if dtype == "float16" else "uint16")
+    with np.errstate(over="ignore"):
+        have, want = casts.narrowed(numbers, storage, dtype), from_accumulator(numbers, storage, dtype)
+    is_nan = np.isnan(numbers)
+    np.testing.assert_array_equal(have[~is_nan].view(np.uint16), want[~is_nan].view(np.uint16))
+    assert np.isnan(casts.widened(have[is_nan], np.dtype("float32"))).all()
+
+
 @kernels._function
 def _fill(bits, found):
     for i in range(bits.size):
@@ -94,7 +118,7 @@ def _fill(bits, found):
 def test_results_depend_on_neither_blocks_nor_threads(monkeypatch, pair, case):
     inputs = case.inputs(*pair, seed=3)
     settings = [(1, 1 << 15, 1 << 12), (1, 1, 1), (2, 1, 1), (3, 40, 7), (7, 1 << 15, 1)]
-    monkeypatch.setattr(tasks, "ONE_TASK_SAMPLES", 0)
+    monkeypatch.setattr(run, "ONE_TASK_SAMPLES", 0)
     found = []
     for threads, block, others in settings:
         monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", str(threads))
@@ -113,7 +137,7 @@ def test_gradients_of_reference_points_depend_on_no_thread(monkeypatch, coordina
     """They are sums over heads, which several threads work on."""
     inputs = to_fused(Case("fused", N=2, M=4, queries=300).inputs(), coordinates=coordinates)
     monkeypatch.setattr(run, "TASK_SAMPLES", 1)
-    monkeypatch.setattr(tasks, "ONE_TASK_SAMPLES", 0)
+    monkeypatch.setattr(run, "ONE_TASK_SAMPLES", 0)
     found = []
     for threads in ("1", "2", "5"):
         monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", threads)
@@ -177,6 +201,33 @@ def test_it_compiles_where_no_folder_can_be_written(monkeypatch):
     locations, weights = np.full((1, 1, 1, 2), np.nan), np.full((1, 1, 1, 1), np.nan)
     kernel(np.full((1, 1, 1, 2), 0.5), offsets, logits, np.array([[2, 3, 0, 1]]), locations, weights)
     assert (locations.tolist(), weights.tolist()) == ([[[[0.5, 0.5]]]], [[[[1.0]]]])
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_gradient_has_the_bits_that_it_has_among_all(dtype, fused):
+    inputs = Case("one gradient", N=2, M=2, queries=60).inputs(dtype, dtype)
+    inputs = to_fused(inputs, coordinates=4) if fused else inputs
+    call = call_of(*inputs, wanted=Wanted(references=fused))
+    every = run.backward(cpu_run._inputs(call), Wanted(references=fused))
+    for name in ("value", "locations", "weights"):
+        found = run.backward(cpu_run._inputs(call), Wanted(*(one == name for one in Wanted._fields)))
+        assert [one for one, gradient in found._asdict().items() if gradient is not None] == [name]
+        assert getattr(found, name).tobytes() == getattr(every, name).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("forward", "bfloat16"), ("backward", "float32"), ("materialise", "float32")]
+)
+def test_loops_over_samples_call_no_function_of_ours(name, dtype, monkeypatch):
+    """A call with arrays as arguments costs more than a sample."""
+    monkeypatch.setattr("numba.core.caching.FunctionCache.save_overload", lambda *arguments: None)
+    monkeypatch.setattr("numba.core.caching.FunctionCache.load_overload", lambda *arguments: None)
+    (code,) = getattr(build, name).__wrapped__(dtype).inspect_llvm().values()
+    body = code[code.index("\ndefine ") :].partition("\n}")[0]
+    called = set(re.findall(r"call [^@\n]*@\"?([^(\"]+)", body))
+    assert called
+    assert not [function for function in called if "cupy_msda" in function]
 
 
 def test_importing_the_package_imports_no_numba():

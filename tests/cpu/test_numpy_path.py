@@ -90,10 +90,10 @@ def test_small_images_share_a_task(monkeypatch, N, M, found):
     }
 
 
-@pytest.mark.parametrize(("Q", "count"), [(127, 1), (128, 1), (129, 2)])
+@pytest.mark.parametrize(("Q", "count"), [(511, 1), (512, 1), (513, 2)])
 def test_a_small_call_is_one_task(Q, count):
     problem = call_of(*inputs(N=4, M=2, Q=Q)).problem
-    assert tasks.ONE_TASK_SAMPLES == 4 * 2 * 128 * problem.K
+    assert tasks.ONE_TASK_SAMPLES == 4 * 2 * 512 * problem.K
     assert len(tasks.divide(problem, None)) == count
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cupy_msda
 from cupy_msda.cpu import backward, cells, forward, tasks
 from cupy_msda.cpu.tier import compiled_tier
-from cupy_msda.torch import composition, decomposed, ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.torch import composition_costs, decomposed, ms_deform_attn, ms_deform_attn_fused
 
 from .compare import Outcome
 from .draw import Case
@@ -127,7 +127,7 @@ def run_numpy(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
 
 def run_composition(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
     """The torch function by the NumPy tier, which takes torch's own functions wherever they can run."""
-    with _numpy_tier(), mock.patch.object(composition.Costs, "composition_is_faster", True):
+    with _numpy_tier(), mock.patch.object(composition_costs.Costs, "composition_is_faster", True):
         return run_eager(case, memory, device)
 
 
@@ -301,7 +301,7 @@ def _settings(case: Case) -> Iterator[None]:
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Its sums have an order of their own; one path takes it.
-        stack.enter_context(mock.patch.object(composition.Costs, "composition_is_faster", False))
+        stack.enter_context(mock.patch.object(composition_costs.Costs, "composition_is_faster", False))
         if case.small_blocks:
             for module, numbers in SMALL_BLOCKS.items():
                 stack.enter_context(mock.patch.multiple(module, **numbers))

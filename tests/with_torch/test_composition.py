@@ -11,7 +11,7 @@ import torch
 
 import cupy_msda
 from cupy_msda.call import Wanted
-from cupy_msda.torch import composition, cpu_path, ms_deform_attn
+from cupy_msda.torch import composition, composition_costs, cpu_path, ms_deform_attn
 from tests.helpers.calls import call_of
 from tests.helpers.cases import Case
 
@@ -53,7 +53,31 @@ def test_a_small_call_takes_it_and_few_samples_of_much_value_do_not(recorded):
         ms_deform_attn(value, LEVELS, None, locations, weights)
     assert len(recorded) == 1
     few = Case("few", levels=((60, 80),), N=4, M=8, D=32, queries=1)
-    assert not composition.forward_costs(call_of(*few.inputs()[:6]).problem).composition_is_faster
+    assert not composition_costs.forward_costs(call_of(*few.inputs()[:6]).problem).composition_is_faster
+
+
+PYRAMID = ((80, 80), (40, 40), (20, 20))
+# Cells of a recorded grid: what each takes, forward and in training.
+RECORDED = {
+    "many heads, few queries": (
+        Case("", levels=((16, 16), (8, 8)), N=3, M=16, D=16, P=4, queries=21),
+        "weights",
+        True,
+        True,
+    ),
+    "few samples of much value": (Case("", levels=PYRAMID, N=5, M=8, D=16, P=1, queries=2), "value", False, False),
+    "one head": (Case("", levels=PYRAMID, N=144, M=1, D=8, P=2, queries=575), "locations", True, True),
+    "a decoder": (Case("", levels=PYRAMID, N=1, M=8, D=32, P=4, queries=300), "value", False, False),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_was_faster_is_taken(name):
+    case, gradient, forward, training = RECORDED[name]
+    problem = call_of(*case.inputs()[:6]).problem
+    wanted = Wanted(*(one == gradient for one in Wanted._fields))
+    assert composition_costs.forward_costs(problem).composition_is_faster is forward
+    assert composition_costs.training_costs(problem, wanted).composition_is_faster is training
 
 
 ON_PIXELS = ((5, 5), (25, 42))
@@ -88,7 +112,7 @@ def on_pixels(share, form="plain", dtype=torch.float32):
 @pytest.mark.parametrize("wanted", ["all", "value and locations", "locations"])
 def test_gradients_on_pixels_are_the_contract_s(share, form, wanted, recorded, monkeypatch):
     """grid_sample rounds a coordinate on a pixel to another cell than floor() of the exact one."""
-    monkeypatch.setattr(composition.Costs, "composition_is_faster", True)
+    monkeypatch.setattr(composition_costs.Costs, "composition_is_faster", True)
     tensors, grad = on_pixels(share, form)
     places = {
         "all": range(len(tensors)),
@@ -109,9 +133,23 @@ def test_gradients_on_pixels_are_the_contract_s(share, form, wanted, recorded, m
         np.testing.assert_allclose(one.numpy(), want[place], rtol=2e-4, atol=1e-4 * np.abs(want[place]).max())
 
 
+def test_samples_that_grid_sample_moves_to_another_cell_are_near_a_pixel():
+    sizes = torch.tensor([[[w, h]] for h, w in ON_PIXELS])
+    exact = on_pixels(0.5)[0][1]
+    locations = torch.cat([exact + shift * 2.0**-24 for shift in range(-3, 4)], dim=1)
+    moved = (((2 * locations - 1) + 1) * sizes - 1) / 2
+    differs = (moved.floor() != (locations.double() * sizes - 0.5).floor()).any(-1)
+    near = composition.kinks.samples_near_a_pixel(locations, [(h, w, 0) for h, w in ON_PIXELS])
+    found = torch.zeros_like(differs)
+    found[tuple(near.unbind(1))] = True
+    assert differs.any()
+    assert not (differs & ~found).any()
+    assert found.float().mean() < 0.7
+
+
 def test_an_overflow_of_gradients_stays_with_its_sample(recorded, monkeypatch):
     """In grid_sample's gradient a sample outside the level takes zero times infinity."""
-    monkeypatch.setattr(composition.Costs, "composition_is_faster", True)
+    monkeypatch.setattr(composition_costs.Costs, "composition_is_faster", True)
     value = torch.rand(1, 16, 1, 2, dtype=torch.float64)
     locations = torch.tensor([[0.3, 0.3], [3.0, 0.3]], dtype=torch.float64).reshape(1, 2, 1, 1, 1, 2).requires_grad_()
     weights = torch.full((1, 2, 1, 1, 1), 1e200, dtype=torch.float64)
@@ -214,8 +252,8 @@ def test_a_sample_one_pixel_outside_has_no_gradient():
 def test_costs_grow_with_the_samples(wanted):
     problems = [call_of(*Case("", N=2, queries=queries).inputs()[:6]).problem for queries in (1, 10, 100)]
     for costs in (
-        [composition.training_costs(p, wanted) for p in problems],
-        [*map(composition.forward_costs, problems)],
+        [composition_costs.training_costs(p, wanted) for p in problems],
+        [*map(composition_costs.forward_costs, problems)],
     ):
         assert [cost.composition for cost in costs] == sorted(cost.composition for cost in costs)
         assert [cost.numpy for cost in costs] == sorted(cost.numpy for cost in costs)

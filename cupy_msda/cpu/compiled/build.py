@@ -42,10 +42,30 @@ def materialise(accumulator_dtype: str) -> Callable[..., None]:
 
 
 @functools.cache
-def front_end_backward(accumulator_dtype: str) -> Callable[..., None]:
-    """:func:`.front_end.backward` in this dtype."""
+def backward_of_logits(accumulator_dtype: str) -> Callable[..., None]:
+    """:func:`.front_end.backward_of_logits` in this dtype."""
+    _, _, read, write = _arrays(accumulator_dtype)
+    return _compiled(front_end.backward_of_logits, read, write)
+
+
+@functools.cache
+def backward_of_offsets(accumulator_dtype: str) -> Callable[..., None]:
+    """:func:`.front_end.backward_of_offsets` in this dtype."""
     _, levels, read, write = _arrays(accumulator_dtype)
-    return _compiled(front_end.backward, read, read, read, levels, write, write, write)
+    return _compiled(front_end.backward_of_offsets, read, read, levels, write, write)
+
+
+@functools.cache
+def widen(dtype: str) -> Callable[..., None]:
+    """:func:`.kernels.widen_all` from a dtype of 16 bits."""
+    return _compiled(kernels.widen_all, _readable(_STORED[dtype], 1), types.Array(types.float32, 1, "C"))
+
+
+@functools.cache
+def narrow(dtype: str) -> Callable[..., None]:
+    """The cast from float32 to a dtype of 16 bits."""
+    function = kernels.to_bfloat16 if dtype == "bfloat16" else kernels.to_float16
+    return _compiled(function, _readable(types.uint32, 1), types.Array(types.uint16, 1, "C"))
 
 
 def _arrays(value_dtype: str) -> tuple[types.Array, types.Array, types.Array, types.Array]:

@@ -10,31 +10,17 @@ from typing import Any
 import numba
 import numpy as np
 
-_function = numba.njit(nogil=True)
+_function = numba.njit(nogil=True, forceinline=True)
 
 
 @_function
-def _softmax(logits: np.ndarray, weights: np.ndarray) -> None:
-    largest, total = type(logits[0])(-np.inf), type(logits[0])(0)
-    for k in range(logits.shape[0]):
-        if logits[k] > largest:
-            largest = logits[k]
-    for k in range(logits.shape[0]):
-        weights[k] = np.exp(logits[k] - largest)
-        total += weights[k]
-    for k in range(logits.shape[0]):
-        weights[k] /= total
-
-
-@_function
-def _location_per_offset(reference: np.ndarray, height_width_start_points: np.ndarray) -> Any:
-    """How far an offset of 1 moves the location, along x and y."""
-    height, width, _, points = height_width_start_points
-    one = type(reference[0])
-    if reference.shape[0] == 2:
+def _location_per_offset(references: np.ndarray, at: Any, height: int, width: int, points: int) -> Any:
+    """How far an offset of 1 moves the location, along x and y; `at` is the index of the reference point."""
+    one = references.dtype.type
+    if references.shape[3] == 2:
         return one(1.0 / width), one(1.0 / height)
-    of_box = one(0.5 / points)
-    return reference[2] * of_box, reference[3] * of_box
+    of_box = one(0.5 / max(points, 1))
+    return references[at[0], at[1], at[2], 2] * of_box, references[at[0], at[1], at[2], 3] * of_box
 
 
 def materialise(
@@ -50,22 +36,32 @@ def materialise(
     Shapes are [images, queries, reference points, 2 or 4], [images, queries, heads, 2 * K] and [.., K]; `levels` as in
     :mod:`.kernels`.
     """
-    images, queries, heads, _ = logits.shape
+    images, queries, heads, K = logits.shape
+    zero, lowest = logits.dtype.type(0), logits.dtype.type(-np.inf)
     for image in range(images):
         for query in range(queries):
             for head in range(heads):
-                _softmax(logits[image, query, head], weights[image, query, head])
+                largest, total = lowest, zero
+                for k in range(K):
+                    if logits[image, query, head, k] > largest:
+                        largest = logits[image, query, head, k]
+                for k in range(K):
+                    power = np.exp(logits[image, query, head, k] - largest)
+                    weights[image, query, head, k] = power
+                    total += power
+                for k in range(K):
+                    weights[image, query, head, k] /= total
             first = 0
             for level in range(levels.shape[0]):
-                reference = references[image, query, level if references.shape[2] > 1 else 0]
-                step_x, step_y = _location_per_offset(reference, levels[level])
-                last = first + levels[level, 3]
+                height, width, points = levels[level, 0], levels[level, 1], levels[level, 3]
+                at = (image, query, level if references.shape[2] > 1 else 0)
+                x, y = references[at[0], at[1], at[2], 0], references[at[0], at[1], at[2], 1]
+                step_x, step_y = _location_per_offset(references, at, height, width, points)
                 for head in range(heads):
-                    offset, location = offsets[image, query, head], locations[image, query, head]
-                    for k in range(first, last):
-                        location[2 * k] = reference[0] + offset[2 * k] * step_x
-                        location[2 * k + 1] = reference[1] + offset[2 * k + 1] * step_y
-                first = last
+                    for k in range(2 * first, 2 * (first + points), 2):
+                        locations[image, query, head, k] = x + offsets[image, query, head, k] * step_x
+                        locations[image, query, head, k + 1] = y + offsets[image, query, head, k + 1] * step_y
+                first += points
 
 
 @_function
@@ -74,46 +70,55 @@ def _product(gradient: Any, factor: Any) -> Any:
     return gradient if gradient == 0 else gradient * factor
 
 
-def backward(
-    references: np.ndarray,
-    offsets: np.ndarray,
-    weights: np.ndarray,
-    levels: np.ndarray,
-    grad_locations: np.ndarray,
-    grad_weights: np.ndarray,
-    grad_references: np.ndarray,
-) -> None:
-    """Replace gradients of locations and weights by those of offsets and logits; add to those of the reference points.
-
-    Shapes as in :func:`materialise`.
-    """
+def backward_of_logits(weights: np.ndarray, grad_weights: np.ndarray) -> None:
+    """Replace the gradient of the weights [images, queries, heads, K] by that of the logits."""
     images, queries, heads, K = weights.shape
-    boxes = references.shape[3] == 4
     for image in range(images):
         for query in range(queries):
             for head in range(heads):
-                weight, of_weight = weights[image, query, head], grad_weights[image, query, head]
-                inner = weight.dtype.type(0)
+                inner = weights.dtype.type(0)
                 for k in range(K):
-                    inner += weight[k] * of_weight[k]
+                    inner += weights[image, query, head, k] * grad_weights[image, query, head, k]
                 for k in range(K):
-                    of_weight[k] = weight[k] * (of_weight[k] - inner)
+                    gradient = grad_weights[image, query, head, k] - inner
+                    grad_weights[image, query, head, k] = weights[image, query, head, k] * gradient
+
+
+def backward_of_offsets(
+    references: np.ndarray,
+    offsets: np.ndarray,
+    levels: np.ndarray,
+    grad_locations: np.ndarray,
+    grad_references: np.ndarray,
+) -> None:
+    """Replace the gradient of the locations by that of the offsets, and add to that of the reference points.
+
+    Shapes as in :func:`materialise`.
+    """
+    images, queries, heads, _ = offsets.shape
+    boxes, number = references.shape[3] == 4, references.dtype.type
+    for image in range(images):
+        for query in range(queries):
             first = 0
             for level in range(levels.shape[0]):
+                height, width, points = levels[level, 0], levels[level, 1], levels[level, 3]
                 at = level if references.shape[2] > 1 else 0
-                reference, of_reference = references[image, query, at], grad_references[image, query, at]
-                step_x, step_y = _location_per_offset(reference, levels[level])
-                of_box = type(reference[0])(0.5 / max(levels[level, 3], 1))
-                last = first + levels[level, 3]
+                step_x, step_y = _location_per_offset(references, (image, query, at), height, width, points)
+                of_box = number(0.5 / max(points, 1))
+                of_x, of_y, of_width, of_height = number(0), number(0), number(0), number(0)
                 for head in range(heads):
-                    offset, gradient = offsets[image, query, head], grad_locations[image, query, head]
-                    for k in range(first, last):
-                        by_x, by_y = gradient[2 * k], gradient[2 * k + 1]
-                        of_reference[0] += by_x
-                        of_reference[1] += by_y
+                    for k in range(2 * first, 2 * (first + points), 2):
+                        by_x, by_y = grad_locations[image, query, head, k], grad_locations[image, query, head, k + 1]
+                        of_x += by_x
+                        of_y += by_y
                         if boxes:
-                            of_reference[2] += _product(by_x, offset[2 * k] * of_box)
-                            of_reference[3] += _product(by_y, offset[2 * k + 1] * of_box)
-                        gradient[2 * k] = _product(by_x, step_x)
-                        gradient[2 * k + 1] = _product(by_y, step_y)
-                first = last
+                            of_width += _product(by_x, offsets[image, query, head, k] * of_box)
+                            of_height += _product(by_y, offsets[image, query, head, k + 1] * of_box)
+                        grad_locations[image, query, head, k] = _product(by_x, step_x)
+                        grad_locations[image, query, head, k + 1] = _product(by_y, step_y)
+                grad_references[image, query, at, 0] += of_x
+                grad_references[image, query, at, 1] += of_y
+                if boxes:
+                    grad_references[image, query, at, 2] += of_width
+                    grad_references[image, query, at, 3] += of_height
+                first += points

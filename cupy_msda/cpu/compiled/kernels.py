@@ -18,30 +18,23 @@ UPPER_LEFT, UPPER_RIGHT, LOWER_LEFT, LOWER_RIGHT, ALL_FOUR = 1, 2, 4, 8, 15
 # Columns of the array of levels.
 HEIGHT, WIDTH, START, POINTS = range(4)
 
-_function = numba.njit(nogil=True)
-_sums = numba.njit(nogil=True, fastmath={"contract"})
-_dot_products = numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
+_function = numba.njit(nogil=True, forceinline=True)
+_sums = numba.njit(nogil=True, forceinline=True, fastmath={"contract"})
+_dot_products = numba.njit(nogil=True, forceinline=True, fastmath={"contract", "reassoc", "nsz"})
 
 
-class Samples(NamedTuple):
-    """The samples of one query and head: pixel of the upper left neighbour, which neighbours count, fractions, slopes.
+class Sample(NamedTuple):
+    """Pixel of the upper left neighbour, which neighbours are inside the level, fractions, slopes; all of one sample.
 
-    `width` is that of the level. A slope is the derivative of the pixel coordinate; it is 0 where that is clamped.
+    A slope is the derivative of the pixel coordinate; it is 0 where that is clamped.
     """
 
-    pixel: np.ndarray
-    neighbours: np.ndarray
-    width: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
-    slope_x: np.ndarray
-    slope_y: np.ndarray
-
-
-@_function
-def _room_for(K: int, like: np.ndarray) -> Samples:
-    whole, number = np.empty((3, K), np.int64), np.empty((4, K), like.dtype)
-    return Samples(whole[0], whole[1], whole[2], number[0], number[1], number[2], number[3])
+    pixel: Any
+    neighbours: Any
+    x: Any
+    y: Any
+    slope_x: Any
+    slope_y: Any
 
 
 def widen(number: Any) -> Any:
@@ -49,7 +42,7 @@ def widen(number: Any) -> Any:
     raise NotImplementedError  # numba compiles one of the functions below
 
 
-@overload(widen)
+@overload(widen, jit_options={"forceinline": True})
 def _widen(number: Any) -> Any:
     if isinstance(number, types.Float):
         return _unchanged
@@ -71,6 +64,37 @@ def _from_float16(number: Any) -> Any:
     normal = np.uint32((bits << np.uint32(13)) + bias).view(np.float32)
     found = normal if bits >= np.uint32(0x0400) else np.float32(np.int32(bits)) * np.float32(2.0**-24)
     return -found if number < 0 else found
+
+
+def widen_all(stored: np.ndarray, found: np.ndarray) -> None:
+    """Fill `found` with `stored` in the accumulator dtype."""
+    for i in range(np.uintp(stored.shape[0])):
+        found[i] = widen(stored[i])
+
+
+def to_bfloat16(bits: np.ndarray, found: np.ndarray) -> None:
+    """Cast float32 numbers, given by their bits, to nearest with ties to even."""
+    for i in range(np.uintp(bits.shape[0])):
+        number = bits[i]
+        odd = (number >> np.uint32(16)) & np.uint32(1)
+        nearest = np.uint32(number + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        is_nan = (number & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        found[i] = np.uint16(0x7FC0) if is_nan else np.uint16(nearest)
+
+
+def to_float16(bits: np.ndarray, found: np.ndarray) -> None:
+    """Cast float32 numbers, given by their bits, to the bits of float16: to nearest with ties to even."""
+    for i in range(np.uintp(bits.shape[0])):
+        number = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        odd = (number >> np.uint32(13)) & np.uint32(1)
+        nearest = np.uint32(number - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+        if number < np.uint32(113 << 23):
+            # The last places of a half and a subnormal float16 are the bits of that, rounded.
+            subnormal = np.float32(number.view(np.float32) + np.float32(0.5)).view(np.uint32)
+            nearest = np.uint32(subnormal - np.uint32(126 << 23))
+        if number >= np.uint32(143 << 23):
+            nearest = np.uint32(0x7E00) if number > np.uint32(0x7F800000) else np.uint32(0x7C00)
+        found[i] = np.uint16(nearest | ((bits[i] >> np.uint32(16)) & np.uint32(0x8000)))
 
 
 @_function
@@ -102,42 +126,36 @@ def _in_pixels(location: Any, size: int, options: tuple[bool, bool, bool]) -> An
 
 
 @_function
-def _locate(locations: np.ndarray, levels: np.ndarray, options: tuple[bool, bool, bool], found: Samples) -> None:
-    """Fill in the samples of `locations` [2 * K]."""
-    first = 0
-    for level in range(levels.shape[0]):
-        height, width, start = levels[level, HEIGHT], levels[level, WIDTH], levels[level, START]
-        for k in range(first, first + levels[level, POINTS]):
-            x, slope_x, x_in_bounds = _in_pixels(locations[2 * k], width, options)
-            y, slope_y, y_in_bounds = _in_pixels(locations[2 * k + 1], height, options)
-            left, top = np.floor(x), np.floor(y)
-            column, row = np.int64(left), np.int64(top)
-            columns = np.int64(column >= 0) + 2 * np.int64(column < width - 1 and not options[0])
-            rows = np.int64(row >= 0) + 4 * np.int64(row < height - 1 and not options[0])
-            found.neighbours[k] = columns * rows if x_in_bounds and y_in_bounds else 0
-            found.pixel[k] = start + row * width + column
-            found.width[k] = width
-            found.x[k], found.y[k] = x - left, y - top
-            found.slope_x[k], found.slope_y[k] = slope_x, slope_y
-        first += levels[level, POINTS]
+def _locate(x_location: Any, y_location: Any, height: int, width: int, options: tuple[bool, bool, bool]) -> Sample:
+    """The sample at a location, in a level whose first pixel is 0."""
+    x, slope_x, x_in_bounds = _in_pixels(x_location, width, options)
+    y, slope_y, y_in_bounds = _in_pixels(y_location, height, options)
+    left, top, number = np.floor(x), np.floor(y), type(x_location)
+    column, row = np.int64(left), np.int64(top)
+    columns = np.int64(column >= 0) + 2 * np.int64(column < width - 1 and not options[0])
+    rows = np.int64(row >= 0) + 4 * np.int64(row < height - 1 and not options[0])
+    neighbours = columns * rows if x_in_bounds and y_in_bounds else 0
+    return Sample(
+        row * width + column, neighbours, number(x - left), number(y - top), number(slope_x), number(slope_y)
+    )  # fmt: skip
 
 
 @_function
-def _factors(found: Samples, k: int, weight: Any) -> Any:
-    """The factors of the four neighbours of sample k in the output."""
-    x, y, one = found.x[k], found.y[k], type(weight)(1)
-    top, bottom = (one - y) * weight, y * weight
-    return (one - x) * top, x * top, (one - x) * bottom, x * bottom
+def _factors(sample: Sample, weight: Any) -> Any:
+    """The factors of the four neighbours in the output."""
+    one = type(weight)(1)
+    top, bottom = (one - sample.y) * weight, sample.y * weight
+    return (one - sample.x) * top, sample.x * top, (one - sample.x) * bottom, sample.x * bottom
 
 
 @_function
-def _addresses(found: Samples, k: int, origin: int, step: int) -> Any:
-    """Where the vectors of the four neighbours of sample k begin; `step` is from one pixel to the next.
+def _addresses(first: int, step: int, width: int) -> Any:
+    """Where the vectors of the four neighbours begin; `first` is that of the upper left, `step` from pixel to pixel.
 
     Unsigned, so that numba does not ask of each index whether it counts from the end.
     """
-    first, to_right, below = np.uintp(origin + found.pixel[k] * step), np.uintp(step), np.uintp(found.width[k] * step)
-    return first, first + to_right, first + below, first + below + to_right
+    at, to_right, below = np.uintp(first), np.uintp(step), np.uintp(width * step)
+    return at, at + to_right, at + below, at + below + to_right
 
 
 @_sums
@@ -154,9 +172,21 @@ def _gather(total: np.ndarray, value: np.ndarray, at: Any, factor: Any) -> None:
 
 
 @_sums
-def _scatter(value: np.ndarray, at: Any, factor: Any, vector: np.ndarray) -> None:
+def _scatter_one(value: np.ndarray, at: Any, factor: Any, vector: np.ndarray) -> None:
     for j in range(np.uintp(vector.shape[0])):
         value[at + j] += factor * vector[j]
+
+
+@_function
+def _scatter(value: np.ndarray, at: Any, factors: Any, neighbours: int, vector: np.ndarray) -> None:
+    if neighbours & UPPER_LEFT:
+        _scatter_one(value, at[0], factors[0], vector)
+    if neighbours & UPPER_RIGHT:
+        _scatter_one(value, at[1], factors[1], vector)
+    if neighbours & LOWER_LEFT:
+        _scatter_one(value, at[2], factors[2], vector)
+    if neighbours & LOWER_RIGHT:
+        _scatter_one(value, at[3], factors[3], vector)
 
 
 @_dot_products
@@ -193,32 +223,39 @@ def forward(
     next. `samples` are locations [images, queries, heads, 2 * K] and weights [images, queries, heads, K].
     """
     locations, weights = samples
-    images, queries, heads, K = weights.shape
-    found, total = _room_for(K, weights), np.empty(output.shape[3], weights.dtype)
+    images, queries, heads, _ = weights.shape
+    channels, step = np.uintp(output.shape[3]), strides[2]
+    total = np.empty(channels, weights.dtype)
     for image in range(images):
         for query in range(queries):
             for head in range(heads):
-                origin = strides[0] + image * strides[1] + head * strides[3]
-                _locate(locations[image, query, head], levels, options, found)
-                total[:] = 0
-                for k in range(K):
-                    neighbours = found.neighbours[k]
-                    if neighbours == 0:
-                        continue
-                    factors = _factors(found, k, weights[image, query, head, k])
-                    at = _addresses(found, k, origin, strides[2])
-                    if neighbours == ALL_FOUR:
-                        _gather_four(total, value, at, factors)
-                        continue
-                    if neighbours & UPPER_LEFT:
-                        _gather(total, value, at[0], factors[0])
-                    if neighbours & UPPER_RIGHT:
-                        _gather(total, value, at[1], factors[1])
-                    if neighbours & LOWER_LEFT:
-                        _gather(total, value, at[2], factors[2])
-                    if neighbours & LOWER_RIGHT:
-                        _gather(total, value, at[3], factors[3])
-                for j in range(output.shape[3]):
+                for j in range(channels):
+                    total[j] = 0
+                first = 0
+                for level in range(levels.shape[0]):
+                    height, width = levels[level, HEIGHT], levels[level, WIDTH]
+                    origin = strides[0] + image * strides[1] + head * strides[3] + levels[level, START] * step
+                    for k in range(first, first + levels[level, POINTS]):
+                        x, y = locations[image, query, head, 2 * k], locations[image, query, head, 2 * k + 1]
+                        sample = _locate(x, y, height, width, options)
+                        neighbours = sample.neighbours
+                        if neighbours == 0:
+                            continue
+                        factors = _factors(sample, weights[image, query, head, k])
+                        at = _addresses(origin + sample.pixel * step, step, width)
+                        if neighbours == ALL_FOUR:
+                            _gather_four(total, value, at, factors)
+                            continue
+                        if neighbours & UPPER_LEFT:
+                            _gather(total, value, at[0], factors[0])
+                        if neighbours & UPPER_RIGHT:
+                            _gather(total, value, at[1], factors[1])
+                        if neighbours & LOWER_LEFT:
+                            _gather(total, value, at[2], factors[2])
+                        if neighbours & LOWER_RIGHT:
+                            _gather(total, value, at[3], factors[3])
+                    first += levels[level, POINTS]
+                for j in range(channels):
                     output[image, query, head, j] = total[j]
 
 
@@ -237,12 +274,25 @@ def _products(vector: np.ndarray, value: np.ndarray, at: Any, neighbours: int) -
 
 
 @_function
-def _derivatives(found: Samples, k: int, products: Any) -> Any:
-    """Derivatives of sample k by its pixel coordinates, without its weight, and by the weight."""
-    x, y, one = found.x[k], found.y[k], type(products[0])(1)
+def _derivatives(sample: Sample, products: Any) -> Any:
+    """Derivatives by the pixel coordinates, without the weight, and by the weight."""
+    x, y, one = sample.x, sample.y, type(products[0])(1)
     upper, lower = (one - x) * products[0] + x * products[1], (one - x) * products[2] + x * products[3]
     by_x = (one - y) * (products[1] - products[0]) + y * (products[3] - products[2])
     return by_x, lower - upper, (one - y) * upper + y * lower
+
+
+@_function
+def _gradients(sample: Sample, weight: Any, products: Any, options: tuple[bool, bool, bool]) -> Any:
+    """Gradients of a sample's location, x and y, and of its weight."""
+    zero, clamped = type(weight)(0), options[0] or options[1]
+    if sample.neighbours == 0:
+        return zero, zero, zero
+    by_x, by_y, by_weight = _derivatives(sample, products)
+    # Of a clamped coordinate it is 0, also where the pixels or the weight are NaN.
+    by_x = zero if clamped and sample.slope_x == 0 else by_x * (weight * sample.slope_x)
+    by_y = zero if clamped and sample.slope_y == 0 else by_y * (weight * sample.slope_y)
+    return by_x, by_y, by_weight
 
 
 def backward(
@@ -263,37 +313,29 @@ def backward(
     locations, weights, grad_output = samples
     grad_value, steps, wants_value = sums
     grad_locations, grad_weights, wants_samples = gradients
-    images, queries, heads, K = weights.shape
-    found, vector = _room_for(K, weights), np.empty(grad_output.shape[3], weights.dtype)
-    zero, clamped = weights.dtype.type(0), options[0] or options[1]
+    images, queries, heads, _ = weights.shape
+    channels, vector = np.uintp(grad_output.shape[3]), np.empty(grad_output.shape[3], weights.dtype)
     for image in range(images):
         for head in range(heads):
             origin = strides[0] + image * strides[1] + head * strides[3]
             target = steps[0] + image * steps[1] + head * steps[3]
             for query in range(queries):
-                vector[:] = grad_output[image, query, head]
-                _locate(locations[image, query, head], levels, options, found)
-                for k in range(K):
-                    neighbours, weight = found.neighbours[k], weights[image, query, head, k]
-                    if neighbours and wants_value:
-                        factors, at = _factors(found, k, weight), _addresses(found, k, target, steps[2])
-                        if neighbours & UPPER_LEFT:
-                            _scatter(grad_value, at[0], factors[0], vector)
-                        if neighbours & UPPER_RIGHT:
-                            _scatter(grad_value, at[1], factors[1], vector)
-                        if neighbours & LOWER_LEFT:
-                            _scatter(grad_value, at[2], factors[2], vector)
-                        if neighbours & LOWER_RIGHT:
-                            _scatter(grad_value, at[3], factors[3], vector)
-                    if not wants_samples:
-                        continue
-                    by_x, by_y, by_weight = zero, zero, zero
-                    if neighbours:
-                        at = _addresses(found, k, origin, strides[2])
-                        by_x, by_y, by_weight = _derivatives(found, k, _products(vector, value, at, neighbours))
-                        # Of a clamped coordinate it is 0, also where the pixels or the weight are NaN.
-                        by_x = zero if clamped and found.slope_x[k] == 0 else by_x * (weight * found.slope_x[k])
-                        by_y = zero if clamped and found.slope_y[k] == 0 else by_y * (weight * found.slope_y[k])
-                    grad_locations[image, query, head, 2 * k] = by_x
-                    grad_locations[image, query, head, 2 * k + 1] = by_y
-                    grad_weights[image, query, head, k] = by_weight
+                for j in range(channels):
+                    vector[j] = grad_output[image, query, head, j]
+                first = 0
+                for level in range(levels.shape[0]):
+                    height, width, start = levels[level, HEIGHT], levels[level, WIDTH], levels[level, START]
+                    for k in range(first, first + levels[level, POINTS]):
+                        x, y = locations[image, query, head, 2 * k], locations[image, query, head, 2 * k + 1]
+                        sample = _locate(x, y, height, width, options)
+                        weight, pixel = weights[image, query, head, k], start + sample.pixel
+                        if wants_value and sample.neighbours:
+                            at = _addresses(target + pixel * steps[2], steps[2], width)
+                            _scatter(grad_value, at, _factors(sample, weight), sample.neighbours, vector)
+                        if wants_samples:
+                            at = _addresses(origin + pixel * strides[2], strides[2], width)
+                            found = _gradients(sample, weight, _products(vector, value, at, sample.neighbours), options)
+                            grad_locations[image, query, head, 2 * k] = found[0]
+                            grad_locations[image, query, head, 2 * k + 1] = found[1]
+                            grad_weights[image, query, head, k] = found[2]
+                    first += levels[level, POINTS]

@@ -13,9 +13,9 @@ import numpy as np
 
 from ...call import Problem, Wanted
 from .. import threads
-from ..sampling import from_accumulator, to_accumulator
 from ..tasks import Gradients, Inputs, Task, divide, ranges
 from . import build
+from .casts import narrowed, widened
 
 # Most samples of a block, so that its copies stay in the caches.
 BLOCK_SAMPLES = 1 << 15
@@ -25,6 +25,8 @@ ONE_BLOCK_SAMPLES = 1 << 13
 BLOCKS = 8
 # Heads and images share a task of the backward up to this many samples.
 TASK_SAMPLES = 1 << 13
+# A backward of so many samples is one task: a thread would take longer to start than it saves.
+ONE_TASK_SAMPLES = 1 << 12
 
 
 class Block(NamedTuple):
@@ -66,14 +68,14 @@ def forward(inputs: Inputs) -> np.ndarray:
         kernel = build.forward(problem.value_dtype)
 
         def work(block: Block) -> None:
-            locations, weights = _samples(block, setup)
+            locations, weights = _samples(block, setup, _operands(block, setup))
             whole = output[block]
             part = whole if output.dtype == setup.dtype else np.empty(whole.shape, setup.dtype)
             kernel(
                 setup.value.elements, setup.value.of(block), setup.levels, (locations, weights), setup.options, part
             )  # fmt: skip
             if part is not whole:
-                whole[...] = from_accumulator(part, output.dtype, problem.value_dtype)
+                whole[...] = narrowed(part, output.dtype, problem.value_dtype)
 
         threads.run_tasks(list(_forward_blocks(problem, inputs.lengths)), work, inputs.threads)
     return output.reshape(problem.output_shape)
@@ -94,7 +96,7 @@ def backward(inputs: Inputs, wanted: Wanted) -> Gradients:
     assert inputs.grad_output is not None
     by_head = inputs.grad_output.reshape(problem.N, problem.Q, problem.M, problem.D)
     setup = _setup(replace(inputs, grad_output=by_head))
-    tasks = divide(problem, inputs.lengths, TASK_SAMPLES)
+    tasks = divide(problem, inputs.lengths, TASK_SAMPLES, ONE_TASK_SAMPLES)
     of_references: dict[int, np.ndarray] = {}
 
     def work(number: int) -> None:
@@ -107,7 +109,7 @@ def backward(inputs: Inputs, wanted: Wanted) -> Gradients:
         total = np.zeros(gradients.references.shape, setup.dtype)
         for number, task in enumerate(tasks):  # in this order, whichever thread was first
             total[task.images, : task.problem.Q] += of_references[number]
-        gradients.references[...] = from_accumulator(total, gradients.references.dtype, problem.fused.dtype)
+        gradients.references[...] = narrowed(total, gradients.references.dtype, problem.fused.dtype)
     return gradients
 
 
@@ -150,38 +152,31 @@ def _forward_blocks(problem: Problem, lengths: Sequence[int] | None) -> Iterator
             yield Block(part, queries, all_heads)
 
 
-def _samples(block: Block, setup: _Setup) -> tuple[np.ndarray, np.ndarray]:
-    """Locations [images, queries, heads, 2 * K] and weights [.., K] of a block."""
-    inputs = setup.inputs
-    if inputs.problem.fused is None:
-        return _located(block, setup)
-    offsets, logits = _located(block, setup)
-    samples = np.empty(offsets.shape, setup.dtype), np.empty(logits.shape, setup.dtype)
-    references = _references(block, setup)
-    build.materialise(setup.dtype.name)(references, offsets, logits, setup.levels, *samples)
+def _samples(block: Block, setup: _Setup, operands: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Locations [images, queries, heads, 2 * K] and weights [.., K] of a block with these :func:`_operands`."""
+    if setup.inputs.problem.fused is None:
+        return operands
+    samples = np.empty(operands[0].shape, setup.dtype), np.empty(operands[1].shape, setup.dtype)
+    build.materialise(setup.dtype.name)(_references(block, setup), *operands, setup.levels, *samples)
     return samples
 
 
-def _located(block: Block, setup: _Setup) -> tuple[np.ndarray, np.ndarray]:
+def _operands(block: Block, setup: _Setup) -> tuple[np.ndarray, np.ndarray]:
     """A block's part of the locations or offsets, and of the weights or logits."""
     inputs, K = setup.inputs, setup.inputs.problem.K
     if inputs.weights is None:
         packed = inputs.locations[block]
-        return _read(packed[..., : 2 * K], setup), _read(packed[..., 2 * K :], setup)
+        return widened(packed[..., : 2 * K], setup.dtype), widened(packed[..., 2 * K :], setup.dtype)
     locations, weights = inputs.locations[block], inputs.weights[block]
     shape = weights.shape[:3]
-    return _read(locations, setup).reshape(*shape, 2 * K), _read(weights, setup).reshape(*shape, K)
+    return (
+        widened(locations, setup.dtype).reshape(*shape, 2 * K), widened(weights, setup.dtype).reshape(*shape, K)
+    )  # fmt: skip
 
 
 def _references(block: Block, setup: _Setup) -> np.ndarray:
     assert setup.inputs.references is not None
-    return _read(setup.inputs.references[block.images, block.queries], setup)
-
-
-def _read(array: np.ndarray, setup: _Setup) -> np.ndarray:
-    """`array` in the accumulator dtype, contiguous and aligned; itself where it is so. uint16 holds bfloat16."""
-    array = to_accumulator(array, setup.dtype, bfloat16=True)
-    return array if array.flags.c_contiguous and array.flags.aligned else array.copy()
+    return widened(setup.inputs.references[block.images, block.queries], setup.dtype)
 
 
 def _backward_task(task: Task, setup: _Setup, gradients: Gradients) -> np.ndarray:
@@ -195,9 +190,10 @@ def _backward_task(task: Task, setup: _Setup, gradients: Gradients) -> np.ndarra
     heads = task.heads.stop - task.heads.start
     for queries in ranges(problem.Q, max(1, BLOCK_SAMPLES // (task.image_count * heads * problem.K))):
         block = Block(task.images, queries, task.heads)
-        locations, weights = _samples(block, setup)
+        operands = _operands(block, setup)
+        locations, weights = _samples(block, setup, operands)
         assert setup.inputs.grad_output is not None
-        samples = locations, weights, _read(setup.inputs.grad_output[block], setup)
+        samples = locations, weights, widened(setup.inputs.grad_output[block], setup.dtype)
         of_samples = _SampleGradients(block, setup, gradients) if wants_samples else None
         found = of_samples.arrays if of_samples else (_NOTHING.astype(setup.dtype),) * 2
         kernel(
@@ -205,15 +201,16 @@ def _backward_task(task: Task, setup: _Setup, gradients: Gradients) -> np.ndarra
             (*found, wants_samples),
         )  # fmt: skip
         if of_samples is not None:
-            if references is not None:
-                offsets = _located(block, setup)[0]
-                build.front_end_backward(setup.dtype.name)(
-                    _references(block, setup), offsets, weights, setup.levels, *found, of_references[:, queries]
+            if references is not None and (gradients.weights is not None or problem.packed):
+                build.backward_of_logits(setup.dtype.name)(weights, found[1])
+            if references is not None and gradients.locations is not None:
+                build.backward_of_offsets(setup.dtype.name)(
+                    _references(block, setup), operands[0], setup.levels, found[0], of_references[:, queries]
                 )
             of_samples.store()
     if gradients.value is not None and not in_place:
         by_pixel = sums[0].reshape(task.image_count, heads, problem.S, problem.D).swapaxes(1, 2)
-        cast = from_accumulator(by_pixel, gradients.value.dtype, problem.value_dtype)
+        cast = narrowed(by_pixel, gradients.value.dtype, problem.value_dtype)
         gradients.value[task.images, :, task.heads] = cast
     return of_references
 
@@ -260,4 +257,4 @@ class _SampleGradients:
         """Cast the copies into the results."""
         for target, array in zip(self.targets, self.arrays, strict=True):
             if target is not None and target is not array:
-                target[...] = from_accumulator(array, target.dtype, self.dtype)
+                target[...] = narrowed(array, target.dtype, self.dtype)
