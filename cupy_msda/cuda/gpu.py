@@ -95,8 +95,8 @@ def refusal(architecture: int, nvrtc: int) -> str | None:
         return None
     found, newest, oldest = (f"{number / 10:.1f}" for number in (architecture, LOWEST[13], LOWEST[12]))
     return (
-        f"a GPU of compute capability {found} is too old: expected {newest} or newer, or {oldest} with "
-        "'cupy-msda[cuda12]'; move the arrays to the CPU"
+        f"a GPU of compute capability {found} is too old: expected {newest} or newer, or {oldest} with the extra "
+        "cuda12; move the arrays to the CPU"
     )
 
 

@@ -1,12 +1,14 @@
 """Multi-scale deformable attention as an operator of torch, on the CPU and on CUDA."""
 
+from ..requirements import install as _install
+
 try:
     import torch as _torch  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
     raise ModuleNotFoundError(
-        "cupy_msda.torch needs torch, which is not installed: pip install 'cupy-msda[torch]'", name="torch"
+        f"cupy_msda.torch needs torch, which is not installed: {_install('torch')}", name="torch"
     ) from error
 
 from . import flops as _flops  # noqa: F401  (registers them with torch)

@@ -81,7 +81,7 @@ def test_demo_refuses_bad_requests(capsys, tmp_path, arguments, words):
 def test_demo_says_why_cuda_cannot_be_used(capsys, monkeypatch, reason):
     if reason == "CuPy":
         monkeypatch.setitem(sys.modules, "cupy", None)
-        words = "pip install 'cupy-msda[cuda13]'"
+        words = "pip install 'cupy-cuda13x>=14.0'"
     else:
         monkeypatch.setattr(arrays, "cuda_unavailable", lambda: "CuPy finds no CUDA device")
         words = "finds no CUDA device"

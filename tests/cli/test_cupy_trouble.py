@@ -177,7 +177,7 @@ def test_an_import_that_failed_for_its_cache_folder_names_the_variable(cupy_of, 
 
 def test_a_missing_cupy_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(RuntimeError, match="which is not installed: pip install 'cupy-msda"):
+    with pytest.raises(RuntimeError, match="which is not installed: pip install 'cupy-cuda13x"):
         arrays.require_cupy("this array")
 
 

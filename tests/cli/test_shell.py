@@ -172,7 +172,10 @@ def test_a_wrong_variable_ends_a_command_with_its_name(capsys, monkeypatch, tmp_
 def test_demo_without_a_module_that_it_draws_with(tmp_path, module):
     done = shell("demo", "--out", str(tmp_path / "a.png"), code=f"sys.modules[{module!r}] = None")
     assert done.returncode == 2
-    assert done.stderr == "cupy_msda demo: the demo needs Pillow and matplotlib: pip install 'cupy-msda[demo]'\n"
+    assert (
+        done.stderr
+        == "cupy_msda demo: the demo needs Pillow and matplotlib: pip install 'pillow>=10' 'matplotlib>=3.8'\n"
+    )
 
 
 @pytest.mark.parametrize("module", ["PIL", "matplotlib"])

@@ -149,7 +149,7 @@ def test_a_gpu_that_is_too_old_gets_a_sentence(architecture, nvrtc, works):
     assert (reason is None) == works
     if reason:
         assert f"compute capability {architecture / 10}" in reason
-        assert "expected 7.5 or newer, or 7.0 with 'cupy-msda[cuda12]'; move the arrays to the CPU" in reason
+        assert "expected 7.5 or newer, or 7.0 with the extra cuda12; move the arrays to the CPU" in reason
 
 
 def test_a_call_on_a_gpu_that_is_too_old_is_refused(monkeypatch):
