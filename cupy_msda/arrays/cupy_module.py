@@ -49,8 +49,18 @@ def cuda_unavailable() -> str | None:
             return "this CuPy is built for ROCm, and the kernels are CUDA"
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # the driver, or a library that cannot be loaded
+        if _lacks_driver(cupy):
+            return "this machine has no NVIDIA driver"
         return f"CuPy finds no usable CUDA device: {_one_line(error)}"
     return None if count else "CuPy finds no CUDA device"
+
+
+def _lacks_driver(cupy: Any) -> bool:
+    """Whether the CUDA runtime finds no driver. Its error is that of a driver that is too old."""
+    try:
+        return bool(cupy.cuda.runtime.driverGetVersion() == 0)
+    except Exception:  # a library that cannot be loaded
+        return False
 
 
 def cache_folder() -> str:

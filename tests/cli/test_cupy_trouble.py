@@ -195,6 +195,24 @@ def test_a_device_count_that_fails_is_a_reason(monkeypatch, error):
     assert arrays.cuda_unavailable() == f"CuPy finds no usable CUDA device: {error}"
 
 
+@pytest.mark.parametrize(("driver", "words"), [(0, "no NVIDIA driver"), (12040, "driver version is insufficient")])
+def test_no_driver_and_an_old_driver_are_two_reasons(monkeypatch, driver, words):
+    class Runtime:
+        is_hip = False
+
+        @staticmethod
+        def driverGetVersion():
+            return driver
+
+        @staticmethod
+        def getDeviceCount():
+            raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+
+    found = SimpleNamespace(cuda=SimpleNamespace(runtime=Runtime))
+    monkeypatch.setattr(cupy_module, "require_cupy", lambda what: found)
+    assert words in arrays.cuda_unavailable()
+
+
 def test_rocm_is_a_reason(monkeypatch):
     found = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(is_hip=True, getDeviceCount=lambda: 1)))
     monkeypatch.setattr(cupy_module, "require_cupy", lambda what: found)
