@@ -55,12 +55,13 @@ def tuning_table(path: Path, result: dict[str, Any]) -> str:
 
 
 def several_gpus_table() -> str:
-    """Markdown: training on several GPUs, where it has been recorded."""
+    """Markdown: a section on training on several GPUs, or nothing where it has not been recorded."""
     patterns = ("several_gpus_*.json",)
     if not files(patterns):
-        return "Not recorded yet."
+        return ""
     path, result = latest(patterns)
-    return several_gpus_report.several_gpus_table(result, recorded(result["provenance"], path))
+    table = several_gpus_report.several_gpus_table(result, recorded(result["provenance"], path))
+    return f"## Measured\n\n{table}"
 
 
 def of_latest(table: Callable[[Path, dict[str, Any]], str], *patterns: str) -> Callable[[], str]:

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from . import __version__
 from .cli import check, demo, environment, explain, export_kernels, info, photograph, picture, sizes_argument, tune
-from .cli.output import CommandError, OutputError, complain, discard, flush, say
+from .cli.output import CommandError, OutputError, complain, discard, flush, say, sentence
 
 OUT = "msda_demo.png"
 _INTERRUPTED = 130  # 128 and the number of SIGINT, as shells count it
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cupy_msda {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     words = "run the operator on a photograph, forward and backward, and draw it"
-    of_demo = commands.add_parser("demo", help=words, description=f"{words.capitalize()}. {_DEMO}")
+    of_demo = commands.add_parser("demo", help=words, description=f"{sentence(words)} {_DEMO}")
     of_demo.add_argument(
         "image",
         nargs="?",
@@ -71,15 +71,13 @@ def _parser() -> argparse.ArgumentParser:
         help="what to run on; auto: cuda where it can be used, otherwise cpu (default: %(default)s)",
     )
     words = "print versions, GPU, kernel cache, and what is missing"
-    commands.add_parser("info", help=words, description=f"{words.capitalize()}.")
+    commands.add_parser("info", help=words, description=sentence(words))
     words = "run the golden cases on every backend of this machine"
-    commands.add_parser("check", help=words, description=f"{words.capitalize()}. {_CHECK}")
+    commands.add_parser("check", help=words, description=f"{sentence(words)} {_CHECK}")
     tune.add(commands)
     explain.add(commands)
     words = "write the forward as cubins and C sources, for programs without Python"
-    _add_export_options(
-        commands.add_parser("export-kernels", help=words, description=f"{words.capitalize()}. {_EXPORT}")
-    )
+    _add_export_options(commands.add_parser("export-kernels", help=words, description=f"{sentence(words)} {_EXPORT}"))
     return parser
 
 
@@ -97,7 +95,7 @@ def _add_export_options(of_export: argparse.ArgumentParser) -> None:
         default=["float32"],
         help=f"{sizes_argument.DTYPES_HELP} (default: float32)",
     )
-    of_export.add_argument("--arch", nargs="+", required=True, help="compute capabilities, such as 80 90")
+    of_export.add_argument("--arch", nargs="+", required=True, help="compute capabilities, such as 8.0 9.0")
     of_export.add_argument("--out", type=Path, required=True, help="folder to write; existing files are replaced")
 
 

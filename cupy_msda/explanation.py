@@ -13,9 +13,10 @@ from . import api, arrays, validate
 from .arrays import View, item_size
 from .call import ALL, FUSED_NAMES, Arguments, Operands, Problem, Variant, Wanted
 from .cpu import tier
+from .cuda import gpu as gpus
 from .cuda import naive, reasons, session, tuning
 from .cuda.axes import VECTOR_BYTES
-from .cuda.gpu import ARCHITECTURES, Gpu
+from .cuda.gpu import Gpu
 from .cuda.reasons import ExplainedKernel, Floor, Rates
 from .options import requested_variant
 from .sizes import Sizes, problems_of, read_dtypes
@@ -85,8 +86,8 @@ def explain(
     backward : bool
         Explain the backward with all gradients too.
     gpu : int, optional
-        With sizes, the compute capability to explain for, 80 for 8.0; None: that of the current device, or 90 on a
-        machine without one.
+        With sizes, the compute capability to explain for, 80 for 8.0. The GPU need not be here. None: the current
+        device, or the CPU on a machine without one.
     **options
         The keywords of the function: `num_points`, `deterministic` and the others.
 
@@ -98,7 +99,7 @@ def explain(
     Raises
     ------
     TypeError, ValueError
-        As the function itself, and for a `gpu` that is not supported.
+        As the function itself, and for a `gpu` that is too old.
     """
     if len(arguments) == 1 and isinstance(arguments[0], Sizes):
         deterministic = options.pop("deterministic", False)
@@ -155,15 +156,28 @@ def _of_sizes(
 ) -> Explanation:
     value, locations = read_dtypes("dtype", dtype)
     problem = replace(problems_of([sizes], [f"{value}/{locations or value}"], 0)[0], deterministic=deterministic)
-    if architecture is None and arrays.cuda_unavailable() is None:
+    if architecture is None:
+        reason = arrays.cuda_unavailable()
+        if reason is not None:
+            return Explanation(_described(problem), f"CPU, {tier.describe()}; {reason}", "no", (), (), ())
         device: int = arrays.require_cupy("explain").cuda.runtime.getDevice()
         name = f"cuda:{device}, {tuning.name_of(device)}"
         return _explanation(problem, VECTOR_BYTES, tuning.gpu_of(device), _rates(device), (name, backward, []))
-    on = ARCHITECTURES.get(90 if architecture is None else architecture)
-    if on is None:
-        expected = ", ".join(map(str, ARCHITECTURES))
-        raise ValueError(f"gpu: expected a compute capability of {expected}, got {architecture!r}")
-    return _explanation(problem, VECTOR_BYTES, on, Rates(0, 0), ("a GPU that is not here", backward, []))
+    on, name = _absent(architecture)
+    return _explanation(problem, VECTOR_BYTES, on, Rates(0, 0), (name, backward, []))
+
+
+def _absent(architecture: int) -> tuple[Gpu, str]:
+    """A GPU that need not be here, and what to call it."""
+    if isinstance(architecture, bool) or not isinstance(architecture, int) or architecture < 10:
+        raise ValueError(f"gpu: expected a compute capability as an int, such as 86 for 8.6, got {architecture!r}")
+    try:
+        on = gpus.described(architecture)
+    except ValueError as error:
+        raise ValueError(f"gpu: {error}") from None
+    if gpus.is_listed(architecture):
+        return on, "a GPU that is not here"
+    return on, "a GPU that is not here, with the limits of the nearest one that is listed"
 
 
 def _explanation(

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_INSTALL = "pip install 'cupy-msda[demo]'"
+from .requirements import install
+
 _COLOURS = ("#ffd92f", "#4daf4a", "#377eb8", "#e41a1c", "#ff7f00", "#984ea3", "#a65628", "#f781bf")
 
 
@@ -186,7 +187,9 @@ def _drawn(image: np.ndarray, axes: Any) -> Any:
     try:
         from matplotlib import pyplot
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"cupy_msda.plot needs matplotlib: {_INSTALL}", name="matplotlib") from error
+        raise ModuleNotFoundError(
+            f"cupy_msda.plot needs matplotlib: {install('matplotlib')}", name="matplotlib"
+        ) from error
     if axes is None:
         axes = pyplot.figure(layout="constrained").add_subplot()
     axes.imshow(np.clip(image, 0, 1), cmap="gray", vmin=0, vmax=1)

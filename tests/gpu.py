@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.provenance import provenance
 
@@ -225,6 +226,11 @@ class Record:
         return len(self.outcomes) == planned and all(check["exit"] == 0 for check in self.content["checks"])
 
 
+def has_gpu() -> bool:
+    """Whether there is a GPU to test on."""
+    return torch.cuda.is_available()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_tests.json and the logs")
@@ -234,6 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=300, help="seconds after which a command is given up")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and the number of their tests")
     options = parser.parse_args(arguments)
+    if not options.dry_run and not has_gpu():
+        parser.error("expected an NVIDIA GPU and a torch for CUDA, got none: python -m cupy_msda info says more")
     out, workers = options.out.resolve(), options.workers or worker_count()
     begin = time.monotonic()
     tests = collect(options.tests)

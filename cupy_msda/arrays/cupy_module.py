@@ -13,7 +13,12 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-INSTALL_CUPY = "pip install 'cupy-msda[cuda13]' (or [cuda12], to match the driver)"
+from ..requirements import install, quoted
+
+# CuPy's wheels bring neither NVRTC nor the CUDA headers.
+_OF_CUDA13 = ("cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime")
+_OF_CUDA12 = ("cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12")
+INSTALL_CUPY = f"{install(*_OF_CUDA13)} (with a driver older than 580: {quoted(*_OF_CUDA12)})"
 # The variables through which CuPy is told where compiled kernels go.
 _FOLDER, _IN_MEMORY = "CUPY_CACHE_DIR", "CUPY_CACHE_IN_MEMORY"
 _lock = threading.RLock()
@@ -44,8 +49,18 @@ def cuda_unavailable() -> str | None:
             return "this CuPy is built for ROCm, and the kernels are CUDA"
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # the driver, or a library that cannot be loaded
+        if _lacks_driver(cupy):
+            return "this machine has no NVIDIA driver"
         return f"CuPy finds no usable CUDA device: {_one_line(error)}"
     return None if count else "CuPy finds no CUDA device"
+
+
+def _lacks_driver(cupy: Any) -> bool:
+    """Whether the CUDA runtime finds no driver. Its error is that of a driver that is too old."""
+    try:
+        return bool(cupy.cuda.runtime.driverGetVersion() == 0)
+    except Exception:  # a library that cannot be loaded
+        return False
 
 
 def cache_folder() -> str:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from .. import api, arrays
+from ..cpu import tier
+from ..requirements import install
 from .output import CommandError, one_line
 
 # Limit of ||out - ref|| / ||ref|| for the output and each gradient, also in the tests and benchmarks.
@@ -66,7 +68,8 @@ class Row:
 
 def backends() -> Iterator[Backend]:
     """NumPy, and CuPy where it is installed and sees a device."""
-    yield Backend("cpu", f"NumPy {np.__version__}", lambda array: array, np.asarray)
+    computed = f"arrays of NumPy {np.__version__}, computed by {tier.describe()}"
+    yield Backend("cpu", computed, lambda array: array, np.asarray)
     if arrays.cuda_unavailable() is None:
         cupy = arrays.require_cupy("the cuda backend")
         yield Backend("cuda", f"CuPy {cupy.__version__}, {_current_gpu(cupy)}", cupy.asarray, cupy.asnumpy)
@@ -75,18 +78,41 @@ def backends() -> Iterator[Backend]:
 def not_checked() -> list[str]:
     """What no golden case runs on here, and why."""
     reason = arrays.cuda_unavailable()
-    return [
-        *([] if reason is None else [f"cuda: {reason}"]),
-        "bfloat16, which is no NumPy dtype",
+    found = [
+        "" if reason is None else f"cuda: {reason}",
+        _bfloat16_not_checked(cuda=reason is None),
         "the functions and layers of torch, which the test suite checks",
     ]
+    return [text for text in found if text]
+
+
+def _bfloat16_not_checked(*, cuda: bool) -> str:
+    if _bfloat16() is None:
+        return f"bfloat16, which is a dtype of ml_dtypes: {install('ml_dtypes')}"
+    return "bfloat16 on cuda, which the test suite checks" if cuda else ""
+
+
+def _bfloat16() -> Any:
+    """The NumPy dtype of ml_dtypes, or None where that cannot be imported."""
+    try:
+        import ml_dtypes
+    except Exception:  # a broken installation raises anything
+        return None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def dtypes_of(backend: Backend) -> list[str]:
+    """What the golden cases run in. bfloat16 needs ml_dtypes, and runs on the CPU alone."""
+    of_numpy = ["float64", "float32", "float16"]
+    return [*of_numpy, "bfloat16"] if backend.name == "cpu" and _bfloat16() is not None else of_numpy
 
 
 def run_case(path: Path, backend: Backend, dtype: str) -> Row:
-    """Forward and backward of the case in `path`. bfloat16 is no NumPy dtype: only the tests check it."""
+    """Forward and backward of the case in `path`."""
+    of_inputs = _bfloat16() if dtype == "bfloat16" else np.dtype(dtype)
     with np.load(path) as case:
         floats = {
-            name: backend.put(case[name].astype(dtype))
+            name: backend.put(case[name].astype(of_inputs))
             for name in ("value", "sampling_loc", "attn_weight", "grad_output")
         }
         levels = (case["spatial_shapes"], case["level_start_index"])
@@ -104,10 +130,10 @@ def run_case(path: Path, backend: Backend, dtype: str) -> Row:
 
 
 def run_all() -> Iterator[Row]:
-    """Every golden case on every backend, in float64, float32 and float16. A case that raises is a wrong result."""
+    """Every golden case on every backend, in every dtype of the backend. A case that raises is a wrong result."""
     for backend in backends():
         for path in sorted(folder().glob("*.npz")):
-            for dtype in ("float64", "float32", "float16"):
+            for dtype in dtypes_of(backend):
                 try:
                     yield run_case(path, backend, dtype)
                 except Exception as error:

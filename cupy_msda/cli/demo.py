@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import arrays
 from ..api import ms_deform_attn_backward, ms_deform_attn_forward
+from ..cpu import tier
 from .check import relative_error
 from .output import CommandError, one_line
 
@@ -141,7 +142,7 @@ def table(scene: Scene, outcome: Outcome) -> str:
     levels = ", ".join(f"{h}x{w}" for h, w in scene.shapes)
     N, S, M, D = scene.value.shape
     rows = [
-        ("backend", outcome.backend),
+        ("backend", f"cpu, computed by {tier.describe()}" if outcome.backend == "cpu" else outcome.backend),
         ("levels (H x W)", levels),
         ("sizes", f"N={N} S={S} M={M} D={D} L={LEVELS} P={POINTS} Q={scene.locations.shape[1]}"),
         ("dtype", str(scene.value.dtype)),

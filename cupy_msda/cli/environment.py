@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..cpu import threads
+from ..cpu import threads, tier
 from ..cuda import naive
 from .output import CommandError
 
@@ -12,5 +12,6 @@ def refuse_wrong_variables() -> None:
     try:
         threads.num_threads()
         naive.selected()
-    except ValueError as error:
+        tier.compiled_tier()
+    except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error

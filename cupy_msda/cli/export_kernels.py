@@ -6,11 +6,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import arrays
 from ..cuda import c_sources
 from ..cuda.forward_export import ForwardExport, export_forward
-from ..cuda.gpu import ARCHITECTURES
+from ..cuda.gpu import refusal_of
 from ..sizes import Sizes, fused_front_ends, problem_of, read_dtypes
-from . import sizes_argument
+from . import architecture_argument, sizes_argument
 from .output import CommandError, reason_of
 
 EXAMPLE = "decoder levels=100x167,50x84,25x42,13x21 N=2 Q=300"
@@ -35,12 +36,16 @@ def _dtypes_of(text: str) -> tuple[str, str]:
 
 
 def read_architectures(texts: Sequence[str]) -> list[int]:
-    """Compute capabilities such as ``90`` or ``sm_90``."""
-    numbers = {f"{prefix}{number}": number for number in ARCHITECTURES for prefix in ("", "sm_")}
-    unknown = [text for text in texts if text not in numbers]
-    if unknown:
-        raise CommandError(f"--arch: expected some of {', '.join(map(str, ARCHITECTURES))}, got {', '.join(unknown)}")
-    return sorted({numbers[text] for text in texts})
+    """Compute capabilities such as ``9.0``, ``90`` or ``sm_90``, which the NVRTC of this machine compiles for."""
+    numbers = sorted({architecture_argument.read(text, "--arch") for text in texts})
+    try:
+        cupy = arrays.require_cupy("compiling kernels")
+        reasons = [reason for number in numbers if (reason := refusal_of(cupy, number))]
+    except RuntimeError as error:
+        raise CommandError(str(error)) from error
+    if reasons:
+        raise CommandError(f"--arch: {reasons[0]}")
+    return numbers
 
 
 def export(sizes: Sequence[str], dtypes: Sequence[str], architectures: Sequence[str], out: Path) -> list[ForwardExport]:

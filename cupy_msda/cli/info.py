@@ -14,18 +14,19 @@ import numpy as np
 from .. import __version__, arrays
 from ..cpu import tier
 from ..cuda import gpu, tuning_file
+from ..requirements import install
 from . import cuda_extra
 from .output import one_line
 
 # Distributions, of which one is enough, the name to print, and the command that installs one.
 _OPTIONAL = (
     (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "CuPy", arrays.INSTALL_CUPY),
-    (("numba",), "numba", "pip install 'cupy-msda[cpu]'"),
-    (("torch",), "torch", "pip install 'cupy-msda[torch]'"),
-    (("jax",), "JAX", "pip install jax"),
-    (("ml_dtypes",), "ml_dtypes", "pip install ml_dtypes"),
-    (("matplotlib",), "matplotlib", "pip install 'cupy-msda[demo]'"),
-    (("pillow",), "Pillow", "pip install 'cupy-msda[demo]'"),
+    (("numba",), "numba", install("numba")),
+    (("torch",), "torch", install("torch")),
+    (("jax",), "JAX", install("jax")),
+    (("ml_dtypes",), "ml_dtypes", install("ml_dtypes")),
+    (("matplotlib",), "matplotlib", install("matplotlib")),
+    (("pillow",), "Pillow", install("pillow")),
 )
 
 

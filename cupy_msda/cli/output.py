@@ -55,6 +55,11 @@ def discard() -> None:
         os.close(nowhere)
 
 
+def sentence(words: str) -> str:
+    """`words` with a capital letter and a full stop. ``str.capitalize`` would write GPU in small letters."""
+    return f"{words[:1].upper()}{words[1:]}."
+
+
 def one_line(error: BaseException) -> str:
     """The message of an exception without line breaks, or its name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ..requirements import install
 from .output import CommandError, one_line, reason_of
 
 LONGEST_SIDE = 256
 MAX_PIXELS = 128_000_000
-INSTALL_DEMO = "pip install 'cupy-msda[demo]'"
+INSTALL_DEMO = install("pillow", "matplotlib")
 # Of the EXIF orientation: from the stored image [H, W, 3] to the upright one.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda image: image[:, ::-1],

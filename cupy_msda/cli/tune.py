@@ -12,7 +12,7 @@ from ..cuda import tuning, tuning_file, tuning_format
 from ..cuda.tune import tune
 from ..cuda.tuned import Entry
 from . import environment, sizes_argument
-from .output import CommandError, complain, reason_of, say
+from .output import CommandError, complain, reason_of, say, sentence
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         f"Nothing else should use the GPU meanwhile. Ctrl-C keeps what was found. Results go to the folder that "
         f"{tuning_file.VARIABLE} names (default: ~/.cupy_msda/tuning; 'off': no tuning), one file per GPU model."
     )
-    parser = commands.add_parser("tune", help=words, description=f"{words.capitalize()}. {notes}")
+    parser = commands.add_parser("tune", help=words, description=f"{sentence(words)} {notes}")
     parser.add_argument("--sizes", action="append", metavar="TEXT", help=sizes_argument.HELP)
     parser.add_argument(
         "--dtypes",
@@ -104,7 +104,10 @@ def _files() -> list[Path]:
 
 def _show() -> int:
     say(f"{'folder':12}{tuning_file.folder() or f'none, {tuning_file.VARIABLE} is off'}")
-    for path in _files():
+    files = _files()
+    if not files:
+        say("nothing is tuned")
+    for path in files:
         try:
             contents = tuning_file.read(path)
         except ValueError as error:
@@ -118,7 +121,10 @@ def _show() -> int:
 
 
 def _clear() -> int:
-    for path in _files():
+    files = _files()
+    if not files:
+        say(f"nothing to delete in {tuning_file.folder() or f'any folder, {tuning_file.VARIABLE} is off'}")
+    for path in files:
         if tuning_file.is_ours(path):
             path.unlink()
             say(f"{'deleted':12}{path}")

@@ -10,6 +10,8 @@ import importlib
 import os
 from types import ModuleType
 
+from ..requirements import install
+
 
 def compiled_tier() -> ModuleType | None:
     """The module :mod:`.compiled.run` where it runs, otherwise None.
@@ -30,7 +32,7 @@ def compiled_tier() -> ModuleType | None:
     if isinstance(found, ModuleType):
         return found
     if setting == "numba":
-        raise RuntimeError(f"CUPY_MSDA_CPU: numba cannot be used, because {found}: pip install 'cupy-msda[cpu]'")
+        raise RuntimeError(f"CUPY_MSDA_CPU: numba cannot be used, because {found}: {install('numba')}")
     return None
 
 
@@ -43,7 +45,7 @@ def describe() -> str:
         return f"fails: {error}"
     if os.environ.get("CUPY_MSDA_CPU") == "numpy":
         return "NumPy (CUPY_MSDA_CPU=numpy)"
-    return f"NumPy, because {_load()}: pip install 'cupy-msda[cpu]'"
+    return f"NumPy, because {_load()}: {install('numba')}"
 
 
 @functools.cache

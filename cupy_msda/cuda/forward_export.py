@@ -12,7 +12,7 @@ from ..call import Problem
 from . import heuristics, plan
 from .axes import VECTOR_BYTES
 from .cubins import compile_cubin
-from .gpu import ARCHITECTURES
+from .gpu import described
 from .index_width import Sizes
 from .specs import ForwardSpec
 
@@ -77,7 +77,7 @@ def export_forward(name: str, problem: Problem, architectures: Iterable[int]) ->
 
 
 def _cubin(problem: Problem, architecture: int) -> ForwardCubin:
-    gpu = ARCHITECTURES[architecture]
+    gpu = described(architecture)
     spec = plan.forward(problem, VECTOR_BYTES, gpu).spec
     assert isinstance(spec, ForwardSpec)
     max_Q = _largest(lambda Q: not spec.exceeded(Sizes(N=1, S=1, Q=Q)))

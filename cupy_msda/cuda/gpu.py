@@ -85,6 +85,10 @@ ARCHITECTURES: dict[int, Gpu] = {
 H100 = ARCHITECTURES[90]
 
 
+# CUDA 13, with which the tests compile, has no Volta: 7.0 works with CUDA 12 and is compiled in no test.
+_DESCRIBED = ARCHITECTURES | {
+    70: _limits(70, 80, threads=2048, blocks=32, shared_kib=96, reserved=0, l2_mib=6),  # V100
+}
 #: The lowest architecture by the major version of NVRTC. The kernels need `__grid_constant__`; CUDA 13 has no Volta.
 LOWEST = {12: 70, 13: 75}
 
@@ -95,8 +99,8 @@ def refusal(architecture: int, nvrtc: int) -> str | None:
         return None
     found, newest, oldest = (f"{number / 10:.1f}" for number in (architecture, LOWEST[13], LOWEST[12]))
     return (
-        f"a GPU of compute capability {found} is too old: expected {newest} or newer, or {oldest} with "
-        "'cupy-msda[cuda12]'; move the arrays to the CPU"
+        f"a GPU of compute capability {found} is too old: expected {newest} or newer, or {oldest} with the extra "
+        "cuda12; move the arrays to the CPU"
     )
 
 
@@ -105,6 +109,25 @@ def refusal_of(cupy: Any, architecture: int) -> str | None:
     if architecture >= LOWEST[13]:
         return None
     return refusal(architecture, cupy.cuda.nvrtc.getVersion()[0])
+
+
+def described(architecture: int) -> Gpu:
+    """A GPU that need not be here: the listed one of this architecture, or else the newest that is not newer.
+
+    Raises
+    ------
+    ValueError
+        For an architecture that no extra of this package supports.
+    """
+    if (reason := refusal(architecture, min(LOWEST))) is not None:
+        raise ValueError(reason)
+    nearest = max(number for number in _DESCRIBED if number <= architecture)
+    return replace(_DESCRIBED[nearest], architecture=architecture)
+
+
+def is_listed(architecture: int) -> bool:
+    """Whether :func:`described` knows the limits of this architecture itself."""
+    return architecture in _DESCRIBED
 
 
 @functools.cache

@@ -177,7 +177,7 @@ def test_an_import_that_failed_for_its_cache_folder_names_the_variable(cupy_of, 
 
 def test_a_missing_cupy_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(RuntimeError, match="which is not installed: pip install 'cupy-msda"):
+    with pytest.raises(RuntimeError, match="which is not installed: pip install 'cupy-cuda13x"):
         arrays.require_cupy("this array")
 
 
@@ -193,6 +193,24 @@ def test_a_device_count_that_fails_is_a_reason(monkeypatch, error):
     found = SimpleNamespace(cuda=SimpleNamespace(runtime=Runtime))
     monkeypatch.setattr(cupy_module, "require_cupy", lambda what: found)
     assert arrays.cuda_unavailable() == f"CuPy finds no usable CUDA device: {error}"
+
+
+@pytest.mark.parametrize(("driver", "words"), [(0, "no NVIDIA driver"), (12040, "driver version is insufficient")])
+def test_no_driver_and_an_old_driver_are_two_reasons(monkeypatch, driver, words):
+    class Runtime:
+        is_hip = False
+
+        @staticmethod
+        def driverGetVersion():
+            return driver
+
+        @staticmethod
+        def getDeviceCount():
+            raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+
+    found = SimpleNamespace(cuda=SimpleNamespace(runtime=Runtime))
+    monkeypatch.setattr(cupy_module, "require_cupy", lambda what: found)
+    assert words in arrays.cuda_unavailable()
 
 
 def test_rocm_is_a_reason(monkeypatch):

@@ -1,5 +1,7 @@
 """``python -m cupy_msda export-kernels``: what it writes, and what it refuses."""
 
+import re
+
 import pytest
 
 from cupy_msda import Sizes
@@ -83,7 +85,16 @@ def test_dtypes_that_are_none_are_refused(capsys, tmp_path, dtype):
 def test_architectures_that_are_none_are_refused(capsys, tmp_path):
     code, _, err = run(capsys, "--sizes", DECODER, "--arch", 90, 61, "--out", tmp_path)
     assert code == 2
-    assert "--arch: expected some of 75, 80, 86, 87, 89, 90, 100, 120, got 61" in err
+    assert "--arch: a GPU of compute capability 6.1 is too old: expected 7.5 or newer" in err
+    code, _, err = run(capsys, "--sizes", DECODER, "--arch", 90, "ninety", "--out", tmp_path)
+    assert code == 2
+    assert "--arch: expected a compute capability such as 8.6, 86 or sm_86, got 'ninety'" in err
+
+
+def test_an_architecture_that_is_not_listed_takes_the_choices_of_the_nearest(capsys, tmp_path):
+    code, printed, _ = run(capsys, "--sizes", DECODER, "--arch", "10.0", "10.3", "--out", tmp_path)
+    assert code == 0
+    assert re.search(r"sm_100 \(\d+ bytes\), sm_103 \(\d+ bytes\)", printed)
 
 
 def test_a_folder_that_cannot_be_written_is_named(capsys, tmp_path):

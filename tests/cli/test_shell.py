@@ -109,18 +109,43 @@ def test_the_last_line_of_check_says_that_all_is_right(capsys):
     assert __main__.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     cases = len(list(check.folder().glob("*.npz")))
-    assert lines[-1].startswith(f"all right: {cases * 3 * sum(1 for _ in check.backends())} of ")
-    assert any(
-        line.split(maxsplit=1)[1] == f"cpu: NumPy {np.__version__}" for line in lines if line.startswith("checked")
-    )
+    dtypes = sum(len(check.dtypes_of(backend)) for backend in check.backends())
+    assert lines[-1].startswith(f"all right: {cases * dtypes} of ")
+
+
+@pytest.mark.parametrize("setting", ["numpy", None])
+def test_check_and_demo_name_the_tier_that_ran(capsys, monkeypatch, tmp_path, small, setting):
+    if setting is None:
+        pytest.importorskip("numba")
+        monkeypatch.delenv("CUPY_MSDA_CPU", raising=False)
+    else:
+        monkeypatch.setenv("CUPY_MSDA_CPU", setting)
+    expected = "numba" if setting is None else "NumPy (CUPY_MSDA_CPU=numpy)"
+    assert __main__.main(["check"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checked") and "cpu" in line]
+    assert row.split(maxsplit=1)[1] == f"cpu: arrays of NumPy {np.__version__}, computed by {expected}"
+    assert __main__.main(["demo", str(small), "--backend", "cpu", "--out", str(tmp_path / "a.png")]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split(maxsplit=1) == ["backend", f"cpu, computed by {expected}"]
 
 
 def test_check_says_what_it_did_not_check(capsys, monkeypatch):
+    pytest.importorskip("ml_dtypes")
     monkeypatch.setattr(check.arrays, "cuda_unavailable", lambda: "CuPy finds no CUDA device")
     __main__.main(["check"])
     left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not checked")]
     assert any("cuda: CuPy finds no CUDA device" in line for line in left_out)
-    assert any("bfloat16" in line for line in left_out)
+    assert not any("bfloat16" in line for line in left_out)
+
+
+def test_check_runs_bfloat16_where_numpy_has_it(capsys, monkeypatch):
+    pytest.importorskip("ml_dtypes")
+    monkeypatch.setattr(check.arrays, "cuda_unavailable", lambda: "CuPy finds no CUDA device")
+    __main__.main(["check"])
+    assert " bfloat16 " in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    __main__.main(["check"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "bfloat16" in line]
+    assert row.endswith("  bfloat16, which is a dtype of ml_dtypes: pip install 'ml_dtypes>=0.5'")
 
 
 def test_the_last_line_of_check_says_what_is_wrong(capsys, monkeypatch):
@@ -154,15 +179,20 @@ def test_check_without_its_cases(capsys, monkeypatch):
     assert "the golden cases of cupy_msda are missing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["check", "demo"])
+@pytest.mark.parametrize("command", ["check", "demo", "explain", "tune"])
 @pytest.mark.parametrize(
     ("variable", "expected"),
-    [("CUPY_MSDA_NUM_THREADS", "a positive int, got '0'"), ("CUPY_MSDA_KERNELS", "'fast' or 'naive', got '0'")],
+    [
+        ("CUPY_MSDA_NUM_THREADS", "a positive int, got '0'"),
+        ("CUPY_MSDA_KERNELS", "'fast' or 'naive', got '0'"),
+        ("CUPY_MSDA_CPU", "'numpy' or 'numba', got '0'"),
+    ],
 )
 def test_a_wrong_variable_ends_a_command_with_its_name(capsys, monkeypatch, tmp_path, command, variable, expected):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(variable, "0")
-    assert __main__.main([command]) == 2
+    sizes = ["--sizes", "decoder_300"] if command == "explain" else []
+    assert __main__.main([command, *sizes]) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"cupy_msda {command}: {variable}: expected {expected}\n")
     assert not list(tmp_path.iterdir())
@@ -172,7 +202,10 @@ def test_a_wrong_variable_ends_a_command_with_its_name(capsys, monkeypatch, tmp_
 def test_demo_without_a_module_that_it_draws_with(tmp_path, module):
     done = shell("demo", "--out", str(tmp_path / "a.png"), code=f"sys.modules[{module!r}] = None")
     assert done.returncode == 2
-    assert done.stderr == "cupy_msda demo: the demo needs Pillow and matplotlib: pip install 'cupy-msda[demo]'\n"
+    assert (
+        done.stderr
+        == "cupy_msda demo: the demo needs Pillow and matplotlib: pip install 'pillow>=10' 'matplotlib>=3.8'\n"
+    )
 
 
 @pytest.mark.parametrize("module", ["PIL", "matplotlib"])
@@ -213,7 +246,7 @@ def test_auto_goes_on_on_the_cpu_where_the_gpu_fails(capsys, monkeypatch, tmp_pa
     monkeypatch.setattr(demo, "run", without_nvrtc)
     assert __main__.main(["demo", str(small), "--out", str(tmp_path / "a.png")]) == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[0].split() == ["backend", "cpu"]
+    assert captured.out.splitlines()[0].split()[:2] == ["backend", "cpu,"]
     assert "the backend cuda fails here: CuPy failed to load libnvrtc.so.13; it runs on cpu instead" in captured.err
     assert __main__.main(["demo", str(small), "--backend", "cuda", "--out", str(tmp_path / "b.png")]) == 2
     assert "the backend cuda fails here" in capsys.readouterr().err

@@ -49,7 +49,8 @@ def test_a_file_goes_in_and_out(capsys, folder, exported, tmp_path):
     assert (tmp_path / "out.json").read_text() == exported.read_text()
     assert run(capsys, "tune", "--clear")[0] == 0
     assert not list(folder.iterdir())
-    assert run(capsys, "tune", "--show")[:2] == (0, f"folder      {folder}\n")
+    assert run(capsys, "tune", "--show")[:2] == (0, f"folder      {folder}\nnothing is tuned\n")
+    assert run(capsys, "tune", "--clear")[:2] == (0, f"nothing to delete in {folder}\n")
 
 
 def test_files_of_others_are_kept(capsys, folder, exported):
@@ -125,7 +126,15 @@ def test_other_text_is_refused(text):
         sizes_argument.read(text)
 
 
-@pytest.mark.parametrize(("gpu", "name"), [(75, "sm_75, 40 multiprocessors"), (120, "sm_120, 170 multiprocessors")])
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("75", "a GPU that is not here (sm_75, 40 multiprocessors)"),
+        ("12.0", "a GPU that is not here (sm_120, 170 multiprocessors)"),
+        ("sm_70", "a GPU that is not here (sm_70, 80 multiprocessors)"),
+        ("10.3", "with the limits of the nearest one that is listed (sm_103, 148 multiprocessors)"),
+    ],
+)
 def test_explain_says_which_kernels_run_and_why(capsys, folder, gpu, name):
     code, out, _ = run(capsys, "explain", "--sizes", "decoder_300", "--dtype", "float16", "--gpu", gpu)
     assert code == 0
@@ -152,7 +161,8 @@ def test_dtypes_that_are_none_are_refused(capsys, folder, command):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--sizes", "decoder_300", "--gpu", "42"], "gpu: expected a compute capability of 75, 80"),
+        (["--sizes", "decoder_300", "--gpu", "42"], "gpu: a GPU of compute capability 4.2 is too old: expected 7.5"),
+        (["--sizes", "decoder_300", "--gpu", "9"], "--gpu: expected a compute capability such as 8.6, 86 or sm_86"),
         (["--sizes", "levels=0x3"], "sizes: expected levels of positive"),
         ([], "--sizes"),
     ],
@@ -161,6 +171,14 @@ def test_explain_refuses_bad_requests(capsys, folder, arguments, words):
     code, _, err = run(capsys, "explain", *arguments)
     assert code == 2
     assert words in err
+
+
+def test_explain_without_a_gpu_describes_the_cpu(capsys, folder, monkeypatch):
+    monkeypatch.setenv("CUPY_MSDA_CPU", "numpy")
+    code, out, _ = run(capsys, "explain", "--sizes", "decoder_300")
+    assert code == 0
+    assert out.splitlines()[1].split(maxsplit=1)[1] == "CPU, NumPy (CUPY_MSDA_CPU=numpy); CuPy finds no CUDA device"
+    assert len(out.splitlines()) == 2
 
 
 def test_ctrl_c_says_what_is_kept(capsys, folder, monkeypatch):

@@ -179,5 +179,5 @@ def test_cuda_array_without_cupy_names_the_command(monkeypatch):
             raise AssertionError("not reached")
 
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(RuntimeError, match=r"needs CuPy, which is not installed: pip install 'cupy-msda\[cuda13\]'"):
+    with pytest.raises(RuntimeError, match=r"needs CuPy, which is not installed: pip install 'cupy-cuda13x>=14.0'"):
         cupy_msda.ms_deform_attn(OnTheGPU(), [(2, 3)], None, np.zeros(1), np.zeros(1))

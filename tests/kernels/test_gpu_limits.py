@@ -198,7 +198,7 @@ def test_a_gpu_that_is_too_old_gets_a_sentence(architecture, nvrtc, works):
     assert (reason is None) == works
     if reason:
         assert f"compute capability {architecture / 10}" in reason
-        assert "expected 7.5 or newer, or 7.0 with 'cupy-msda[cuda12]'; move the arrays to the CPU" in reason
+        assert "expected 7.5 or newer, or 7.0 with the extra cuda12; move the arrays to the CPU" in reason
 
 
 def test_a_call_on_a_gpu_that_is_too_old_is_refused(monkeypatch):
@@ -207,3 +207,14 @@ def test_a_call_on_a_gpu_that_is_too_old_is_refused(monkeypatch):
     monkeypatch.setattr(gpu.arrays, "require_cupy", lambda what: SimpleNamespace(cuda=cuda))
     with pytest.raises(RuntimeError, match=r"compute capability 6\.1 is too old"):
         gpu.of_device.__wrapped__(0)
+
+
+def test_a_gpu_that_is_not_here_has_the_limits_of_the_nearest_listed_one():
+    assert gpu.described(90) == H100
+    assert gpu.described(103) == replace(ARCHITECTURES[100], architecture=103)
+    assert gpu.described(121) == replace(ARCHITECTURES[120], architecture=121)
+    assert (gpu.described(70).multiprocessors, gpu.described(72).multiprocessors) == (80, 80)
+    assert gpu.is_listed(70)
+    assert not gpu.is_listed(103)
+    with pytest.raises(ValueError, match=r"compute capability 6\.1 is too old"):
+        gpu.described(61)

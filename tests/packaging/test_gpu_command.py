@@ -77,6 +77,7 @@ import sys
 from pathlib import Path
 from tests import gpu
 gpu.ROOT, gpu.provenance = Path({str(project)!r}), lambda device: {{"device": device}}
+gpu.has_gpu = lambda: True
 sys.exit(gpu.main(sys.argv[1:]))
 """
     environment = os.environ | {

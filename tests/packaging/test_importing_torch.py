@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-HINT = "pip install 'cupy-msda[torch]'"
+HINT = "pip install 'torch>=2.4'"
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "
 
 

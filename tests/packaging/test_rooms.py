@@ -32,7 +32,7 @@ LAYERS = (
     ("cpu", "cuda"),
     ("call",),
     ("arrays",),
-    ("version",),
+    ("requirements", "version"),
 )
 # These import the standard library and each other, and `arrays` for its types.
 PURE = re.compile(
