@@ -29,12 +29,14 @@ import torch
 
 from cupy_msda import Sizes, tune
 from cupy_msda.call import ALL, Problem
-from cupy_msda.cuda import candidates, gpu, kernels, launch_tables, run, session, tuning
+from cupy_msda.cuda import gpu, kernels, launch_tables, run, session
 from cupy_msda.cuda.kernel_spec import KernelSpec
 from cupy_msda.cuda.recording import RecordedCall
-from cupy_msda.cuda.tuned import Choices, Entry
-from cupy_msda.cuda.tuning_bench import Planner, targets_of
-from cupy_msda.cuda.tuning_format import Key, TuningFile, decode, encode
+from cupy_msda.cuda.tuner import candidates
+from cupy_msda.cuda.tuner.bench import Planner, targets_of
+from cupy_msda.cuda.tuning import loaded
+from cupy_msda.cuda.tuning.file_format import Key, TuningFile, decode, encode
+from cupy_msda.cuda.tuning.tuned import Choices, Entry
 from cupy_msda.sizes import problems_of
 
 from .grid import Ours
@@ -94,7 +96,7 @@ def tuned(cell: Cell, budget: float) -> str:
     try:
         return encode(TuningFile("", {_KEY: tune(calls_of(cell), budget=budget, progress=False)}))
     finally:
-        tuning.reload()
+        loaded.reload()
 
 
 def entries_of(text: str) -> list[Entry]:
@@ -152,7 +154,7 @@ def with_choices(function: Callable[[], object], text: str | None, *, spoil: boo
 
     def call() -> object:
         with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(tuning, "_choices", {0: choices}))
+            stack.enter_context(mock.patch.object(loaded, "_choices", {0: choices}))
             stack.enter_context(mock.patch.object(run, "_prepared", prepared))
             if spoil:
                 stack.enter_context(spoilt_table())

@@ -16,7 +16,7 @@ from .api import (
     ms_deform_attn_fused_backward,
 )
 from .cuda.recording import record
-from .cuda.tune import tune
+from .cuda.tuner.tune import tune
 from .cuda.warmup import warmup
 from .explanation import explain
 from .sizes import Sizes

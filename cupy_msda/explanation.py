@@ -14,10 +14,11 @@ from .arrays import View, item_size
 from .call import ALL, FUSED_NAMES, Arguments, Operands, Problem, Variant, Wanted
 from .cpu import tier
 from .cuda import gpu as gpus
-from .cuda import naive, reasons, session, tuning
+from .cuda import naive, reasons, session
 from .cuda.axes import VECTOR_BYTES
 from .cuda.gpu import Gpu
 from .cuda.reasons import ExplainedKernel, Floor, Rates
+from .cuda.tuning import loaded
 from .options import requested_variant
 from .sizes import Sizes, problems_of, read_dtypes
 
@@ -116,7 +117,7 @@ def explain(
         return Explanation(_described(problem), f"CPU, {tier.describe()}", "no", (), (), ())
     device = problem.device[1]
     with session.on_device(device):
-        on, name, rates = tuning.gpu_of(device), tuning.name_of(device), _rates(device)
+        on, name, rates = loaded.gpu_of(device), loaded.name_of(device), _rates(device)
     copied = _copies(problem, operands)
     alignment = VECTOR_BYTES if _copies_value(problem, operands) else session.alignment_of(operands.value.data)
     if problem.fused is None:
@@ -161,8 +162,8 @@ def _of_sizes(
         if reason is not None:
             return Explanation(_described(problem), f"CPU, {tier.describe()}; {reason}", "no", (), (), ())
         device: int = arrays.require_cupy("explain").cuda.runtime.getDevice()
-        name = f"cuda:{device}, {tuning.name_of(device)}"
-        return _explanation(problem, VECTOR_BYTES, tuning.gpu_of(device), _rates(device), (name, backward, []))
+        name = f"cuda:{device}, {loaded.name_of(device)}"
+        return _explanation(problem, VECTOR_BYTES, loaded.gpu_of(device), _rates(device), (name, backward, []))
     on, name = _absent(architecture)
     return _explanation(problem, VECTOR_BYTES, on, Rates(0, 0), (name, backward, []))
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from .. import __version__, arrays
 from ..cpu import tier
-from ..cuda import gpu, tuning_file
+from ..cuda import gpu
+from ..cuda.tuning import storage
 from ..requirements import install
 from . import cuda_extra
 from .output import one_line
@@ -54,9 +55,9 @@ def describe() -> list[tuple[str, str]]:
 
 def _tuning() -> str:
     """Where measured launch configurations are kept, and for which GPU models."""
-    folder = tuning_file.folder()
+    folder = storage.folder()
     if folder is None:
-        return f"off ({tuning_file.VARIABLE})"
+        return f"off ({storage.VARIABLE})"
     names = sorted(path.stem for path in folder.glob("*.json")) if folder.is_dir() else []
     return f"{folder}: {', '.join(names) or 'nothing is tuned'}"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import arrays
-from ..cuda import tuning, tuning_file, tuning_format
-from ..cuda.tune import tune
-from ..cuda.tuned import Entry
+from ..cuda.tuner.tune import tune
+from ..cuda.tuning import file_format, loaded, storage
+from ..cuda.tuning.tuned import Entry
 from . import environment, sizes_argument
 from .output import CommandError, complain, reason_of, say, sentence
 
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     words = "find the fastest launch configurations on this GPU"
     notes = (
         f"Nothing else should use the GPU meanwhile. Ctrl-C keeps what was found. Results go to the folder that "
-        f"{tuning_file.VARIABLE} names (default: ~/.cupy_msda/tuning; 'off': no tuning), one file per GPU model."
+        f"{storage.VARIABLE} names (default: ~/.cupy_msda/tuning; 'off': no tuning), one file per GPU model."
     )
     parser = commands.add_parser("tune", help=words, description=f"{sentence(words)} {notes}")
     parser.add_argument("--sizes", action="append", metavar="TEXT", help=sizes_argument.HELP)
@@ -74,7 +74,7 @@ def _tune(options: argparse.Namespace) -> int:
         say(_row(entry))
     faster = sum(bool(entry.axes) for entry in found)
     say(f"{len(found)} kernels and ways measured; for {faster} another configuration than the default is faster")
-    say(f"{'kept in':12}{tuning_file.folder() or f'this process alone ({tuning_file.VARIABLE} is off)'}")
+    say(f"{'kept in':12}{storage.folder() or f'this process alone ({storage.VARIABLE} is off)'}")
     return 0
 
 
@@ -98,18 +98,18 @@ def _row(entry: Entry) -> str:
 
 
 def _files() -> list[Path]:
-    folder = tuning_file.folder()
+    folder = storage.folder()
     return sorted(folder.glob("*.json")) if folder is not None and folder.is_dir() else []
 
 
 def _show() -> int:
-    say(f"{'folder':12}{tuning_file.folder() or f'none, {tuning_file.VARIABLE} is off'}")
+    say(f"{'folder':12}{storage.folder() or f'none, {storage.VARIABLE} is off'}")
     files = _files()
     if not files:
         say("nothing is tuned")
     for path in files:
         try:
-            contents = tuning_file.read(path)
+            contents = storage.read(path)
         except ValueError as error:
             say(f"{path.name}: no tuning file: {error}")
             continue
@@ -123,9 +123,9 @@ def _show() -> int:
 def _clear() -> int:
     files = _files()
     if not files:
-        say(f"nothing to delete in {tuning_file.folder() or f'any folder, {tuning_file.VARIABLE} is off'}")
+        say(f"nothing to delete in {storage.folder() or f'any folder, {storage.VARIABLE} is off'}")
     for path in files:
-        if tuning_file.is_ours(path):
+        if storage.is_ours(path):
             path.unlink()
             say(f"{'deleted':12}{path}")
         else:
@@ -136,10 +136,10 @@ def _clear() -> int:
 def _export(target: Path, device: int | None) -> int:
     source = _file_of(device)
     try:
-        contents = tuning_file.read(source)
+        contents = storage.read(source)
     except ValueError as error:
         raise CommandError(f"{source} is no tuning file: {error}") from error
-    target.write_text(tuning_format.encode(contents), encoding="utf-8")
+    target.write_text(file_format.encode(contents), encoding="utf-8")
     say(f"{'exported':12}{source} to {target}")
     return 0
 
@@ -149,7 +149,7 @@ def _file_of(device: int | None) -> Path:
     files = _files()
     if arrays.cuda_unavailable() is None:
         number: int = arrays.require_cupy("tune").cuda.runtime.getDevice() if device is None else device
-        path = tuning_file.path_of(tuning.name_of(number))
+        path = storage.path_of(loaded.name_of(number))
         if path in files:
             return path
     elif len(files) == 1:
@@ -159,12 +159,12 @@ def _file_of(device: int | None) -> Path:
 
 def _import(source: Path) -> int:
     try:
-        contents = tuning_file.read(source)
+        contents = storage.read(source)
     except ValueError as error:
         raise CommandError(f"{source} is no tuning file: {error}") from error
-    path = tuning_file.path_of(contents.gpu)
+    path = storage.path_of(contents.gpu)
     if path is None:
-        raise CommandError(f"{tuning_file.VARIABLE} is off: expected the name of a folder")
-    tuning_file.merge(path, contents)
+        raise CommandError(f"{storage.VARIABLE} is off: expected the name of a folder")
+    storage.merge(path, contents)
     say(f"{'imported':12}{sum(map(len, contents.tuned.values()))} entries for {contents.gpu} to {path}")
     return 0

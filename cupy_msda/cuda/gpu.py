@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import arrays
-from .tuned import NONE, Choices
+from .tuning.tuned import NONE, Choices
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 from ..arrays import item_size
 from ..call import SIXTEEN_BIT, Problem, Wanted
-from . import measured
 from .axes import (
     MAX_LEVELS_OF_WARP,
     VECTOR_BYTES,
@@ -29,6 +28,7 @@ from .index_width import narrowest
 from .lanes import MAX_SAMPLES_PER_LANE, backward_channels, forward_channels, heads_per_warp, lane_groups, warps_needed
 from .launch_tables import BackwardTable, Block, Bounds, ForwardEntry, table_of
 from .specs import BackwardSpec, ForwardSpec
+from .tuning import applied
 
 # Shared memory of the samples of a warp. It is small, because the rest of the memory is L1 cache.
 WARP_SHARED_BYTES = 5 * 1024
@@ -166,8 +166,8 @@ def forward(problem: Problem, alignment: int, gpu: Gpu) -> ForwardSpec:
 
 def _forward(problem: Problem, alignment: int, gpu: Gpu, wide_index: bool) -> ForwardSpec:
     channels = forward_channels(problem, alignment)
-    axes = measured.axes_of("forward", problem, alignment, gpu)
-    entry = measured.forward(forward_entry(problem, channels, gpu), axes)
+    axes = applied.axes_of("forward", problem, alignment, gpu)
+    entry = applied.forward(forward_entry(problem, channels, gpu), axes)
     groups = lane_groups(entry, channels.lanes, problem)
     per_query = channels.lanes * groups
     masked = entry.masked_neighbours and channels.channel_tiles == 1 and not problem.variant.clamped
@@ -248,7 +248,7 @@ def _backward(
         entry = table.atomics_few_queries
     else:
         entry = table.atomics
-    entry = measured.block(entry, measured.axes_of(name, problem, alignment, gpu, wanted))
+    entry = applied.block(entry, applied.axes_of(name, problem, alignment, gpu, wanted))
     return _backward_spec(problem, channels, entry, gpu, wanted, wide_index)
 
 
@@ -272,8 +272,8 @@ def _aggregated(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted, wide
     docs/performance/decisions.md#backward-mma-products
     """
     table, narrow = table_of(gpu).backward, problem.value_dtype in SIXTEEN_BIT
-    axes = measured.axes_of("aggregated", problem, alignment, gpu, wanted)
-    entry = measured.block(table.aggregated_16_bits if narrow else table.aggregated, axes)
+    axes = applied.axes_of("aggregated", problem, alignment, gpu, wanted)
+    entry = applied.block(table.aggregated_16_bits if narrow else table.aggregated, axes)
     queries = int(axes.get("aggregated_queries", table.aggregated_queries))
     channels = backward_channels(problem, alignment, True)
     wide_loads = 2 * channels.vec * item_size(problem.value_dtype) == VECTOR_BYTES

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 
 from ..arrays import item_size
 from ..call import ALL, SIXTEEN_BIT, Problem, Wanted
-from . import cost_model, measured, plan, sorted_heuristics
+from . import cost_model, plan, sorted_heuristics
 from .axes import aligned, contribution_bytes
 from .gpu import Gpu
 from .index_width import sizes_of
 from .plan import Launch
 from .sorted_specs import CHUNK_BYTES, QUEUE_BYTES, TABLE_BYTES, segment_starts_bytes
+from .tuning import applied
 
 # Chunks that the contributions of all heads should fill, at most.
 CHUNKS = 512
@@ -131,7 +132,7 @@ def _way(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> cost_mod
     """How to sum the gradient of value: in a fixed order, as it was measured, or by the estimated costs."""
     if problem.deterministic:
         return "sorted"
-    found = measured.axes_of("grad_value", problem, alignment, gpu, wanted).get("way")
+    found = applied.axes_of("grad_value", problem, alignment, gpu, wanted).get("way")
     if found is not None:
         for way in cost_model.estimates(problem):
             if way == found:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..arrays import item_size
 from ..call import Problem, Wanted
-from . import cost_model, heuristics, measured, plan, plan_backward
+from . import cost_model, heuristics, plan, plan_backward
 from .axes import VECTOR_BYTES
 from .gpu import Gpu
 from .kernel_spec import Axis
@@ -15,7 +15,8 @@ from .launch_tables import table_of
 from .plan import Launch
 from .sorted_specs import ReduceBucketsSpec
 from .specs import BackwardSpec, ForwardSpec
-from .tuned import Axes
+from .tuning import applied
+from .tuning.tuned import Axes
 
 _ENTRIES = {
     "many_channel_tiles": "a head has very many channels, whose sums need the registers",
@@ -49,7 +50,7 @@ class ExplainedKernel(NamedTuple):
 
 def forward(problem: Problem, alignment: int, gpu: Gpu) -> list[ExplainedKernel]:
     """The kernel of a forward."""
-    launch, axes = plan.forward(problem, alignment, gpu), measured.axes_of("forward", problem, alignment, gpu)
+    launch, axes = plan.forward(problem, alignment, gpu), applied.axes_of("forward", problem, alignment, gpu)
     spec = launch.spec
     assert isinstance(spec, ForwardSpec)
     table, entry = table_of(gpu).forward, heuristics.forward_entry(problem, spec.channels, gpu)
@@ -86,9 +87,9 @@ def backward(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> list
         elif name == "cast":
             reasons.insert(0, "the atomic additions are to float32 sums")
         if name == "bucket_sort":  # it loads no vectors of value
-            axes = measured.axes_of(name, problem, VECTOR_BYTES, gpu)
+            axes = applied.axes_of(name, problem, VECTOR_BYTES, gpu)
         else:
-            axes = measured.axes_of(subject, problem, alignment, gpu, of_subject)
+            axes = applied.axes_of(subject, problem, alignment, gpu, of_subject)
             reasons += _of_unused_tuning(subject, problem, alignment, gpu, of_subject)
         found.append(_explained(name, launch, axes, reasons))
     return found
@@ -110,7 +111,7 @@ def _why_way(problem: Problem, alignment: int, gpu: Gpu, wanted: Wanted) -> str:
     """Why the gradient of value is summed as it is."""
     if problem.deterministic:
         return "deterministic=True asks for a fixed order"
-    if measured.axes_of("grad_value", problem, alignment, gpu, wanted):
+    if applied.axes_of("grad_value", problem, alignment, gpu, wanted):
         return "measured on this GPU"
     costs = cost_model.estimates(problem)
     listed = ", ".join(f"{name} {costs[name] / 1000:.0f}" for name in sorted(costs, key=costs.__getitem__))

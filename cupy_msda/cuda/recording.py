@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..call import Problem, Wanted
-from . import tuning
+from .tuning import loaded
 
 _recorders: list[list[RecordedCall]] = []
 
@@ -33,7 +33,7 @@ def record() -> Iterator[list[RecordedCall]]:
     """
     calls: list[RecordedCall] = []
     _recorders.append(calls)
-    tuning.forget_launches()  # so that what has been called before is prepared, and noted, once more
+    loaded.forget_launches()  # so that what has been called before is prepared, and noted, once more
     try:
         yield calls
     finally:

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..call import Call, Problem, Wanted
-from . import kernels, naive, plan, recording, streams, tuning
+from . import kernels, naive, plan, recording, streams
 from .axes import VECTOR_BYTES
 from .launch import PreparedLaunch, Run
 from .session import Result, Session, alignment_of
 from .steps import Addresses, PreparedBackward
+from .tuning import loaded
 
 
 class Gradients(NamedTuple):
@@ -97,7 +98,7 @@ def backward(call: Call) -> Gradients:
 # A model has few problems. One whose problems never repeat must not fill the memory.
 _MOST_PREPARED = 4096
 _prepared: dict[tuple[Any, ...], Any] = {}
-tuning.when_changed(lambda: _prepared.clear())
+loaded.when_changed(lambda: _prepared.clear())
 
 
 def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLaunch:
@@ -109,7 +110,7 @@ def prepare_forward(problem: Problem, alignment: int, stream: int) -> PreparedLa
     recording.note(problem, None)
 
     def make() -> PreparedLaunch:
-        prepared = _prepare(plan.forward(problem, alignment, tuning.gpu_of(device)), device, stream)
+        prepared = _prepare(plan.forward(problem, alignment, loaded.gpu_of(device)), device, stream)
         prepared.taking(
             "value", "metadata", "locations", "weights", "references", "lengths", "output", "S", "Q", "image_stride",
             "head_stride", "heads",
@@ -141,7 +142,7 @@ def prepare_backward(problem: Problem, alignment: int, stream: int, wanted: Want
 
     def make() -> PreparedBackward:
         return PreparedBackward(
-            problem, alignment, tuning.gpu_of(device), wanted, lambda launch: _prepare(launch, device, stream)
+            problem, alignment, loaded.gpu_of(device), wanted, lambda launch: _prepare(launch, device, stream)
         )
 
     return _remembered((problem, alignment, wanted), make)

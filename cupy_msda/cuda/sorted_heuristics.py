@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..call import Problem
-from . import measured
 from .axes import VECTOR_BYTES, ChannelAxes, contribution_bytes
 from .gpu import Gpu
 from .heuristics import (
@@ -17,6 +16,7 @@ from .index_width import UNSIGNED, narrowest
 from .lanes import backward_channels
 from .launch_tables import table_of
 from .specs import BucketSortSpec, MaterialiseSpec, ReduceBucketsSpec
+from .tuning import applied
 
 # Sums of a bucket in shared memory, in bytes.
 BUCKET_BYTES = 8 * 1024
@@ -44,12 +44,12 @@ RUN_BYTES = 48 * 1024
 def reduce_buckets(problem: Problem, alignment: int, gpu: Gpu) -> ReduceBucketsSpec:
     """The reduction of a bucket by a warp."""
     channels, table = backward_channels(problem, alignment, True), table_of(gpu).sorted
-    bucket_size, axes = _bucket_size(channels), measured.axes_of("reduce_buckets", problem, alignment, gpu)
+    bucket_size, axes = _bucket_size(channels), applied.axes_of("reduce_buckets", problem, alignment, gpu)
     sorts = contributions_of_head(problem) * bucket_size >= SORTED_FROM * problem.S
     return ReduceBucketsSpec(
         wide_counts=contributions_of_head(problem) >= 2**UNSIGNED // 2,
         channels=channels,
-        block=block_axes(measured.block(table.reduce_buckets if sorts else table.reduce_unsorted, axes), gpu),
+        block=block_axes(applied.block(table.reduce_buckets if sorts else table.reduce_unsorted, axes), gpu),
         chunk=BATCH_BYTES // contribution_bytes(problem.value_dtype) if sorts else UNSORTED_BATCH,
         bucket_size=bucket_size,
     )
@@ -105,8 +105,8 @@ def bucket_sort(problem: Problem, bucket_size: int, gpu: Gpu) -> BucketSortSpec:
 
     docs/performance/decisions.md#sorted-run-length
     """
-    axes = measured.axes_of("bucket_sort", problem, VECTOR_BYTES, gpu)
-    bounds = bound_axes(measured.block(table_of(gpu).sorted.bucket_sort, axes), gpu)
+    axes = applied.axes_of("bucket_sort", problem, VECTOR_BYTES, gpu)
+    bounds = bound_axes(applied.block(table_of(gpu).sorted.bucket_sort, axes), gpu)
     contribution = len(problem.variant.neighbours) * contribution_bytes(problem.value_dtype)
     fits = RUN_BYTES // (32 * bounds.warps * contribution) * 32
     samples = problem.N * problem.M * problem.Q * problem.K

@@ -11,10 +11,11 @@ from typing import Any
 from .. import arrays
 from ..call import ALL
 from ..sizes import Sizes, problems_of
-from . import kernels, plan, plan_backward, session, streams, tuning
+from . import kernels, plan, plan_backward, session, streams
 from .gpu import Gpu
 from .kernel_spec import KernelSpec
 from .level_tables import level_table
+from .tuning import loaded
 
 # With fewer kernels, a progress bar would be gone before it is read.
 _MANY = 8
@@ -71,7 +72,7 @@ def warmup(
         [dtypes] if isinstance(dtypes, str) else list(dtypes),
         device=number,
         backward=backward,
-        gpu=tuning.gpu_of(number),
+        gpu=loaded.gpu_of(number),
     )
     missing = [
         spec for spec in dict.fromkeys(launch.spec for launch in wanted) if not kernels.is_compiled(spec, number)

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from .. import api, arrays, validate
 from ..call import PLAIN, Arguments, Call, Problem, Variant, Wanted
-from ..cuda import naive, tuning
+from ..cuda import naive
 from ..cuda import plan as planner
 from ..cuda import run as cuda
 from ..cuda.level_tables import level_table
 from ..cuda.session import on_device
 from ..cuda.steps import Addresses
+from ..cuda.tuning import loaded
 from . import compat, cpu_path
 from .reference import Gradients
 
@@ -236,7 +237,7 @@ def _forget() -> None:
         recent[form] = ()
 
 
-tuning.when_changed(_forget)
+loaded.when_changed(_forget)
 
 
 def forward(

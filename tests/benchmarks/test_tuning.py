@@ -6,8 +6,9 @@ import pytest
 
 from benchmarks import tuning as benchmark
 from benchmarks.grid_cells import Cell
-from cupy_msda.cuda import plan, tune
+from cupy_msda.cuda import plan
 from cupy_msda.cuda.gpu import H100
+from cupy_msda.cuda.tuner import tune
 from tests.helpers import emulated_gpu
 
 CELLS = [
@@ -68,7 +69,7 @@ def test_choices_and_the_spoilt_table_hold_within_a_call(gpu):
     problem = benchmark.problem_of(CELLS[0])
 
     def planned():
-        return plan.forward(problem, 16, benchmark.tuning.gpu_of(0)).spec.axes()["warps"]
+        return plan.forward(problem, 16, benchmark.loaded.gpu_of(0)).spec.axes()["warps"]
 
     before = planned()
     text = benchmark.tuned(CELLS[0], 1000)

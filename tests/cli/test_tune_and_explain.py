@@ -9,8 +9,8 @@ from cupy_msda import Sizes, arrays
 from cupy_msda.__main__ import main
 from cupy_msda.cli import sizes_argument, tune
 from cupy_msda.cli.output import CommandError
-from cupy_msda.cuda import tuning_file, tuning_format
-from cupy_msda.cuda.tuning_format import Key, TuningFile
+from cupy_msda.cuda.tuning import file_format, storage
+from cupy_msda.cuda.tuning.file_format import Key, TuningFile
 from tests.helpers.drawn_entries import some_entries
 
 KEY = Key("0.1.0", "8.0", 108, 12040)
@@ -18,7 +18,7 @@ KEY = Key("0.1.0", "8.0", 108, 12040)
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    monkeypatch.setenv(tuning_file.VARIABLE, str(tmp_path / "tuning"))
+    monkeypatch.setenv(storage.VARIABLE, str(tmp_path / "tuning"))
     monkeypatch.setattr(arrays, "cuda_unavailable", lambda: "CuPy finds no CUDA device")
     return tmp_path / "tuning"
 
@@ -35,7 +35,7 @@ def run(capsys, *arguments):
 @pytest.fixture
 def exported(tmp_path):
     path = tmp_path / "a100.json"
-    path.write_text(tuning_format.encode(TuningFile("NVIDIA A100", {KEY: some_entries()})))
+    path.write_text(file_format.encode(TuningFile("NVIDIA A100", {KEY: some_entries()})))
     return path
 
 
@@ -88,7 +88,7 @@ def test_bad_requests_are_refused(capsys, folder, tmp_path, arguments, words):
 
 
 def test_an_import_with_tuning_switched_off_is_refused(capsys, folder, exported, monkeypatch):
-    monkeypatch.setenv(tuning_file.VARIABLE, "off")
+    monkeypatch.setenv(storage.VARIABLE, "off")
     code, _, err = run(capsys, "tune", "--import", exported)
     assert code == 2
     assert "CUPY_MSDA_TUNING is off" in err
@@ -198,5 +198,5 @@ def test_info_says_what_is_tuned(capsys, folder, exported, monkeypatch):
     assert row().endswith(f"{folder}: nothing is tuned")
     run(capsys, "tune", "--import", exported)
     assert row().endswith(f"{folder}: nvidia_a100")
-    monkeypatch.setenv(tuning_file.VARIABLE, "off")
+    monkeypatch.setenv(storage.VARIABLE, "off")
     assert row().endswith("off (CUPY_MSDA_TUNING)")

@@ -8,8 +8,8 @@ import pytest
 import cupy_msda
 from cupy_msda import Sizes
 from cupy_msda.call import ALL
-from cupy_msda.cuda import tuning
-from cupy_msda.cuda.tuned import Choices
+from cupy_msda.cuda.tuning import loaded
+from cupy_msda.cuda.tuning.tuned import Choices
 from tests.helpers import cases, drawn_entries
 from tests.helpers.cases import Case
 from tests.helpers.tolerance import assert_close
@@ -23,10 +23,10 @@ CASES = [Case("pixels", levels=LEVELS, N=2, M=8, D=32), Case("queries", levels=L
 @pytest.fixture
 def cupy(monkeypatch, tmp_path):
     monkeypatch.setenv("CUPY_MSDA_TUNING", str(tmp_path))
-    tuning.reload()
+    loaded.reload()
     yield pytest.importorskip("cupy")
     monkeypatch.undo()
-    tuning.reload()
+    loaded.reload()
 
 
 def results(cupy, inputs, **options):
@@ -76,8 +76,8 @@ def test_drawn_configurations_are_right(cupy, monkeypatch, case, seed):
         results(cupy, inputs, deterministic=False)
     problems = {call.problem for call in calls}
     drawn = [drawn_entries.choices_of(pick, problem, ALL).entries for problem in sorted(problems, key=str)]
-    monkeypatch.setattr(tuning, "_choices", {0: Choices(entry for entries in drawn for entry in entries)})
-    tuning.forget_launches()
+    monkeypatch.setattr(loaded, "_choices", {0: Choices(entry for entries in drawn for entry in entries)})
+    loaded.forget_launches()
     check(results(cupy, inputs, deterministic=False), inputs)
     for one, other in zip(before, results(cupy, inputs, deterministic=True), strict=True):
         np.testing.assert_array_equal(one, other)

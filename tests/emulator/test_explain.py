@@ -8,9 +8,10 @@ import pytest
 import cupy_msda
 from cupy_msda import Sizes
 from cupy_msda.call import ALL
-from cupy_msda.cuda import cost_model, reasons, tuned, tuning
+from cupy_msda.cuda import cost_model, reasons
 from cupy_msda.cuda.gpu import H100
-from cupy_msda.cuda.tuned import Choices, Entry
+from cupy_msda.cuda.tuning import loaded, tuned
+from cupy_msda.cuda.tuning.tuned import Choices, Entry
 from cupy_msda.sizes import problems_of
 from tests.helpers import emulated_gpu
 from tests.helpers.cases import to_fused
@@ -130,7 +131,7 @@ def test_tuned_axes_are_marked(gpu, monkeypatch):
     subjects = {"forward": ({"warps": 4}, None), "grad_value": ({"way": "sorted"}, ALL)}
     entries = entries_of(problem, subjects)
     assert cupy_msda.explain(SIZES).tuned.startswith("no: `python -m cupy_msda tune`")
-    monkeypatch.setattr(tuning, "_choices", {0: Choices(entries)})
+    monkeypatch.setattr(loaded, "_choices", {0: Choices(entries)})
     explanation = cupy_msda.explain(SIZES)
     assert "forward 20.0 us by default, 10.0 us tuned" in explanation.tuned
     assert "warps=4*" in str(explanation)

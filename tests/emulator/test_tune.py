@@ -9,10 +9,12 @@ import pytest
 import cupy_msda
 from cupy_msda import Sizes
 from cupy_msda.call import ALL
-from cupy_msda.cuda import plan, plan_backward, run, tune, tuned, tuning, tuning_file
+from cupy_msda.cuda import plan, plan_backward, run
 from cupy_msda.cuda.gpu import H100
-from cupy_msda.cuda.tuned import Choices
-from cupy_msda.cuda.tuning_bench import targets_of
+from cupy_msda.cuda.tuner import tune
+from cupy_msda.cuda.tuner.bench import targets_of
+from cupy_msda.cuda.tuning import loaded, storage, tuned
+from cupy_msda.cuda.tuning.tuned import Choices
 from tests.helpers import drawn_entries, emulated_gpu, emulator
 from tests.helpers.cases import to_fused
 from tests.helpers.emulated_calls import DENSE, FUSED, HALF, PLAIN, check
@@ -32,7 +34,7 @@ def milliseconds(launch):
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """Launches compute nothing."""
-    monkeypatch.setenv(tuning_file.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(storage.VARIABLE, str(tmp_path))
     found = emulated_gpu.install(monkeypatch, run=lambda planned, words: None)
     found.milliseconds = milliseconds
     monkeypatch.setattr(tune.DeviceArrays, "agree", lambda self, one, other: True)
@@ -54,7 +56,7 @@ def test_later_calls_take_what_was_faster(gpu, sizes, deterministic):
     assert entries
     assert all(entry.tuned_us <= entry.default_us for entry in entries)
     problem = problem_of(sizes, deterministic=deterministic)
-    on, wanted = tuning.gpu_of(0), problem.computed(ALL._replace(references=problem.fused is not None))
+    on, wanted = loaded.gpu_of(0), problem.computed(ALL._replace(references=problem.fused is not None))
     assert time_of([plan.forward(problem, 16, on)]) < 0.9 * time_of([plan.forward(problem, 16, H100)])
     after, before = (plan_backward.backward(problem, 16, one, wanted).launches for one in (on, H100))
     assert time_of(after) < 0.95 * time_of(before)
@@ -63,9 +65,9 @@ def test_later_calls_take_what_was_faster(gpu, sizes, deterministic):
 
 def test_another_process_takes_them_too(gpu):
     cupy_msda.tune(SIZES, backward=False, progress=False)
-    launch = plan.forward(problem_of(), 16, tuning.gpu_of(0))
-    tuning.reload()
-    assert plan.forward(problem_of(), 16, tuning.gpu_of(0)) == launch != plan.forward(problem_of(), 16, H100)
+    launch = plan.forward(problem_of(), 16, loaded.gpu_of(0))
+    loaded.reload()
+    assert plan.forward(problem_of(), 16, loaded.gpu_of(0)) == launch != plan.forward(problem_of(), 16, H100)
 
 
 def test_the_warm_up_compiles_what_was_found(gpu):
@@ -85,7 +87,7 @@ def test_a_first_call_measures_nothing(gpu, monkeypatch):
     arrays = [gpu.put(part) for part in (inputs.value, inputs.locations, inputs.weights)]
     cupy_msda.ms_deform_attn(arrays[0], inputs.shapes, None, *arrays[1:])
     assert len(gpu.launches) == 1
-    assert not list(tuning_file.folder().iterdir())
+    assert not list(storage.folder().iterdir())
 
 
 def test_recorded_calls_are_tuned(gpu):
@@ -105,7 +107,7 @@ def test_recorded_calls_are_tuned(gpu):
     names = {entry.subject.name for entry in cupy_msda.tune(calls, progress=False)}
     assert names >= {"forward", "samples", "bucket_sort", "reduce_buckets", "atomics", "grad_value"}
     problem = calls[0].problem
-    assert tuning.gpu_of(0).choices.axes("forward", problem)
+    assert loaded.gpu_of(0).choices.axes("forward", problem)
 
 
 def test_calls_after_tuning_launch_what_was_found(gpu):
@@ -133,7 +135,7 @@ def test_ctrl_c_keeps_what_was_found(gpu, monkeypatch, after):
     monkeypatch.setattr(tune.Bench, "tune", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cupy_msda.tune(SIZES, progress=False)
-    assert {entry.subject.name for entry in tuning.gpu_of(0).choices.entries} == {target.name for target in measured}
+    assert {entry.subject.name for entry in loaded.gpu_of(0).choices.entries} == {target.name for target in measured}
 
 
 def test_the_budget_ends_the_search(gpu, monkeypatch):
@@ -215,7 +217,7 @@ def test_drawn_configurations_have_right_results(monkeypatch, form, seed, determ
             return drawn.find(tuned.subject_of(name, problem, wanted), tuned.measured_of(problem))
 
     some = drawn_entries.choices_of(pick, problem_of(), ALL)
-    monkeypatch.setattr(tuning, "_choices", {0: Drawn(some.entries)})
+    monkeypatch.setattr(loaded, "_choices", {0: Drawn(some.entries)})
     check(gpu, inputs, deterministic=deterministic)
     gpu.check()
 
@@ -250,13 +252,14 @@ def test_deterministic_calls_have_the_same_bits_with_other_blocks(monkeypatch):
 
     class Chosen(Choices):
         def axes(self, name, problem, wanted=None):
-            return {axis: value for axis, value in blocks.items() if axis in tuned.AXES[name]}
+            allowed = set(tuned.AXES[name]) - set(tuned.ORDERED.get(name, ()))
+            return {axis: value for axis, value in blocks.items() if axis in allowed}
 
         def __bool__(self):
             return True
 
-    monkeypatch.setattr(tuning, "_choices", {0: Chosen()})
-    tuning.forget_launches()
+    monkeypatch.setattr(loaded, "_choices", {0: Chosen()})
+    loaded.forget_launches()
     _, chosen = check(gpu, inputs, deterministic=True)
     assert {launch.spec.axes().get("warps") for launch in gpu.launches} >= {2}
     for one, other in zip(default[:3], chosen[:3], strict=True):

@@ -3,8 +3,8 @@
 import random
 
 from cupy_msda.call import ALL, Problem, Wanted
-from cupy_msda.cuda import tuned
-from cupy_msda.cuda.tuned import AXES, ORDERED, Choices, Entry
+from cupy_msda.cuda.tuning import tuned
+from cupy_msda.cuda.tuning.tuned import AXES, ORDERED, Choices, Entry
 
 
 def axes_of(pick, name, *, in_order=False):

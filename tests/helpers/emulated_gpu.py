@@ -15,10 +15,11 @@ import numpy as np
 
 from cupy_msda.arrays import frameworks
 from cupy_msda.cuda import gpu as gpus
-from cupy_msda.cuda import kernels, level_tables, run, streams, tuning
+from cupy_msda.cuda import kernels, level_tables, run, streams
 from cupy_msda.cuda.gpu import H100
 from cupy_msda.cuda.heuristics import SHARED_WITHOUT_OPT_IN
 from cupy_msda.cuda.kernel_spec import KernelSpec
+from cupy_msda.cuda.tuning import loaded
 from tests.helpers import emulated_cupy, emulated_parameters, emulator
 from tests.helpers.emulated_memory import Memory
 from tests.helpers.emulated_streams import Streams
@@ -200,7 +201,7 @@ def install(monkeypatch, **options):
     monkeypatch.setattr(gpus, "of_device", gpus.functools.cache(gpus.of_device.__wrapped__))
     for module, name in (
         (kernels, "_functions"), (kernels, "_compiling"), (run, "_prepared"), (level_tables, "_tables"),
-        (streams, "_idle"), (tuning, "_choices"),
+        (streams, "_idle"), (loaded, "_choices"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(level_tables, "_memory", [])

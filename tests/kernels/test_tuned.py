@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from cupy_msda.call import ALL, Problem
-from cupy_msda.cuda import plan, plan_backward, tuned
+from cupy_msda.cuda import plan, plan_backward
 from cupy_msda.cuda.gpu import ARCHITECTURES, H100
-from cupy_msda.cuda.tuned import Choices, Entry
+from cupy_msda.cuda.tuning import tuned
+from cupy_msda.cuda.tuning.tuned import Choices, Entry
 from tests.helpers import drawn_entries, random_problems
 
 LEVELS = ((20, 30, 0), (10, 15, 600))

@@ -13,9 +13,10 @@ import pytest
 
 from cupy_msda import arrays
 from cupy_msda.call import ALL, FusedFrontEnd, Problem
-from cupy_msda.cuda import gpu, tuned, tuning, tuning_file, tuning_format
+from cupy_msda.cuda import gpu
 from cupy_msda.cuda.gpu import H100
-from cupy_msda.cuda.tuning_format import Key, TuningFile
+from cupy_msda.cuda.tuning import file_format, loaded, storage, tuned
+from cupy_msda.cuda.tuning.file_format import Key, TuningFile
 from cupy_msda.version import __version__
 from tests.helpers import drawn_entries, random_problems
 
@@ -36,25 +37,25 @@ def path(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(arrays, "require_cupy", lambda what: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
     monkeypatch.setattr(gpu, "of_device", lambda device: H100)
-    monkeypatch.setattr(tuning, "_choices", {})
-    monkeypatch.setenv(tuning_file.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(loaded, "_choices", {})
+    monkeypatch.setenv(storage.VARIABLE, str(tmp_path))
     return tmp_path / "nvidia_h100_80gb_hbm3.json"
 
 
-def loaded():
+def newly_loaded():
     """What a new process would load, and its warnings."""
-    tuning.reload()
+    loaded.reload()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = [tuning.gpu_of(0).choices.entries for _ in range(3)]
+        found = [loaded.gpu_of(0).choices.entries for _ in range(3)]
     assert found[0] is found[1] is found[2]
     return found[0], [str(warning.message) for warning in caught]
 
 
 def test_what_is_stored_is_loaded(path):
     wanted = entries_of()
-    assert tuning.store(0, wanted) == path
-    found, said = loaded()
+    assert loaded.store(0, wanted) == path
+    found, said = newly_loaded()
     assert {(e.subject, e.sizes): e.axes for e in found} == {(e.subject, e.sizes): e.axes for e in wanted}
     assert not said
 
@@ -63,7 +64,7 @@ def test_what_is_stored_is_loaded(path):
 def test_text_and_entries_are_the_same(seed):
     problem = random_problems.draw(seed + 1, seed=7)[seed].problem
     contents = TuningFile(NAME, {KEY: entries_of(problem, seed), KEY._replace(driver=12040): []})
-    assert tuning_format.decode(tuning_format.encode(contents)) == contents
+    assert file_format.decode(file_format.encode(contents)) == contents
 
 
 @pytest.mark.parametrize(
@@ -77,8 +78,8 @@ def test_text_and_entries_are_the_same(seed):
     ids=str,
 )
 def test_an_old_or_foreign_file_is_ignored_with_one_warning(path, change):
-    tuning_file.merge(path, TuningFile(NAME, {KEY._replace(**change): entries_of()}))
-    found, said = loaded()
+    storage.merge(path, TuningFile(NAME, {KEY._replace(**change): entries_of()}))
+    found, said = newly_loaded()
     assert found == ()
     assert len(said) == 1
     assert re.search(r"is ignored: it is for version .*; here is version .*`python -m cupy_msda tune`", said[0])
@@ -86,10 +87,10 @@ def test_an_old_or_foreign_file_is_ignored_with_one_warning(path, change):
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_file_is_ignored_with_one_warning(path, share):
-    tuning.store(0, entries_of())
+    loaded.store(0, entries_of())
     text = path.read_text()
     path.write_text(text[: int(share * len(text))])
-    found, said = loaded()
+    found, said = newly_loaded()
     assert found == ()
     assert len(said) == 1
     assert "is ignored (" in said[0]
@@ -100,16 +101,16 @@ def test_a_truncated_file_is_ignored_with_one_warning(path, share):
 )
 def test_a_file_of_something_else_is_ignored_with_one_warning(path, contents):
     path.write_bytes(contents)
-    found, said = loaded()
+    found, said = newly_loaded()
     assert found == ()
     assert len(said) == 1
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="nobody is refused")
 def test_a_file_that_cannot_be_read_is_ignored_with_one_warning(path):
-    tuning.store(0, entries_of())
+    loaded.store(0, entries_of())
     path.chmod(0)
-    found, said = loaded()
+    found, said = newly_loaded()
     assert (found, len(said)) == ((), 1)
 
 
@@ -131,7 +132,7 @@ def test_whatever_a_file_says_every_entry_has_allowed_values():
     """Random values in random places: the file is refused, or every entry is one that `tune` could have written."""
     pick, refused = random.Random(0), 0
     fused = replace(ENCODER, fused=FusedFrontEnd(2, 2, "float32", False))
-    text = tuning_format.encode(TuningFile(NAME, {KEY: entries_of() + entries_of(fused)}))
+    text = file_format.encode(TuningFile(NAME, {KEY: entries_of() + entries_of(fused)}))
     places = list(places_in(json.loads(text)))
     for _ in range(3000):
         tree = json.loads(text)
@@ -147,7 +148,7 @@ def test_whatever_a_file_says_every_entry_has_allowed_values():
             except (KeyError, IndexError, TypeError):
                 continue  # the other change has taken this place away
         try:
-            found = tuning_format.decode(json.dumps(tree))
+            found = file_format.decode(json.dumps(tree))
         except ValueError:
             refused += 1
             continue
@@ -163,25 +164,25 @@ def test_whatever_a_file_says_every_entry_has_allowed_values():
 
 @pytest.mark.parametrize("setting", ["off", "OFF", "0"])
 def test_switched_off_nothing_is_read_or_written(path, monkeypatch, setting):
-    tuning.store(0, entries_of())
+    loaded.store(0, entries_of())
     before = path.read_text()
-    monkeypatch.setenv(tuning_file.VARIABLE, setting)
-    assert loaded() == ((), [])
-    assert tuning.store(0, entries_of(seed=1)) is None
-    assert tuning.gpu_of(0).choices.entries  # of this process
+    monkeypatch.setenv(storage.VARIABLE, setting)
+    assert newly_loaded() == ((), [])
+    assert loaded.store(0, entries_of(seed=1)) is None
+    assert loaded.gpu_of(0).choices.entries  # of this process
     assert path.read_text() == before
 
 
 def test_the_default_folder_is_that_of_the_user(monkeypatch, tmp_path):
-    monkeypatch.delenv(tuning_file.VARIABLE, raising=False)
+    monkeypatch.delenv(storage.VARIABLE, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert tuning_file.path_of("Tesla T4") == tmp_path / ".cupy_msda" / "tuning" / "tesla_t4.json"
+    assert storage.path_of("Tesla T4") == tmp_path / ".cupy_msda" / "tuning" / "tesla_t4.json"
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", "..", "", "NVIDIA\x00", "C:\\x"])
 def test_a_name_of_a_gpu_stays_in_the_folder(path, name):
-    assert tuning_file.path_of(name).parent == path.parent
+    assert storage.path_of(name).parent == path.parent
 
 
 def write(folder, number):
@@ -189,8 +190,8 @@ def write(folder, number):
     path = folder / "gpu.json"
     for seed in range(20):
         problem = Problem(1 + number, 750 + seed, 8, 32, 2, 4, 300, "float32", "float32", ("cuda", 0), None)
-        tuning_file.merge(path, TuningFile("gpu", {KEY: entries_of(problem)[:1]}))
-        tuning_file.read(path)  # whole at any time
+        storage.merge(path, TuningFile("gpu", {KEY: entries_of(problem)[:1]}))
+        storage.read(path)  # whole at any time
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path):
@@ -201,7 +202,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    assert len(tuning_file.read(tmp_path / "gpu.json").tuned[KEY]) == 60
+    assert len(storage.read(tmp_path / "gpu.json").tuned[KEY]) == 60
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
 
 
@@ -209,15 +210,15 @@ def test_a_lock_that_a_dead_process_has_left_is_taken_over(path):
     lock = path.with_suffix(".lock")
     lock.touch()
     os.utime(lock, (1, 1))
-    tuning.store(0, entries_of())
+    loaded.store(0, entries_of())
     assert path.exists()
     assert not lock.exists()
 
 
 def test_an_entry_replaces_that_of_the_same_problem(path):
     for seed in (0, 1):
-        tuning.store(0, entries_of(seed=seed))
-    found, _ = loaded()
+        loaded.store(0, entries_of(seed=seed))
+    found, _ = newly_loaded()
     last = {(e.subject, e.sizes): e.axes for e in entries_of(seed=1)}
     assert {(e.subject, e.sizes): e.axes for e in found} == last
 
@@ -225,6 +226,6 @@ def test_an_entry_replaces_that_of_the_same_problem(path):
 def test_a_folder_that_cannot_be_written_says_so(path, monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.touch()
-    monkeypatch.setenv(tuning_file.VARIABLE, str(file / "folder"))
+    monkeypatch.setenv(storage.VARIABLE, str(file / "folder"))
     with pytest.raises(NotADirectoryError):
-        tuning.store(0, entries_of())
+        loaded.store(0, entries_of())

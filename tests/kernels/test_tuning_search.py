@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from cupy_msda.call import ALL, FusedFrontEnd, Problem
-from cupy_msda.cuda import candidates, launch_tables, plan
+from cupy_msda.cuda import launch_tables, plan
 from cupy_msda.cuda.gpu import ARCHITECTURES, H100
-from cupy_msda.cuda.search import GAIN, Search
-from cupy_msda.cuda.tuned import AXES, ORDERED
-from cupy_msda.cuda.tuning_bench import Planner, targets_of
-from cupy_msda.cuda.tuning_inputs import Inputs, levels_of
+from cupy_msda.cuda.tuner import candidates
+from cupy_msda.cuda.tuner.bench import Planner, targets_of
+from cupy_msda.cuda.tuner.inputs import Inputs, levels_of
+from cupy_msda.cuda.tuner.search import GAIN, Search
+from cupy_msda.cuda.tuning.tuned import AXES, ORDERED
 from tests.helpers import drawn_entries
 
 ENCODER = Problem(2, 22223, 8, 32, 4, 4, 22223, "float32", "float32", ("cuda", 0), None)

@@ -24,7 +24,7 @@ LAYERS = (
     ("torch", "jax"),
     ("__init__",),
     ("explanation",),
-    ("api", "cuda.warmup", "cuda.tune"),
+    ("api", "cuda.warmup", "cuda.tuner"),
     ("cuda.workloads",),
     ("sizes",),
     ("validate",),
@@ -36,8 +36,9 @@ LAYERS = (
 )
 # These import the standard library and each other, and `arrays` for its types.
 PURE = re.compile(
-    r"call|cuda\.(axes|candidates|cost_model|gpu|heuristics|index_width|kernel_spec|lanes|launch_tables|measured|naive_specs"
-    r"|plan|plan_backward|reasons|search|sorted_heuristics|sorted_specs|specs|tuned|tuning_format)"
+    r"call|cuda\.(axes|cost_model|gpu|heuristics|index_width|kernel_spec|lanes|launch_tables|naive_specs|plan"
+    r"|plan_backward|reasons|sorted_heuristics|sorted_specs|specs|tuner\.(candidates|search)"
+    r"|tuning\.(applied|file_format|tuned))"
     r"|arrays\.dlpack"
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -15,18 +15,19 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
-from .. import arrays
-from ..call import ALL, Problem, Wanted
-from ..sizes import Sizes, problems_of
-from . import gpu, kernels, naive, session, tuning
-from .kernel_spec import KernelSpec
-from .plan import Launch
-from .recording import RecordedCall
+from ... import arrays
+from ...call import ALL, Problem, Wanted
+from ...sizes import Sizes, problems_of
+from .. import gpu, kernels, naive, session
+from ..kernel_spec import KernelSpec
+from ..plan import Launch
+from ..recording import RecordedCall
+from ..tuning import loaded
+from ..tuning.tuned import ORDERED, Axes, Entry
+from ..workloads import WORKLOADS
+from .bench import Candidate, DeviceArrays, Planner, Target, targets_of
 from .replay import Replay
 from .search import Outcome, Search
-from .tuned import ORDERED, Axes, Entry
-from .tuning_bench import Candidate, DeviceArrays, Planner, Target, targets_of
-from .workloads import WORKLOADS
 
 # Replays of a configuration, and of each side of a comparison with the default.
 _REPLAYS, _COMPARED_REPLAYS = 3, 11
@@ -95,7 +96,7 @@ def tune(
     with session.on_device(number):
         for problem, entries in _tuned(asked, budget, progress):
             if entries:
-                tuning.store(problem.device[1], entries)
+                loaded.store(problem.device[1], entries)
             found += entries
     return found
 

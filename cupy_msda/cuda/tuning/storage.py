@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .tuning_format import TuningFile, decode, encode
+from .file_format import TuningFile, decode, encode
 
 VARIABLE = "CUPY_MSDA_TUNING"
 _OFF = ("off", "0")

@@ -9,18 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import arrays
-from ..call import Problem, Wanted
-from . import candidates, plan, plan_backward
-from .axes import VECTOR_BYTES
-from .gpu import Gpu
-from .launch import PreparedLaunch
-from .level_tables import device_table, level_table
-from .plan_backward import Backward
-from .specs import BackwardSpec
-from .steps import Addresses, PreparedBackward
-from .tuned import Axes, Choices, Entry, measured_of, subject_of
-from .tuning_inputs import Inputs, are_pixels, from_bits, levels_of, nbytes_of
+from ... import arrays
+from ...call import Problem, Wanted
+from .. import plan, plan_backward
+from ..axes import VECTOR_BYTES
+from ..gpu import Gpu
+from ..launch import PreparedLaunch
+from ..level_tables import device_table, level_table
+from ..plan_backward import Backward
+from ..specs import BackwardSpec
+from ..steps import Addresses, PreparedBackward
+from ..tuning.tuned import Axes, Choices, Entry, measured_of, subject_of
+from . import candidates
+from .inputs import Inputs, are_pixels, from_bits, levels_of, nbytes_of
 
 # Bytes of the inputs of all sets, as a multiple of the L2 cache: a model's arrays are mostly not there.
 _TIMES_L2, _MOST_SETS = 2, 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import arrays
+from ... import arrays
 
 # A replay takes about so many microseconds: much longer than its start.
 _REPLAY_US, _MOST_CALLS = 1000, 128

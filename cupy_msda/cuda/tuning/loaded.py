@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import arrays
-from ..version import __version__
-from . import gpu, tuning_file
-from .gpu import Gpu
+from ... import arrays
+from ...version import __version__
+from .. import gpu
+from ..gpu import Gpu
+from . import storage
+from .file_format import Key, TuningFile
 from .tuned import NONE, Choices, Entry
-from .tuning_format import Key, TuningFile
 
 _choices: dict[int, Choices] = {}
 _lock = threading.Lock()
@@ -72,7 +73,7 @@ def store(device: int, entries: Iterable[Entry]) -> Path | None:
         Where the file cannot be written.
     """
     entries, name = list(entries), name_of(device)
-    path = tuning_file.path_of(name)
+    path = storage.path_of(name)
     if path is None:
         choices = gpu_of(device).choices
         for entry in entries:
@@ -81,22 +82,22 @@ def store(device: int, entries: Iterable[Entry]) -> Path | None:
             _choices[device] = choices
         forget_launches()
         return None
-    tuning_file.merge(path, TuningFile(name, {key_of(device): entries}))
+    storage.merge(path, TuningFile(name, {key_of(device): entries}))
     reload()
     return path
 
 
 def _load(device: int) -> Choices:
     """The choices in the file of a device: none, and a warning, where it is not for this device and version."""
-    folder = tuning_file.folder()
+    folder = storage.folder()
     if folder is None or not folder.is_dir():
         return NONE
-    path = tuning_file.path_of(name_of(device))
+    path = storage.path_of(name_of(device))
     if path is None or not path.exists():
         return NONE
     key = key_of(device)
     try:
-        tuned = tuning_file.read(path).tuned
+        tuned = storage.read(path).tuned
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         _warn(f"{path} is ignored ({reason}). `python -m cupy_msda tune --clear` deletes it")

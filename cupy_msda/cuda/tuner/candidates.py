@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .gpu import Gpu
-from .kernel_spec import KernelSpec
-from .tuned import AXES, Axes
+from ..gpu import Gpu
+from ..kernel_spec import KernelSpec
+from ..tuning.tuned import AXES, Axes
 
 # Warps that a multiprocessor holds at a time: what occupancy and the registers of a thread follow from.
 _RESIDENT_WARPS = (8, 12, 16, 20, 24, 32, 40, 48, 64)

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from ..call import VALUE_DTYPES, FusedFrontEnd, Variant, Wanted
+from ...call import VALUE_DTYPES, FusedFrontEnd, Variant, Wanted
 from .tuned import Entry, Measured, Subject
 
 FORMAT = 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..gpu import Gpu
+from ..tuning.tuned import ORDERED, Axes
 from . import candidates
-from .gpu import Gpu
-from .tuned import ORDERED, Axes
 
 # A configuration takes the place of the default if it takes so much less time, in parts and in microseconds, in a
 # comparison of the two. Less than that is within the noise of another run.

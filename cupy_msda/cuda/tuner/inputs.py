@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
-from ..arrays import item_size
-from ..call import Problem, contiguous_starts
+from ...arrays import item_size
+from ...call import Problem, contiguous_starts
 
 Levels = tuple[tuple[int, int, int], ...]
 # Standard deviation of the offsets of samples, in pixels.

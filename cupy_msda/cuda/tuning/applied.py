@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
-from ..call import Problem, Wanted
-from .axes import VECTOR_BYTES
-from .gpu import Gpu
-from .launch_tables import Bounds, ForwardEntry
+from ...call import Problem, Wanted
+from ..axes import VECTOR_BYTES
+from ..gpu import Gpu
+from ..launch_tables import Bounds, ForwardEntry
 from .tuned import Axes
 
 AnyBounds = TypeVar("AnyBounds", bound=Bounds)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..call import FusedFrontEnd, Problem, Variant, Wanted
+from ...call import FusedFrontEnd, Problem, Variant, Wanted
 
 Axes = Mapping[str, int | str]
 
