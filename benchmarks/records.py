@@ -29,6 +29,7 @@ CONTENTS = {
     "mutation": "drawn changes of the sources, and which of them the tests find (`python -m tests.mutation`)",
     "overhead": "host time of a torch call",
     "release_jobs": "the jobs of the workflows, in fresh environments",
+    "repaired": "tuning from a launch table that was spoilt on purpose",
     "removals": "the cost of five features, each taken out ([removals](decisions.md#removals))",
     "rooms": "the workloads before and after the sources were rewritten",
     "sanitizers": "every budgeted specialisation under compute-sanitizer",
@@ -37,7 +38,7 @@ CONTENTS = {
     "several_gpus": "DDP, FSDP2 and compiled DDP of a served model, on one GPU and on two",
     "shapes": "other D, L and P",
     "startup": "the time of a first call",
-    "tuning": "tuned cells against the default, measured twice, and a spoilt table that tuning repairs",
+    "tuning": "tuned cells against the default, measured in another process",
 }
 
 

@@ -49,9 +49,14 @@ def served_table(path: Path, result: dict[str, Any]) -> str:
     return served_report.served_table(result, path.name)
 
 
-def tuning_table(path: Path, result: dict[str, Any]) -> str:
-    """Markdown: what tuning gains on drawn cells."""
-    return tuning_report.tuning_table(result, recorded(result["provenance"], path))
+def tuning_table() -> str:
+    """Markdown: what tuning gains on drawn cells, and whether it repairs a table."""
+    (path, tuned), (repaired_path, repaired) = latest(("tuning_*.json",)), latest(("repaired_*.json",))
+    parts = [
+        tuning_report.tuning_table(tuned, recorded(tuned["provenance"], path)),
+        tuning_report.repaired_text(repaired, recorded(repaired["provenance"], repaired_path)),
+    ]
+    return "\n\n".join(parts)
 
 
 def several_gpus_table() -> str:
@@ -74,7 +79,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "compared": (README, compared_table),
     "served": (MODELS, of_latest(served_table, "served_models.json")),
     "several_gpus": (SEVERAL_GPUS, several_gpus_table),
-    "tuning": (TUNING, of_latest(tuning_table, "tuning_*.json")),
+    "tuning": (TUNING, tuning_table),
     "benchmark": (PERFORMANCE, of_latest(operator_report.comparison_table, "benchmark_*.json")),
     "floors": (PERFORMANCE, of_latest(operator_report.floors_table, "benchmark_*.json")),
     "shapes": (PERFORMANCE, of_latest(operator_report.comparison_table, "shapes_*.json")),
