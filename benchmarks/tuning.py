@@ -33,7 +33,7 @@ from cupy_msda.cuda import gpu, kernels, launch_tables, run, session
 from cupy_msda.cuda.kernel_spec import KernelSpec
 from cupy_msda.cuda.recording import RecordedCall
 from cupy_msda.cuda.tuner import candidates
-from cupy_msda.cuda.tuner.bench import Planner, targets_of
+from cupy_msda.cuda.tuner.targets import Planner, targets_of
 from cupy_msda.cuda.tuning import loaded
 from cupy_msda.cuda.tuning.file_format import Key, TuningFile, decode, encode
 from cupy_msda.cuda.tuning.tuned import Choices, Entry

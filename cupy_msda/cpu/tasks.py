@@ -1,4 +1,4 @@
-"""What the NumPy path computes with and computes, and the division of one call into independent tasks."""
+"""Inputs and gradients of both tiers, and the division of one call into independent tasks."""
 
 from __future__ import annotations
 

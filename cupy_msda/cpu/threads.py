@@ -1,4 +1,4 @@
-"""Threads of the NumPy path: they share out independent tasks, so the result does not depend on their number."""
+"""Threads of the CPU path: they share out independent tasks, so the result does not depend on their number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the launch choices need to know of a GPU, and the one list of architectures that this project supports."""
+"""What the launch choices need to know of a GPU, and the list of architectures that the tests compile for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the indices of a kernel need 64 bits: by the counts that its spec has of every array, and nothing else."""
+"""Whether the indices of a kernel need 64 bits: or are too many for it: by what its spec says that it counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Level sizes that are known on the host, as arrays on the device: copied once per list of levels and device.
+"""Numbers that the host knows, such as level sizes, as arrays on the device: copied once per list and device.
 
 The kernels read levels from device memory alone, so that one compiled kernel serves metadata from the host and from the
 device. Tables are never freed: a captured CUDA graph may read them at any later time.

@@ -1,4 +1,4 @@
-"""Which kernel runs, and how it is launched: a pure function of the problem and the GPU, without a framework.
+"""How a chosen kernel is launched, its grid and its limits: a pure function of the problem and the GPU.
 
 A :class:`~cupy_msda.cuda.kernel_spec.KernelSpec` is every compile-time choice; :class:`Launch` adds what varies from
 call to call. ``plan_backward.py`` says which launches a backward consists of.

@@ -1,4 +1,7 @@
-"""Why a call gets its kernels, in sentences: a pure function of the plan. For :func:`cupy_msda.explain`."""
+"""Why a call gets its kernels, in sentences, and the least time that it can take, for :func:`cupy_msda.explain`.
+
+Pure functions of the problem, the alignment and the GPU.
+"""
 
 from __future__ import annotations
 

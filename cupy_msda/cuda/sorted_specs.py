@@ -1,4 +1,4 @@
-"""The kernels that sum the gradient of value without atomics: bucket sort and reduction."""
+"""The kernels that sum the gradient of value without atomics: bucket sort and reduction; samples of a fused call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Side streams: work that runs at the same time as the caller's stream, between a fork and a join."""
+"""Side streams, which run at the same time as the caller's between a fork and a join; and what may not be captured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention as an operator of torch, on the CPU and on CUDA."""
+"""Multi-scale deformable attention as an operator of torch: by kernels on the CPU and CUDA, elsewhere by torch."""
 
 import sys as _sys
 

@@ -1,4 +1,4 @@
-"""Eager calls on the CPU whose layout is known: from tensors to the CPU path and back without validation.
+"""Eager calls on the CPU: by torch's own functions where these are estimated to be faster, otherwise by the CPU path.
 
 The first call of a layout is validated and leaves its :class:`Problem` here. The key holds all that validation reads.
 """

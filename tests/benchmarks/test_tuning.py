@@ -8,7 +8,7 @@ from benchmarks import tuning as benchmark
 from benchmarks.grid_cells import Cell
 from cupy_msda.cuda import plan
 from cupy_msda.cuda.gpu import H100
-from cupy_msda.cuda.tuner import tune
+from cupy_msda.cuda.tuner import device_arrays
 from tests.helpers import emulated_gpu
 
 CELLS = [
@@ -21,7 +21,7 @@ CELLS = [
 def gpu(monkeypatch):
     """Launches compute nothing; few resident warps are fast."""
     monkeypatch.setattr(benchmark, "drawn", lambda count, seed: CELLS[:count])
-    monkeypatch.setattr(tune.DeviceArrays, "agree", lambda self, one, other: True)
+    monkeypatch.setattr(device_arrays.DeviceArrays, "agree", lambda self, one, other: True)
     found = emulated_gpu.install(monkeypatch, run=lambda planned, words: None)
     found.milliseconds = lambda launch: 0.01 * launch.spec.axes().get("warps", 1)
     return found

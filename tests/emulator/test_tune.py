@@ -12,7 +12,9 @@ from cupy_msda.call import ALL
 from cupy_msda.cuda import plan, plan_backward, run
 from cupy_msda.cuda.gpu import H100
 from cupy_msda.cuda.tuner import tune
-from cupy_msda.cuda.tuner.bench import targets_of
+from cupy_msda.cuda.tuner.bench import Bench
+from cupy_msda.cuda.tuner.device_arrays import DeviceArrays
+from cupy_msda.cuda.tuner.targets import targets_of
 from cupy_msda.cuda.tuning import loaded, storage, tuned
 from cupy_msda.cuda.tuning.tuned import Choices
 from tests.helpers import drawn_entries, emulated_gpu, emulator
@@ -37,7 +39,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv(storage.VARIABLE, str(tmp_path))
     found = emulated_gpu.install(monkeypatch, run=lambda planned, words: None)
     found.milliseconds = milliseconds
-    monkeypatch.setattr(tune.DeviceArrays, "agree", lambda self, one, other: True)
+    monkeypatch.setattr(DeviceArrays, "agree", lambda self, one, other: True)
     return found
 
 
@@ -124,7 +126,7 @@ def test_calls_after_tuning_launch_what_was_found(gpu):
 
 @pytest.mark.parametrize("after", [1, 3])
 def test_ctrl_c_keeps_what_was_found(gpu, monkeypatch, after):
-    original, measured = tune.Bench.tune, []
+    original, measured = Bench.tune, []
 
     def interrupted(self, target, deadline):
         if len(measured) == after:
@@ -132,7 +134,7 @@ def test_ctrl_c_keeps_what_was_found(gpu, monkeypatch, after):
         measured.append(target)
         return original(self, target, deadline)
 
-    monkeypatch.setattr(tune.Bench, "tune", interrupted)
+    monkeypatch.setattr(Bench, "tune", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cupy_msda.tune(SIZES, progress=False)
     assert {entry.subject.name for entry in loaded.gpu_of(0).choices.entries} == {target.name for target in measured}
@@ -146,7 +148,7 @@ def test_the_budget_ends_the_search(gpu, monkeypatch):
 
 
 def test_other_results_are_left_out(gpu, monkeypatch):
-    monkeypatch.setattr(tune.DeviceArrays, "agree", lambda self, one, other: False)
+    monkeypatch.setattr(DeviceArrays, "agree", lambda self, one, other: False)
     with pytest.warns(RuntimeWarning, match="another result, so this is left out"):
         entries = cupy_msda.tune(SIZES, backward=False, progress=False)
     assert all(not entry.axes for entry in entries)
@@ -156,14 +158,14 @@ def test_a_problem_that_is_too_large_is_left_out(gpu, monkeypatch):
     class OutOfMemoryError(Exception):
         pass
 
-    original = tune.DeviceArrays.__init__
+    original = DeviceArrays.__init__
 
     def init(self, problem, on, stream):
         if problem.N == 3:
             raise OutOfMemoryError("no memory")
         original(self, problem, on, stream)
 
-    monkeypatch.setattr(tune.DeviceArrays, "__init__", init)
+    monkeypatch.setattr(DeviceArrays, "__init__", init)
     with pytest.warns(RuntimeWarning, match="is left out: no memory"):
         entries = cupy_msda.tune([replace(SIZES, N=n) for n in (3, 1)], backward=False, progress=False)
     assert {entry.sizes.N for entry in entries} == {1}
@@ -229,7 +231,7 @@ def test_results_are_compared(monkeypatch, sizes, wanted):
     """Every way to the same results agrees; a kernel that leaves something out does not."""
     gpu = emulated_gpu.install(monkeypatch)
     gpu.device = 0
-    bench = tune.Bench(problem_of(sizes))
+    bench = Bench(problem_of(sizes))
     name, axes = ("grad_value", {"way": "atomics"}) if wanted else ("forward", {"lanes_per_query": 4, "warps": 1})
     target = next(one for one in targets_of(bench.problem, wanted) if one.name == name)
     default, other = (bench.planner.candidate(target, one) for one in ({"way": "sorted"} if wanted else None, axes))

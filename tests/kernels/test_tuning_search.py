@@ -10,9 +10,9 @@ from cupy_msda.call import ALL, FusedFrontEnd, Problem
 from cupy_msda.cuda import launch_tables, plan
 from cupy_msda.cuda.gpu import ARCHITECTURES, H100
 from cupy_msda.cuda.tuner import candidates
-from cupy_msda.cuda.tuner.bench import Planner, targets_of
 from cupy_msda.cuda.tuner.inputs import Inputs, levels_of
 from cupy_msda.cuda.tuner.search import GAIN, Search
+from cupy_msda.cuda.tuner.targets import Planner, targets_of
 from cupy_msda.cuda.tuning.tuned import AXES, ORDERED
 from tests.helpers import drawn_entries
 

@@ -1,4 +1,4 @@
-"""A call by compiled loops: blocks of samples for the threads, whose arrays are in the accumulator dtype.
+"""A call by compiled loops: the threads share its blocks of queries forward, its tasks backward.
 
 A block's arrays are parts of the caller's where these are contiguous and need no cast, and small copies otherwise.
 """

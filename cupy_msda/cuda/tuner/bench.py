@@ -1,246 +1,145 @@
-"""One problem on the GPU at hand: its arrays, and the launches of a candidate, compiled and ready to be timed."""
+"""Tuning: times launch configurations on the GPU at hand and keeps those that are faster than the default.
+
+Every time is the replay of a CUDA graph of several calls, between two events. A configuration counts only if it is
+faster in a comparison with the default, in turn, and has the same results.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-
-import numpy as np
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 
 from ... import arrays
-from ...call import Problem, Wanted
-from .. import plan, plan_backward
-from ..axes import VECTOR_BYTES
-from ..gpu import Gpu
-from ..launch import PreparedLaunch
-from ..level_tables import device_table, level_table
-from ..plan_backward import Backward
-from ..specs import BackwardSpec
-from ..steps import Addresses, PreparedBackward
-from ..tuning.tuned import Axes, Choices, Entry, measured_of, subject_of
-from . import candidates
-from .inputs import Inputs, are_pixels, from_bits, levels_of, nbytes_of
+from ...call import Problem
+from .. import gpu, kernels, session
+from ..kernel_spec import KernelSpec
+from ..plan import Launch
+from ..tuning.tuned import ORDERED, Axes, Entry
+from .device_arrays import DeviceArrays
+from .replay import Replay
+from .search import Outcome, Search
+from .targets import Candidate, Planner, Target
 
-# Bytes of the inputs of all sets, as a multiple of the L2 cache: a model's arrays are mostly not there.
-_TIMES_L2, _MOST_SETS = 2, 4
-# Of each result, so many elements at the beginning and at the end are compared.
-_COMPARED = 1 << 20
-# Norm of the difference of two results over the norm of one.
-_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
+# Replays of a configuration, and of each side of a comparison with the default.
+_REPLAYS, _COMPARED_REPLAYS = 3, 11
+# A configuration whose first replay takes so many times as long as the fastest one is not replayed again.
+_HOPELESS = 1.3
+# The share of the time for a batch of configurations that is for their compilation.
+_COMPILING = 0.7
 
 
-class Target(NamedTuple):
-    """What is tuned: the subject `name` of a problem, in a call that computes these gradients; None for a forward."""
+class Bench:
+    """Tunes the targets of one problem on the current device."""
 
-    name: str
-    wanted: Wanted | None
+    def __init__(self, problem: Problem) -> None:
+        self.cupy, self.problem, self.device = arrays.require_cupy("tune"), problem, problem.device[1]
+        self._seen: set[tuple[Launch, ...]] = set()
+        on = gpu.of_device(self.device)
+        self._on, self.planner = on, Planner(problem, on)
+        self.cupy.cuda.runtime.deviceSynchronize()  # other work would count
+        self.stream = self.cupy.cuda.Stream(non_blocking=True)
+        with self.stream:
+            self.arrays = DeviceArrays(problem, on, self.stream)
 
+    def tune(self, target: Target, deadline: float) -> list[Entry]:
+        """The best configuration of a target, and that which keeps the order of sums where it is another."""
+        default = self.planner.default_axes(target)
+        if default is None or time.monotonic() > deadline:
+            return []
 
-def targets_of(problem: Problem, wanted: Wanted | None) -> list[Target]:
-    """What a call consists of, the choice between ways last: it depends on the kernels."""
-    if wanted is None:
-        return [Target("forward", None)]
-    wanted = problem.computed(wanted)
-    found = []
-    if wanted.samples:
-        found.append(Target("samples", wanted._replace(value=False)))
-    if wanted.value:
-        of_value = Wanted(value=True, locations=False, weights=False)
-        found += [Target(name, of_value) for name in ("bucket_sort", "reduce_buckets")]
-        found += [Target(name, wanted) for name in ("atomics", "aggregated", "grad_value")]
-    return found
+        self._seen.clear()
 
+        def planned(axes: Axes) -> Candidate:
+            return self.planner.candidate(target, None if axes == default else axes)
 
-@dataclass(frozen=True)
-class Candidate:
-    """A target with a configuration: what is launched. `launches` are equal where the configurations make none."""
+        def compare(axes: Axes) -> tuple[float, float] | None:
+            return self._compared(planned(default), planned(axes))
 
-    target: Target
-    gpu: Gpu
-    launches: tuple[plan.Launch, ...]
+        def compare_clustered(axes: Axes) -> tuple[float, float] | None:
+            with self.arrays.clustered():
+                return compare(axes)
 
-
-class Planner:
-    """Plans the candidates of a problem. `choices` has what was found so far."""
-
-    def __init__(self, problem: Problem, on: Gpu) -> None:
-        self.problem, self._on, self.choices = problem, on.untuned, Choices()
-
-    def entry(self, target: Target, axes: Axes, default_us: float = 1.0, tuned_us: float = 1.0) -> Entry:
-        """An entry for a target."""
-        subject = subject_of(target.name, self.problem, target.wanted)
-        return Entry(subject, measured_of(self.problem), axes, default_us, tuned_us)
-
-    def candidate(self, target: Target, axes: Axes | None) -> Candidate:
-        """A candidate; its default where `axes` is None."""
-        choices = self.choices
-        forced = {"bucket_sort": "sorted", "reduce_buckets": "sorted"}.get(target.name, target.name)
-        if forced in ("sorted", "atomics", "aggregated"):
-            choices = choices.with_entry(self.entry(Target("grad_value", target.wanted), {"way": forced}))
-        if axes is not None:
-            choices = choices.with_entry(self.entry(target, axes))
-        on = replace(self._on, choices=choices)
-        if target.wanted is None:
-            return Candidate(target, on, plan.forward(self.problem, VECTOR_BYTES, on).launches)
-        return Candidate(target, on, self._backward(on, target.wanted).launches)
-
-    def default_axes(self, target: Target) -> Axes | None:
-        """The axes of the default, or None where the target is not possible."""
-        default = self.candidate(target, None)
-        if target.name == "grad_value":
-            assert target.wanted is not None
-            return {"way": way_of(self._backward(default.gpu, target.wanted))}
-        kernel = "backward" if target.name in ("samples", "atomics", "aggregated") else target.name
-        spec = next((launch.spec for launch in default.launches if launch.spec.kernel == kernel), None)
-        if spec is None or (isinstance(spec, BackwardSpec) and bool(spec.aggregation_bits) != _aggregates(target)):
-            return None
-        return candidates.default_of(target.name, spec)
-
-    def _backward(self, on: Gpu, wanted: Wanted) -> Backward:
-        return plan_backward.backward(self.problem, VECTOR_BYTES, on, wanted)
-
-
-def _aggregates(target: Target) -> bool:
-    return target.name == "aggregated"
-
-
-def way_of(planned: Backward) -> str:
-    """The way in which a backward sums the gradient of value."""
-    if planned.summation:
-        return "sorted"
-    spec = planned.atomics.spec if planned.atomics else None
-    return "aggregated" if isinstance(spec, BackwardSpec) and spec.aggregation_bits else "atomics"
-
-
-class DeviceArrays:
-    """Inputs of a problem on the current device, in several sets, and its results."""
-
-    def __init__(self, problem: Problem, on: Gpu, stream: Any) -> None:
-        self._cupy, self.problem, self.stream = arrays.require_cupy("tune"), problem, stream
-        self._levels = problem.levels or levels_of(problem.S, problem.L)
-        device = problem.device[1]
-        self.metadata = tuple(level_table(self._levels, device, 0))
-        self.lengths = device_table((problem.Q,) * problem.N, device, 0) if problem.ragged else 0
-        count = max(1, min(_MOST_SETS, -(-_TIMES_L2 * on.l2_bytes // max(1, nbytes_of(problem)))))
-        self.sets = [self._uploaded(Inputs(problem, self._levels, seed)) for seed in range(count)]
-        self._results = {name: self._empty(array) for name, array in self.sets[0].items()}
-
-    def _uploaded(self, inputs: Inputs) -> dict[str, Any]:
-        """The arrays of all images, each in one dimension."""
-        found = {
-            name: self._cupy.empty(self.problem.N * image.size, image.dtype) for name, image in inputs.arrays.items()
-        }
-        for name, image in inputs.arrays.items():
-            self._upload(image, found[name])
+        search = Search(target.name, default, self._on, lambda asked: self._measured(map(planned, asked), deadline))
+        # Which way is the fastest depends on where samples lie, and they may lie elsewhere in other calls.
+        elsewhere = compare_clustered if target.name == "grad_value" and self.arrays.can_cluster else None
+        best = search.best(compare, in_order=False, elsewhere=elsewhere)
+        if best is None:
+            return []
+        found = [self._entry(target, best, deterministic=False)]
+        if target.name in ORDERED and target.name != "grad_value":
+            fixed = search.best(compare, in_order=True)
+            if fixed is not None:
+                found.append(self._entry(target, fixed, deterministic=True))
+        self.planner.choices = self.planner.choices.with_entry(found[0])
         return found
 
-    def _upload(self, image: np.ndarray, to: Any) -> None:
-        """The array of one image, to all images."""
-        flat = np.ascontiguousarray(image).reshape(-1)
-        for n in range(self.problem.N):
-            to[n * flat.size : (n + 1) * flat.size].set(flat, stream=self.stream)
-        self.stream.synchronize()
+    def _entry(self, target: Target, found: Outcome, *, deterministic: bool) -> Entry:
+        entry = self.planner.entry(target, found.axes, found.default_us, found.tuned_us)
+        return replace(entry, subject=entry.subject._replace(deterministic=deterministic))
 
-    @property
-    def can_cluster(self) -> bool:
-        """Whether the reference points may lie elsewhere: they are not the pixels."""
-        return not are_pixels(self.problem, self._levels)
+    def _measured(self, asked: Iterable[Candidate], deadline: float) -> list[float | None]:
+        """The microseconds of candidates; None for one that launches the same as another, or comes too late."""
+        planned = []
+        for candidate in asked:
+            planned.append(None if candidate.launches in self._seen else candidate)
+            self._seen.add(candidate.launches)
+        ready = _compiled(planned, self.device, time.monotonic() + _COMPILING * (deadline - time.monotonic()))
+        times: list[float | None] = []
+        for one, is_ready in zip(planned, ready, strict=True):
+            fastest = min((us for us in times if us is not None), default=float("inf"))
+            late = times and time.monotonic() > deadline
+            times.append(self._time(one, fastest) if one is not None and is_ready and not late else None)
+        return times
 
-    @contextlib.contextmanager
-    def clustered(self) -> Iterator[None]:
-        """All samples in a part of the image meanwhile."""
+    def _time(self, candidate: Candidate, fastest: float) -> float:
+        replay = self.replay(candidate)
+        samples = [replay.microseconds()]
+        while len(samples) < _REPLAYS and samples[0] < _HOPELESS * fastest:
+            samples.append(replay.microseconds())
+        return statistics.median(samples)
+
+    def _compared(self, default: Candidate, candidate: Candidate) -> tuple[float, float] | None:
+        with self.stream:
+            if not self.arrays.agree(default, candidate):
+                name, chosen = default.target.name, [str(launch.spec) for launch in candidate.launches]
+                warnings.warn(f"tune: {name}: another result, so this is left out: {chosen}", RuntimeWarning, 2)
+                return None
+        replays = [self.replay(one) for one in (default, candidate)]
+        samples = [[replay.microseconds() for replay in replays] for _ in range(_COMPARED_REPLAYS)]
+        before, after = (statistics.median(column) for column in zip(*samples, strict=True))
+        return before, after
+
+    def replay(self, candidate: Candidate) -> Replay:
+        """A candidate, ready to be timed."""
+        with self.stream:
+            runs, memory = self.arrays.runs(candidate)
+        return Replay(runs, self.stream, memory)
+
+
+def _compiled(planned: Sequence[Candidate | None], device: int, deadline: float) -> list[bool]:
+    """Compiles the kernels of candidates in parallel; which of them are ready when the time is over.
+
+    Nothing is compiled when it returns: loading a kernel would disturb what is timed.
+    """
+
+    def compile_one(spec: KernelSpec) -> None:
+        with session.on_device(device):
+            kernels.function(spec, device)
+
+    specs = dict.fromkeys(launch.spec for one in planned if one is not None for launch in one.launches)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        futures = {spec: pool.submit(compile_one, spec) for spec in specs}
         try:
-            self._move(clustered=True)
-            yield
+            wait(futures.values(), None if deadline == float("inf") else max(0.0, deadline - time.monotonic()))
         finally:
-            self._move(clustered=False)
-
-    def _move(self, *, clustered: bool) -> None:
-        for seed, arrays_of_set in enumerate(self.sets):
-            moved = Inputs(self.problem, self._levels, seed, clustered).arrays
-            for name in arrays_of_set.keys() & {"locations", "references"}:
-                self._upload(moved[name], arrays_of_set[name])
-
-    def _empty(self, like: Any) -> Any:
-        return self._cupy.empty(like.shape[0], like.dtype)
-
-    def runs(self, candidate: Candidate) -> tuple[list[Callable[[], None]], Any]:
-        """A function per set of inputs that queues the launches of a candidate, and the memory that they use.
-
-        Compiles what is not compiled.
-        """
-        device, wanted = self.problem.device[1], candidate.target.wanted
-        if wanted is None:
-            launch = PreparedLaunch(candidate.launches[0], device)
-            return [self._forward(launch, inputs) for inputs in self.sets], None
-        steps = PreparedBackward(
-            self.problem, VECTOR_BYTES, candidate.gpu, wanted, lambda launch: PreparedLaunch(launch, device)
-        )
-        workspace = self._cupy.empty(steps.workspace, np.uint8) if steps.workspace else None
-        at = 0 if workspace is None else workspace.data.ptr
-        return [self._backward(steps, at, wanted, inputs) for inputs in self.sets], workspace
-
-    def _addresses(self, inputs: dict[str, Any]) -> tuple[int, int, int, int, int]:
-        value, locations = inputs["value"].data.ptr, inputs["locations"].data.ptr
-        weights = locations + self._to_logits if self.problem.packed else inputs["weights"].data.ptr
-        references = inputs["references"].data.ptr if "references" in inputs else 0
-        return value, locations, weights, references, self.lengths
-
-    @property
-    def _to_logits(self) -> int:
-        return 2 * self.problem.K * arrays.item_size(self.problem.location_dtype)
-
-    def _forward(self, launch: PreparedLaunch, inputs: dict[str, Any]) -> Callable[[], None]:
-        value, *samples = self._addresses(inputs)
-        words = (value, *self.metadata, *samples, self._results["grad_output"].data.ptr, *plan.size_words(self.problem))
-        return lambda: launch.run(self.stream.ptr, *words)
-
-    def _backward(
-        self, steps: PreparedBackward, workspace: int, wanted: Wanted, inputs: dict[str, Any]
-    ) -> Callable[[], None]:
-        results = {name: array.data.ptr for name, array in self._results.items()}
-        weights = results["locations"] + self._to_logits if self.problem.packed else results["weights"]
-        addresses = Addresses(
-            *self._addresses(inputs),
-            grad_output=inputs["grad_output"].data.ptr,
-            grad_value=results["value"] if wanted.value else 0,
-            grad_locations=results["locations"] if wanted.locations else 0,
-            grad_weights=weights if wanted.weights else 0,
-            grad_references=results.get("references", 0) if wanted.references else 0,
-            workspace=workspace,
-        )
-        return lambda: steps.run(self.stream.ptr, self.metadata, addresses)
-
-    def results(self, candidate: Candidate) -> dict[str, np.ndarray]:
-        """What a candidate writes, as numbers: parts of the results, which were NaN before."""
-        runs, memory = self.runs(candidate)
-        fill = self._cupy.cuda.runtime.memsetAsync
-        for array in self._results.values():
-            fill(array.data.ptr, 0xFF, array.shape[0] * array.dtype.itemsize, self.stream.ptr)
-        runs[0]()
-        self.stream.synchronize()
-        del memory
-        dtypes = {"value": self.problem.value_dtype, "grad_output": self.problem.value_dtype}
-        if self.problem.fused:
-            dtypes["references"] = self.problem.fused.dtype
-        found = {}
-        for name, array in self._results.items():
-            parts = [array[:_COMPARED].get(), array[-_COMPARED:].get()]
-            found[name] = from_bits(np.concatenate(parts), dtypes.get(name, self.problem.location_dtype))
-        return found
-
-    def agree(self, one: Candidate, other: Candidate) -> bool:
-        """Whether two candidates have the same results, but for rounding."""
-        want, have = self.results(one), self.results(other)
-        tolerance = max(_TOLERANCE[dtype] for dtype in (self.problem.value_dtype, self.problem.location_dtype))
-        return all(_close(have[name], want[name], tolerance) for name in want)
-
-
-def _close(have: np.ndarray, want: np.ndarray, tolerance: float) -> bool:
-    finite = np.isfinite(want)
-    if not np.array_equal(finite, np.isfinite(have)):
-        return False
-    difference = np.linalg.norm(have[finite] - want[finite])
-    return bool(difference <= tolerance * np.linalg.norm(want[finite]))
+            pool.shutdown(cancel_futures=True)
+    errors = [error for future in futures.values() if not future.cancelled() and (error := future.exception())]
+    if errors and len(errors) == len(futures):  # no kernel can be compiled here
+        raise errors[0]
+    failed = {spec for spec, future in futures.items() if future.cancelled() or future.exception() is not None}
+    return [one is not None and failed.isdisjoint(launch.spec for launch in one.launches) for one in planned]

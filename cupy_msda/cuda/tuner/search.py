@@ -1,4 +1,4 @@
-"""The search for the fastest launch configuration of one kernel: pure, given what measures."""
+"""The search for the fastest configuration of a kernel, or way of a backward: pure, given what measures."""
 
 from __future__ import annotations
 

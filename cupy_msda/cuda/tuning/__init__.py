@@ -1,1 +1,1 @@
-"""What tuning has found: the files that keep it, and the launches that take it."""
+"""What tuning has found: its vocabulary, its files, and how it takes the place of entries of a launch table."""

@@ -1,4 +1,7 @@
-"""Measured choices in the place of the entries of a launch table."""
+"""Looks up what tuning has set, and puts blocks and lanes into an entry of a launch table.
+
+Other axes, such as query tiles and the way of a backward, are taken where they are planned.
+"""
 
 from __future__ import annotations
 

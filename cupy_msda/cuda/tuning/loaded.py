@@ -1,4 +1,4 @@
-"""The measured choices of this process: read from the tuning file of each device when a call first plans there."""
+"""What tuning has found, in this process: read from the file of a device when a call first plans there, and stored."""
 
 from __future__ import annotations
 

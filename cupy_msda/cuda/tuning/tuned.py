@@ -1,4 +1,4 @@
-"""Measured launch choices: what an entry may set, within which ranges, and which problems it is for.
+"""Entries of tuning: which axes they may set, within which ranges, for which problems, and how a call finds its own.
 
 The planner asks :class:`Choices` after it has taken the entry of its launch table. An entry sets axes of a closed list
 and nothing else, so the planner's own limits hold for it as for a table.
