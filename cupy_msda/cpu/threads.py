@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from .. import variables
+
 _Task = TypeVar("_Task")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
@@ -22,7 +24,7 @@ def num_threads(of_framework: int | None = None) -> int:
     ``CUPY_MSDA_NUM_THREADS`` decides. Without it, what the arrays' framework uses (``torch.set_num_threads``), or
     ``OMP_NUM_THREADS``; and no more than the cores that the process may use, by its affinity and its control group.
     """
-    setting = os.environ.get("CUPY_MSDA_NUM_THREADS")
+    setting = variables.setting("CUPY_MSDA_NUM_THREADS")
     if setting is None:
         cores = _cores()
         return min(of_framework or _omp_threads() or cores, cores)

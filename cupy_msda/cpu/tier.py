@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from types import ModuleType
 
+from .. import variables
 from ..requirements import install
 
 
@@ -23,7 +23,7 @@ def compiled_tier() -> ModuleType | None:
     RuntimeError
         Where ``CUPY_MSDA_CPU`` is ``numba``, which cannot be imported.
     """
-    setting = os.environ.get("CUPY_MSDA_CPU")
+    setting = variables.setting("CUPY_MSDA_CPU")
     if setting == "numpy":
         return None
     if setting not in (None, "numba"):
@@ -43,7 +43,7 @@ def describe() -> str:
             return "numba"
     except (RuntimeError, ValueError) as error:
         return f"fails: {error}"
-    if os.environ.get("CUPY_MSDA_CPU") == "numpy":
+    if variables.setting("CUPY_MSDA_CPU") == "numpy":
         return "NumPy (CUPY_MSDA_CPU=numpy)"
     return f"NumPy, because {_load()}: {install('numba')}"
 

@@ -6,10 +6,9 @@ gradients of 16-bit arrays.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
-from .. import arrays
+from .. import arrays, variables
 from ..arrays import item_size
 from ..call import SIXTEEN_BIT, Problem, Wanted
 from . import plan
@@ -33,7 +32,7 @@ def selected() -> bool:
     ValueError
         For a value of ``CUPY_MSDA_KERNELS`` other than ``fast`` and ``naive``.
     """
-    setting = os.environ.get("CUPY_MSDA_KERNELS", "fast")
+    setting = variables.setting("CUPY_MSDA_KERNELS") or "fast"
     if setting not in ("fast", "naive"):
         raise ValueError(f"CUPY_MSDA_KERNELS: expected 'fast' or 'naive', got {setting!r}")
     return setting == "naive"

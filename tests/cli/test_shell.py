@@ -11,7 +11,8 @@ import pytest
 
 import cupy_msda
 from cupy_msda import __main__
-from cupy_msda.cli import check, demo
+from cupy_msda.cli import check, demo, environment
+from cupy_msda.cuda.tuning import storage
 
 ROOT = Path(cupy_msda.__file__).parent.parent
 COMMAND = (sys.executable, "-m", "cupy_msda")
@@ -177,6 +178,17 @@ def test_check_without_its_cases(capsys, monkeypatch):
     monkeypatch.setattr(check.Path, "glob", lambda *_: iter(()))
     assert __main__.main(["check"]) == 2
     assert "the golden cases of cupy_msda are missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_variable_is_none(monkeypatch, empty):
+    before = storage.folder()
+    for name in ("CUPY_MSDA_CPU", "CUPY_MSDA_NUM_THREADS", "CUPY_MSDA_KERNELS"):
+        monkeypatch.setenv(name, empty)
+    environment.refuse_wrong_variables()
+    assert before is None  # tests run without tuning
+    monkeypatch.setenv("CUPY_MSDA_TUNING", empty)
+    assert storage.folder() == Path.home() / ".cupy_msda" / "tuning"
 
 
 @pytest.mark.parametrize("command", ["check", "demo", "explain", "tune"])

@@ -38,6 +38,13 @@ def test_it_runs_by_itself_where_numba_is_installed(monkeypatch):
     assert tier.describe() == "numba"
 
 
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_setting_is_none(monkeypatch, empty):
+    monkeypatch.setenv("CUPY_MSDA_CPU", empty)
+    assert tier.compiled_tier() is run
+    assert tier.describe() == "numba"
+
+
 def test_the_setting_takes_numpy(monkeypatch):
     monkeypatch.setenv("CUPY_MSDA_CPU", "numpy")
     assert tier.compiled_tier() is None

@@ -95,7 +95,7 @@ def test_the_end_of_the_interpreter(monkeypatch, what):
     assert (ended.returncode, ended.stdout.strip(), ended.stderr) == (0, "True", "")
 
 
-@pytest.mark.parametrize("setting", ["0", "-1", "two", "", " ", "²", "1e3", "2.0", "9" * 5000])
+@pytest.mark.parametrize("setting", ["0", "-1", "two", "²", "1e3", "2.0", "9" * 5000])
 def test_number_of_threads_must_be_a_positive_int(monkeypatch, setting):
     with pytest.raises(ValueError, match="CUPY_MSDA_NUM_THREADS: expected a positive int, got '"):
         results(monkeypatch, setting)
@@ -114,6 +114,13 @@ def cores(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
     monkeypatch.setattr(threads, "_quota", lambda: None)
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_number_of_threads_is_none(monkeypatch, cores, empty):
+    monkeypatch.setenv("CUPY_MSDA_NUM_THREADS", empty)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads.num_threads() == 3
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_a_deterministic_backward_is_refused():
         naive.NaiveBackward(problem, ALL, 0)
 
 
-@pytest.mark.parametrize(("setting", "selected"), [(None, False), ("fast", False), ("naive", True)])
+@pytest.mark.parametrize(("setting", "selected"), [(None, False), ("", False), ("fast", False), ("naive", True)])
 def test_the_environment_selects_these_kernels(monkeypatch, setting, selected):
     if setting is None:
         monkeypatch.delenv("CUPY_MSDA_KERNELS", raising=False)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ... import variables
 from .file_format import TuningFile, decode, encode
 
 VARIABLE = "CUPY_MSDA_TUNING"
@@ -24,10 +25,10 @@ _MOST_BYTES = 64 << 20
 
 def folder() -> Path | None:
     """Where tuning files are, or None where they are switched off."""
-    setting = os.environ.get(VARIABLE, "")
-    if setting.strip().lower() in _OFF:
-        return None
-    return Path(setting) if setting.strip() else Path("~/.cupy_msda/tuning").expanduser()
+    setting = variables.setting(VARIABLE)
+    if setting is None:
+        return Path("~/.cupy_msda/tuning").expanduser()
+    return None if setting.strip().lower() in _OFF else Path(setting)
 
 
 def path_of(gpu_name: str) -> Path | None:
