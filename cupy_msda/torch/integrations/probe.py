@@ -21,9 +21,10 @@ from .patch import uncounted
 
 N, M, D, Q = 2, 3, 5, 7
 LEVELS = ((6, 9), (4, 5))
+# Samples reach furthest beyond the edges of the smallest levels: half a level at one pixel, a whole one at two pixels
+# with align_corners.
+SMALL_LEVELS = ((1, 2), (2, 1))
 EVEN_POINTS, UNEVEN_POINTS = (4, 4), (1, 3)
-# The second level comes first.
-STARTS = (LEVELS[1][0] * LEVELS[1][1], 0)
 # Options of the operator that a candidate may have built in. Nearest is what the method "discrete" means.
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -88,12 +89,13 @@ def probe(candidate: Callable[..., Any], signature: Signature, receiver: Any = N
     found = Finding()
     try:
         with _undisturbed():
-            inputs = _Inputs(UNEVEN_POINTS if "num_points" in signature.roles else EVEN_POINTS)
-            calls = _Calls(candidate, signature, inputs, receiver)
+            points = UNEVEN_POINTS if "num_points" in signature.roles else EVEN_POINTS
+            calls = _Calls(candidate, signature, _Inputs(points), receiver)
+            wide = _Calls(candidate, signature, _WideInputs(points), receiver)
             for layout in _layouts(signature):
                 if layout.value == HEADS_FIRST and any(one.value == PIXELS_FIRST for one in found.layouts):
                     continue
-                _try(calls, layout, found)
+                _try(calls, wide, layout, found)
     except Exception as error:  # in a mode of torch that has no numbers, such as that of fake tensors
         return Finding(problem=f"it could not be compared: {type(error).__name__}: {error}")
     return found
@@ -123,9 +125,9 @@ class _Calls:
     def call(self, layout: Layout, leaves: list[Tensor]) -> Any:
         """With level sizes in a tensor, and with numbers where that fails."""
         try:
-            return self._call(layout, leaves, torch.tensor(LEVELS))
+            return self._call(layout, leaves, torch.tensor(self.inputs.levels))
         except Exception:
-            return self._call(layout, leaves, list(LEVELS))
+            return self._call(layout, leaves, list(self.inputs.levels))
 
     def _call(self, layout: Layout, leaves: list[Tensor], shapes: Any) -> Any:
         named = self.inputs.named(self.signature, layout, [leaf * 1 for leaf in leaves], shapes)
@@ -134,8 +136,8 @@ class _Calls:
         return self.signature.call(self.candidate, named)
 
 
-def _try(calls: _Calls, layout: Layout, found: Finding) -> None:
-    """Add the layout to what is found if the results are the operator's in one of its variants."""
+def _try(calls: _Calls, wide: _Calls, layout: Layout, found: Finding) -> None:
+    """Add the layout to what is found if the results are the operator's in one of its variants, with both inputs."""
     leaves = calls.inputs.leaves()
     try:
         output = calls.call(layout, leaves)
@@ -157,12 +159,29 @@ def _try(calls: _Calls, layout: Layout, found: Finding) -> None:
         if grads is not None and not all(map(_close, grads, exact_grads)):
             found.problem = "its output is the operator's, its gradients are not"
             return
+        if not _agrees(wide, layout, options, uses_starts):
+            found.problem = "it computes something else with negative or large numbers, or far outside of the levels"
+            return
         found.layouts[layout] = Meaning(options, uses_starts, output.requires_grad)
         found.gradients = found.gradients and grads is not None
         if layout.value != PER_LEVEL:
             found.of_tensors = layout.value
         return
     found.problem = "it computes something else"
+
+
+def _agrees(calls: _Calls, layout: Layout, options: dict[str, Any], uses_starts: bool) -> bool:
+    """Whether output and gradients, where it has any, are those of the operator in this variant."""
+    leaves = calls.inputs.leaves()
+    try:
+        output = calls.call(layout, leaves)
+    except Exception:
+        return False
+    exact, exact_grads = calls.inputs.expected(options, uses_starts)
+    if not isinstance(output, Tensor) or output.shape != exact.shape or not _close(output.detach(), exact):
+        return False
+    grads = _gradients(output, leaves, calls.inputs.grad_output)
+    return grads is None or all(map(_close, grads, exact_grads))
 
 
 def _gradients(output: Tensor, leaves: list[Tensor], grad_output: Tensor) -> list[Tensor] | None:
@@ -179,7 +198,9 @@ def _close(have: Tensor, want: Tensor) -> bool:
 
 
 class _Inputs:
-    """A problem whose samples lie inside and outside of the levels, and what the operator makes of it."""
+    """A problem whose samples lie inside and just outside of the levels, and what the operator makes of it."""
+
+    levels: tuple[tuple[int, int], ...] = LEVELS
 
     def __init__(self, points: tuple[int, ...]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -189,11 +210,25 @@ class _Inputs:
         def drawn(*shape: int) -> Tensor:
             return torch.rand(shape, dtype=torch.float64, generator=generator)
 
-        pixels = sum(height * width for height, width in LEVELS)
-        self._value = drawn(N, pixels, M, D) - 0.5
-        self._locations = 1.6 * drawn(N, Q, M, sum(points), 2) - 0.3
-        self._weights = drawn(N, Q, M, sum(points))
-        self.grad_output = drawn(N, Q, M * D) - 0.5
+        sizes = [height * width for height, width in self.levels]
+        # The second level comes first.
+        self.starts = (sizes[1], 0)
+        self._value = self._signed(drawn(N, sum(sizes), M, D))
+        self._locations = self._around(drawn(N, Q, M, sum(points), 2))
+        self._weights = self._weighing(drawn(N, Q, M, sum(points)))
+        self.grad_output = self._signed(drawn(N, Q, M * D))
+
+    @staticmethod
+    def _signed(drawn: Tensor) -> Tensor:
+        return drawn - 0.5
+
+    @staticmethod
+    def _around(drawn: Tensor) -> Tensor:
+        return 1.6 * drawn - 0.3
+
+    @staticmethod
+    def _weighing(drawn: Tensor) -> Tensor:
+        return drawn
 
     def leaves(self) -> list[Tensor]:
         """Value [N, S, M, D], locations [N, Q, M, L*P, 2] and weights [N, Q, M, L*P]."""
@@ -203,12 +238,12 @@ class _Inputs:
         """The arguments of a candidate by the names of its parameters."""
         value, locations, weights = tensors
         arguments: dict[str, Any] = {
-            "value": _value_in(layout.value, value),
+            "value": _value_in(layout.value, value, self.levels),
             "shapes": shapes,
-            "sizes": list(LEVELS),
-            "starts": torch.tensor(STARTS),
-            "locations": locations.unflatten(3, (len(LEVELS), -1)) if layout.locations_by_level else locations,
-            "weights": weights.unflatten(3, (len(LEVELS), -1)) if layout.weights_by_level else weights,
+            "sizes": list(self.levels),
+            "starts": torch.tensor(self.starts),
+            "locations": locations.unflatten(3, (len(self.levels), -1)) if layout.locations_by_level else locations,
+            "weights": weights.unflatten(3, (len(self.levels), -1)) if layout.weights_by_level else weights,
             "num_points": list(self.points),
             "im2col_step": 64,
         }
@@ -223,20 +258,50 @@ class _Inputs:
             value, locations, weights = leaves
             if "interpolation" in options:
                 locations = locations.detach()
-            starts = STARTS if with_starts else None
-            output = ms_deform_attn(value, LEVELS, starts, locations, weights, num_points=self.points, **options)
+            starts = self.starts if with_starts else None
+            output = ms_deform_attn(value, self.levels, starts, locations, weights, num_points=self.points, **options)
             grads = _gradients(output, leaves, self.grad_output)
             assert grads is not None
             self._expected[key] = output.detach(), grads
         return self._expected[key]
 
 
-def _value_in(layout: str, value: Tensor) -> Any:
+class _WideInputs(_Inputs):
+    """Numbers of every magnitude and sign: what a candidate clamps or masks shows.
+
+    Apart from :class:`_Inputs`, because beside a large number no difference of a small one shows.
+    """
+
+    levels = SMALL_LEVELS
+
+    @staticmethod
+    def _signed(drawn: Tensor) -> Tensor:
+        """With magnitudes from 0.1 to 10**4."""
+        return _spread(drawn, -1, 4)
+
+    @staticmethod
+    def _around(drawn: Tensor) -> Tensor:
+        """Half of the coordinates are in the level, the others up to ten levels away from it, on either side."""
+        return 0.5 + 0.5 * _spread(drawn, -1.3, 1.3)
+
+    @staticmethod
+    def _weighing(drawn: Tensor) -> Tensor:
+        """With magnitudes from 0.1 to 100."""
+        return _spread(drawn, -1, 2)
+
+
+def _spread(drawn: Tensor, low: float, high: float) -> Tensor:
+    """Uniform numbers in [0, 1) as numbers of both signs with uniform logarithms, in powers of ten."""
+    signed = 2 * drawn - 1
+    return signed.sign() * 10 ** (low + (high - low) * signed.abs())
+
+
+def _value_in(layout: str, value: Tensor, levels: tuple[tuple[int, int], ...]) -> Any:
     """Value [N, S, M, D] in another layout."""
     if layout == PIXELS_FIRST:
         return value
     heads_first = value.permute(0, 2, 3, 1).contiguous()
-    return heads_first if layout == HEADS_FIRST else list(heads_first.split([h * w for h, w in LEVELS], -1))
+    return heads_first if layout == HEADS_FIRST else list(heads_first.split([h * w for h, w in levels], -1))
 
 
 @contextlib.contextmanager
