@@ -27,7 +27,7 @@ def requested_variant(num_points: Any, interpolation: Any, padding_mode: Any, al
         return PLAIN
     interpolation = _choice("interpolation", interpolation, _INTERPOLATIONS)
     padding_mode = _choice("padding_mode", padding_mode, _PADDING_MODES)
-    align_corners = _flag("align_corners", align_corners, "True or False")
+    align_corners = flag("align_corners", align_corners)
     if interpolation == "nearest":
         given = {"padding_mode": padding_mode, "align_corners": align_corners}
         for name, default in (("padding_mode", PLAIN.padding_mode), ("align_corners", PLAIN.align_corners)):
@@ -54,8 +54,8 @@ def read_settings(im2col_step: Any, deterministic: Any, validate: Any) -> tuple[
     # Any step of at least N means the same. 64 bits are what torch's operators take.
     im2col_step = min(_positive_int("im2col_step", im2col_step), sys.maxsize)
     if deterministic is not None:
-        deterministic = _flag("deterministic", deterministic, "True, False or None")
-    return im2col_step, deterministic, _flag("validate", validate, "True or False")
+        deterministic = flag("deterministic", deterministic, "True, False or None")
+    return im2col_step, deterministic, flag("validate", validate)
 
 
 def metadata_array(name: str, metadata: Sequence[Any]) -> np.ndarray:
@@ -71,9 +71,10 @@ def metadata_array(name: str, metadata: Sequence[Any]) -> np.ndarray:
     if array.size == 0:
         return np.zeros(array.shape, np.int64)
     if array.dtype.kind not in "iu":
-        if array.dtype.kind == "O" and all(isinstance(number, (int, np.integer)) for number in array.flat):
+        if array.dtype.kind == "O" and all(isinstance(part, (int, np.integer)) for part in array.flat):
             raise ValueError(f"{name}: expected integers of at most 64 bits, got {metadata!r}")
         raise TypeError(f"{name}: expected an integer dtype, got {array.dtype.name} from {metadata!r}")
+    refuse_bools(name, metadata)
     return array
 
 
@@ -90,7 +91,8 @@ def _choice(name: str, given: Any, known: tuple[str, str]) -> str:
     return known[known.index(given)]
 
 
-def _flag(name: str, given: Any, expected: str) -> bool:
+def flag(name: str, given: Any, expected: str = "True or False") -> bool:
+    """A flag as Python's own bool."""
     if not isinstance(given, (bool, np.bool_)):
         raise TypeError(f"{name}: expected {expected}, got {type(given).__name__}")
     return bool(given)
@@ -111,17 +113,38 @@ def _read_points(given: Any) -> tuple[int, ...]:
     return tuple(_points_of_level(count) for count in given)
 
 
-def _positive_int(name: str, number: Any) -> int:
-    # A torch tensor of a bool has an index, which a bool of NumPy does not.
-    if isinstance(number, (bool, np.bool_)) or str(getattr(number, "dtype", "")).endswith("bool"):
-        raise TypeError(f"{name}: expected a positive int, got {number!r}")
+def number(name: str, given: Any, least: int, expected: str) -> int:
+    """A number of at least `least` as Python's own int."""
+    if _is_bool(given):
+        raise TypeError(f"{name}: expected {expected}, got {given!r}")
     try:
-        result = operator.index(number)
+        result = operator.index(given)
     except TypeError:
-        raise TypeError(f"{name}: expected a positive int, got {number!r}") from None
-    if result <= 0:
-        raise ValueError(f"{name}: expected a positive int, got {result}")
+        raise TypeError(f"{name}: expected {expected}, got {given!r}") from None
+    if result < least:
+        raise ValueError(f"{name}: expected {expected}, got {result}")
     return result
+
+
+def refuse_bools(name: str, metadata: Any) -> None:
+    """TypeError for a bool anywhere in metadata: among ints, arrays would make a number of it."""
+    if _has_bool(metadata):
+        raise TypeError(f"{name}: expected integers, got a bool in {metadata!r}")
+
+
+def _has_bool(metadata: Any) -> bool:
+    if is_sequence(metadata):
+        return any(type(part) is not int and _has_bool(part) for part in metadata)
+    return _is_bool(metadata)
+
+
+def _is_bool(given: Any) -> bool:
+    # A torch tensor of a bool has an index, which a bool of NumPy does not.
+    return isinstance(given, (bool, np.bool_)) or str(getattr(given, "dtype", "")).endswith("bool")
+
+
+def _positive_int(name: str, given: Any) -> int:
+    return number(name, given, 1, "a positive int")
 
 
 def _points_of_level(count: Any) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import arrays, validate
+from .. import arrays, options, validate
 from ..call import PLAIN, Arguments, Problem
 from ..options import is_sequence, read_variant
 from . import compat, devices
@@ -126,10 +126,19 @@ def zeros(arguments: Arguments, problem: Problem) -> Tensor:
     return output
 
 
+def refuse_bools(arguments: Arguments) -> None:
+    """TypeError for a bool in metadata of sequences, of which a compiled call would make a number."""
+    for name in ("spatial_shapes", "level_start_index", "query_lengths"):
+        metadata = getattr(arguments, name)
+        if is_sequence(metadata):
+            options.refuse_bools(name, metadata)
+
+
 def _metadata_tensor(name: str, metadata: Any) -> Any:
     if isinstance(metadata, Tensor):
         return metadata.to(torch.int64) if metadata.dtype in _UNSIGNED else metadata
     if has_symbols(metadata):
+        options.refuse_bools(name, metadata)
         # In a trace, sizes are tensors already.
         return tensor_of(metadata, "cpu") if compat.tracing() else metadata
     view = validate.read_metadata(name, metadata)

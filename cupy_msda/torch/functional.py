@@ -231,8 +231,10 @@ def _attention(arguments: Arguments) -> Tensor:
             problem = checks.read(arguments, known)
             if _decomposed and problem.empty:
                 return checks.zeros(arguments, problem)
-    elif arguments.variant != PLAIN:
-        read_variant(arguments.variant, len(arguments.spatial_shapes))
+    else:
+        checks.refuse_bools(arguments)
+        if arguments.variant != PLAIN:
+            read_variant(arguments.variant, len(arguments.spatial_shapes))
     if not torch.compiler.is_dynamo_compiling() and (torch.compiler.is_compiling() or compat.tracing()):
         checks.refuse_wrong_levels(arguments)
     if exports_plugin() or _decomposed or torch.onnx.is_in_onnx_export():

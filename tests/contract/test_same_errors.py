@@ -53,6 +53,17 @@ WRONG = {
     "shapes of floats": ("spatial_shapes", TypeError, {"spatial_shapes": [(6.0, 7.0), (3.0, 4.0)]}),
     "shapes with one float": ("spatial_shapes", TypeError, {"spatial_shapes": [(6, 7), (3, 4.5)]}),
     "shapes of bools": ("spatial_shapes", TypeError, {"spatial_shapes": [(True, True), (True, True)]}),
+    "shapes with one bool": ("spatial_shapes", TypeError, {"spatial_shapes": [(True, 7), (3, 4)]}),
+    "shapes with one bool of NumPy": ("spatial_shapes", TypeError, {"spatial_shapes": [(6, 7), (3, np.True_)]}),
+    "shapes with one bool array": (
+        "spatial_shapes", TypeError, {"spatial_shapes": [(6, 7), (3, np.array(True))]}
+    ),
+    "shapes with one bool tensor": (
+        "spatial_shapes", TypeError, {"spatial_shapes": [(6, 7), (3, torch.tensor(True))]}
+    ),
+    "shapes with one row of bools": (
+        "spatial_shapes", TypeError, {"spatial_shapes": [(6, 7), np.array([True, True])]}
+    ),
     "shapes of strings": ("spatial_shapes", TypeError, {"spatial_shapes": [("a", "b"), ("c", "d")]}),
     "shapes in a float tensor": ("spatial_shapes", TypeError, {"spatial_shapes": torch.ones(2, 2)}),
     "shapes in a bool tensor": ("spatial_shapes", TypeError, {"spatial_shapes": torch.ones(2, 2, dtype=torch.bool)}),
@@ -72,12 +83,14 @@ WRONG = {
     "starts of another L": ("level_start_index", ValueError, {"level_start_index": [0]}),
     "starts are empty": ("level_start_index", ValueError, {"level_start_index": []}),
     "starts below 0": ("level_start_index", ValueError, {"level_start_index": [0, -1]}),
+    "starts with one bool": ("level_start_index", TypeError, {"level_start_index": [False, 42]}),
     "starts of floats": ("level_start_index", TypeError, {"level_start_index": [0.0, 42.0]}),
     "starts beyond S": ("spatial_shapes", ValueError, {"level_start_index": [0, 50]}),
     "lengths are an int": ("query_lengths", TypeError, {"query_lengths": 3}),
     "lengths are a generator": ("query_lengths", TypeError, lambda: {"query_lengths": numbers()}),
     "lengths are a string": ("query_lengths", TypeError, {"query_lengths": "34"}),
     "lengths of bools": ("query_lengths", TypeError, {"query_lengths": [True, False]}),
+    "lengths with one bool": ("query_lengths", TypeError, {"query_lengths": [True, 3]}),
     "lengths of floats": ("query_lengths", TypeError, {"query_lengths": [3.0, 4.0]}),
     "lengths above Q": ("query_lengths", ValueError, {"query_lengths": [3, 9]}),
     "lengths below 0": ("query_lengths", ValueError, {"query_lengths": [3, -1]}),

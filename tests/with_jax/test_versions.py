@@ -146,6 +146,8 @@ MISTAKES = {
     "levels": {"shapes": [(4, 5), (9, 9)]},
     "no levels": {"shapes": [(4, 5, 6)]},
     "floats": {"shapes": [(4.0, 5.0), (3.0, 2.0)]},
+    "a bool": {"shapes": [(4, 5), (True, 2)]},
+    "a bool length": {"query_lengths": [True, 3]},
     "lengths": {"query_lengths": [1, 4]},
     "points": {"num_points": [1]},
     "padding": {"padding_mode": "reflection"},

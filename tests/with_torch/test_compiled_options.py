@@ -52,6 +52,23 @@ def test_rows_that_are_tensors_stay_on_their_device_in_compiled_code():
         assert torch.equal(compiled(call, PLAIN), call(*PLAIN))
 
 
+@pytest.mark.parametrize("metadata", [
+    {"spatial_shapes": [(True, 7), LEVELS[1]]},
+    {"level_start_index": [False, 42]},
+    {"query_lengths": [True, 3]},
+], ids=str)  # fmt: skip
+def test_compiled_code_refuses_a_bool_among_ints(metadata):
+    def call(value, locations, weights):
+        named = {"spatial_shapes": LEVELS, "level_start_index": None} | metadata
+        return ms_deform_attn(value, sampling_locations=locations, attention_weights=weights, **named)
+
+    (name,) = metadata
+    with pytest.raises(TypeError, match=rf"^{name}: expected integers, got a bool in"):
+        call(*PLAIN)
+    with pytest.raises(TypeError, match=rf"^{name}: expected integers, got a bool in"):
+        compiled(call, PLAIN)
+
+
 @pytest.mark.parametrize("options", [{"im2col_step": True}, {"align_corners": 0}, {"deterministic": 1}], ids=str)
 def test_compiled_code_refuses_what_eager_code_refuses(options):
     def call(value, locations, weights):
