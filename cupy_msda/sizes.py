@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
+
+import numpy as np
 
 from . import options, validate
 from .call import SIXTEEN_BIT, VALUE_DTYPES, FusedFrontEnd, Problem, contiguous_starts
@@ -37,6 +40,29 @@ class Sizes:
     one_reference: bool = False
     packed: bool = False
 
+    def __post_init__(self) -> None:
+        """TypeError or ValueError for what no call has."""
+        levels = _read_levels(self.levels)
+        given: dict[str, Any] = {"levels": levels}
+        for name, least in (("N", 0), ("Q", 0), ("P", 0), ("M", 1), ("D", 1)):
+            size, none = getattr(self, name), " or None" * (name == "Q")
+            if size is not None or not none:
+                given[name] = options.number(name, size, least, f"an int of at least {least}{none}")
+        for name in ("ragged", "one_reference", "packed"):
+            given[name] = options.flag(name, getattr(self, name))
+        form = options.requested_variant(self.num_points, self.interpolation, self.padding_mode, self.align_corners)
+        given |= options.read_variant(form, len(levels))._asdict()
+        coordinates = self.reference_coordinates
+        if coordinates is None:
+            if given["one_reference"] or given["packed"]:
+                raise ValueError("reference_coordinates: expected 2 or 4 with one_reference or packed, got None")
+        else:
+            given["reference_coordinates"] = options.number("reference_coordinates", coordinates, 0, "2, 4 or None")
+            if coordinates not in (2, 4):
+                raise ValueError(f"reference_coordinates: expected 2, 4 or None, got {coordinates!r}")
+        for name, part in given.items():
+            object.__setattr__(self, name, part)
+
     @property
     def S(self) -> int:
         """Pixels of all levels together."""
@@ -58,7 +84,7 @@ def problems_of(sizes: Sequence[Sizes], dtypes: Sequence[str], device: int) -> l
     Raises
     ------
     TypeError, ValueError
-        For a dtype that the operator does not have, or levels without pixels.
+        For a dtype that the operator does not have.
     """
     found = []
     for size, (dtype, given) in product(sizes, [read_dtypes("dtypes", text) for text in dtypes]):
@@ -87,15 +113,9 @@ def read_dtypes(name: str, text: str) -> tuple[str, str | None]:
 
 def problem_of(size: Sizes, dtype: str, location_dtype: str, fused: FusedFrontEnd | None, device: int) -> Problem:
     """The problem of a call of this size on a CUDA device, with a contiguous value."""
-    if not len(size.levels) or min(min(level) for level in size.levels) <= 0:
-        raise ValueError(f"sizes: expected levels of positive (H, W), got {size.levels!r}")
-    for name, least in (("N", 0), ("Q", 0), ("P", 0), ("M", 1), ("D", 1)):
-        number = getattr(size, name)
-        if not (number is None and name == "Q") and (not isinstance(number, int) or number < least):
-            raise ValueError(f"sizes: expected {name} of at least {least}, a whole number, got {number!r}")
     S, levels = size.S, size.contiguous_levels
     form = options.requested_variant(size.num_points, size.interpolation, size.padding_mode, size.align_corners)
-    variant, P = validate.equal_points(options.read_variant(form, len(levels)), size.P)
+    variant, P = validate.equal_points(form, size.P)
     return Problem(
         size.N, S, size.M, size.D, len(levels), P, S if size.Q is None else size.Q,
         value_dtype=dtype, location_dtype=location_dtype, device=("cuda", device),
@@ -107,10 +127,26 @@ def fused_front_ends(size: Sizes, dtypes: Iterable[str]) -> list[FusedFrontEnd |
     """What the samples of calls of this size come from: reference points of each dtype, or nothing."""
     coordinates = size.reference_coordinates
     if coordinates is None:
-        if size.one_reference or size.packed:
-            raise ValueError("sizes: expected reference_coordinates 2 or 4 with one_reference or packed, got None")
         return [None]
-    if coordinates not in (2, 4):
-        raise ValueError(f"sizes: expected reference_coordinates 2, 4 or None, got {coordinates!r}")
     levels = 1 if size.one_reference else len(size.levels)
     return [FusedFrontEnd(coordinates, levels, dtype, size.packed) for dtype in dtypes]
+
+
+def _read_levels(levels: Any) -> tuple[tuple[int, int], ...]:
+    """Levels as pairs of Python's own ints."""
+    expected = "levels of positive (H, W)"
+    rows = levels.tolist() if isinstance(levels, np.ndarray) else levels
+    if not options.is_sequence(rows):
+        raise TypeError(f"levels: expected {expected}, got {levels!r}")
+    pairs = [row.tolist() if isinstance(row, np.ndarray) else row for row in rows]
+    for pair in pairs:
+        if not options.is_sequence(pair):
+            raise TypeError(f"levels: expected {expected}, got {pair!r} in {levels!r}")
+        if len(pair) != 2:
+            raise ValueError(f"levels: expected {expected}, got {pair!r} in {levels!r}")
+    if not pairs:
+        raise ValueError(f"levels: expected {expected}, got {levels!r}")
+    return tuple(
+        (options.number("levels", height, 1, expected), options.number("levels", width, 1, expected))
+        for height, width in pairs
+    )

@@ -41,7 +41,10 @@ def read(text: str) -> Sizes:
             raise CommandError(f"--sizes: expected sizes {HELP}; got {word!r}") from None
     if "levels" not in given:
         raise CommandError(f"--sizes: expected sizes {HELP}; got {text!r}")
-    return Sizes(**given)  # type: ignore[arg-type]
+    try:
+        return Sizes(**given)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"--sizes: {error}") from error
 
 
 def dtypes(text: str) -> str:

@@ -38,12 +38,13 @@ def test_it_writes_sources_and_a_cubin_of_each_architecture(capsys, tmp_path):
 
 def test_sizes_have_the_fields_of_the_class():
     text = (
-        "dfine levels=8x8,4x4 N=3 Q=7 M=4 D=16 num_points=3,6 interpolation=nearest padding_mode=border "
-        "align_corners=false ragged reference_coordinates=4 one_reference=true packed=true"
+        "dfine levels=8x8,4x4 N=3 Q=7 M=4 D=16 num_points=3,6 interpolation=bilinear padding_mode=border "
+        "align_corners=true ragged reference_coordinates=4 one_reference=true packed=true"
     )
     want = Sizes(
-        levels=((8, 8), (4, 4)), N=3, Q=7, M=4, D=16, num_points=(3, 6), interpolation="nearest",
-        padding_mode="border", ragged=True, reference_coordinates=4, one_reference=True, packed=True,
+        levels=((8, 8), (4, 4)), N=3, Q=7, M=4, D=16, num_points=(3, 6), interpolation="bilinear",
+        padding_mode="border", align_corners=True, ragged=True, reference_coordinates=4, one_reference=True,
+        packed=True,
     )  # fmt: skip
     assert export_kernels.read_sizes(text) == ("dfine", want)
 
@@ -63,7 +64,7 @@ def test_sizes_have_the_fields_of_the_class():
         (["decoder levels=6x7 heads=8"], "expected levels, N, Q"),
         (["decoder levels=0x7"], "expected levels of positive (H, W)"),
         (["decoder levels=6x7 N=0"], "expected sizes of at least 1 in decoder_float32"),
-        (["decoder levels=6x7 packed=true"], "expected reference_coordinates 2 or 4"),
+        (["decoder levels=6x7 packed=true"], "reference_coordinates: expected 2 or 4"),
         (["decoder levels=6x7 interpolation=cubic"], "interpolation: expected"),
         ([DECODER, DECODER], "expected names that differ"),
     ],

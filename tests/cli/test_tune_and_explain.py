@@ -163,7 +163,7 @@ def test_dtypes_that_are_none_are_refused(capsys, folder, command):
     [
         (["--sizes", "decoder_300", "--gpu", "42"], "gpu: a GPU of compute capability 4.2 is too old: expected 7.5"),
         (["--sizes", "decoder_300", "--gpu", "9"], "--gpu: expected a compute capability such as 8.6, 86 or sm_86"),
-        (["--sizes", "levels=0x3"], "sizes: expected levels of positive"),
+        (["--sizes", "levels=0x3"], "--sizes: levels: expected levels of positive"),
         ([], "--sizes"),
     ],
 )

@@ -40,9 +40,6 @@ def arguments_of(gpu, inputs, **changes):
         ([SIZES], {"gpu": 0}, "gpu: expected a compute capability"),
         ([SIZES], {"interpolation": "nearest"}, "interpolation: expected a field of Sizes"),
         ([[SIZES]], {}, "or one Sizes, got list"),
-        ([Sizes(((4, 5),), P=-4)], {}, "sizes: expected P of at least 0"),
-        ([Sizes(((4, 5),), D=0)], {}, "sizes: expected D of at least 1"),
-        ([Sizes(((4, 5),), N=1.5)], {}, "sizes: expected N of at least 0, a whole number"),
         (list(PLAIN.inputs()[:5]), {"gpu": 80}, "gpu: expected None with arrays"),
     ],
 )

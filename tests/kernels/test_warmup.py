@@ -1,5 +1,6 @@
 """The warm-up compiles what later calls launch, and refuses what is no call."""
 
+import numpy as np
 import pytest
 
 import cupy_msda
@@ -46,8 +47,6 @@ def test_without_the_backward_only_the_forward_is_compiled():
             TypeError,
             "dtypes: expected float16, bfloat16, float32, float64, float16/float32 or bfloat16/float32, got 'int8'",
         ),
-        ([Sizes(levels=((0, 3),))], ["float32"], ValueError, r"sizes: expected levels of positive \(H, W\)"),
-        ([Sizes(levels=())], ["float32"], ValueError, r"sizes: expected levels of positive \(H, W\)"),
     ],
 )
 def test_what_is_no_call_is_refused(sizes, dtypes, error, message):
@@ -103,8 +102,45 @@ def test_fused_calls_are_compiled(coordinates, one_reference, packed, reference_
     assert {launch.spec for launch in launches} <= specs([sizes], ["float16"])
 
 
-def test_reference_points_are_points_or_boxes():
-    with pytest.raises(ValueError, match="sizes: expected reference_coordinates 2, 4 or None, got 3"):
-        specs([Sizes(ENCODER.levels, reference_coordinates=3)], ["float32"])
-    with pytest.raises(ValueError, match="sizes: expected reference_coordinates 2 or 4 with one_reference or packed"):
-        specs([Sizes(ENCODER.levels, packed=True)], ["float32"])
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"levels": ()}, ValueError, r"levels: expected levels of positive \(H, W\), got \(\)"),
+        ({"levels": ((0, 3),)}, ValueError, r"levels: expected levels of positive \(H, W\), got 0"),
+        ({"levels": [(3.5, 1)]}, TypeError, r"levels: expected levels of positive \(H, W\), got 3.5"),
+        ({"levels": [(True, 1)]}, TypeError, r"levels: expected levels of positive \(H, W\), got True"),
+        ({"levels": [(3, 1, 1)]}, ValueError, r"levels: expected .*, got \(3, 1, 1\) in"),
+        ({"levels": [3]}, TypeError, r"levels: expected .*, got 3 in \[3\]"),
+        ({"levels": ["31"]}, TypeError, r"levels: expected .*, got '31' in"),
+        ({"levels": 3}, TypeError, r"levels: expected .*, got 3"),
+        ({"levels": np.ones((1, 2))}, TypeError, "levels: expected .*, got 1.0"),
+        ({"N": True}, TypeError, "N: expected an int of at least 0, got True"),
+        ({"N": 1.5}, TypeError, "N: expected an int of at least 0, got 1.5"),
+        ({"N": None}, TypeError, "N: expected an int of at least 0, got None"),
+        ({"Q": "300"}, TypeError, "Q: expected an int of at least 0 or None, got '300'"),
+        ({"P": -4}, ValueError, "P: expected an int of at least 0, got -4"),
+        ({"D": 0}, ValueError, "D: expected an int of at least 1, got 0"),
+        ({"M": 0}, ValueError, "M: expected an int of at least 1, got 0"),
+        ({"ragged": "no"}, TypeError, "ragged: expected True or False, got str"),
+        ({"one_reference": 1}, TypeError, "one_reference: expected True or False, got int"),
+        ({"packed": None}, TypeError, "packed: expected True or False, got NoneType"),
+        ({"align_corners": 1}, TypeError, "align_corners: expected True or False, got int"),
+        ({"interpolation": "cubic"}, ValueError, "interpolation: expected 'bilinear' or 'nearest', got 'cubic'"),
+        ({"num_points": [1]}, ValueError, "num_points: expected one number per level, L = 2"),
+        ({"num_points": [True, 1]}, TypeError, "num_points: expected a positive int, got True"),
+        ({"reference_coordinates": 3}, ValueError, "reference_coordinates: expected 2, 4 or None, got 3"),
+        ({"reference_coordinates": 2.0}, TypeError, "reference_coordinates: expected 2, 4 or None, got 2.0"),
+        ({"packed": True}, ValueError, "reference_coordinates: expected 2 or 4 with one_reference or packed, got None"),
+    ],
+)
+def test_sizes_that_no_call_has_are_refused(fields, error, message):
+    with pytest.raises(error, match=message):
+        Sizes(**{"levels": ENCODER.levels} | fields)
+
+
+def test_sizes_of_numpy_are_those_of_python():
+    levels = np.array(ENCODER.levels)
+    assert Sizes(levels, N=np.int64(2), num_points=np.array([1, 2]), ragged=np.True_) == Sizes(
+        ENCODER.levels, N=2, num_points=(1, 2), ragged=True
+    )
+    assert Sizes([levels[0], levels[1].tolist()], N=2) == ENCODER
