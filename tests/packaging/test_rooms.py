@@ -32,7 +32,7 @@ LAYERS = (
     ("cpu", "cuda"),
     ("call",),
     ("arrays",),
-    ("requirements", "version"),
+    ("requirements", "variables", "version"),
 )
 # These import the standard library and each other, and `arrays` for its types.
 PURE = re.compile(
