@@ -6,6 +6,7 @@ the value vectors of the neighbours of all samples, N * Q * M * K * D numbers pe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +19,12 @@ from .operation import Operation
 
 
 class _Levels(NamedTuple):
-    """Heights, widths and first pixels [L], and zero, or NaN where a level does not lie in the S pixels."""
+    """Heights, widths and first pixels [L], and which levels do not lie in the S pixels: None where that is checked."""
 
     height: jax.Array
     width: jax.Array
     start: jax.Array
-    poison: jax.Array
+    bad: jax.Array | None
 
 
 class _Axis(NamedTuple):
@@ -40,10 +41,14 @@ def forward(operation: Operation, *inputs: jax.Array) -> jax.Array:
     value = given["value"]
     dtype = jnp.dtype(accumulator_of(value.dtype.name))
     levels = _levels(operation, given, value.shape[1])
+    wrong = [] if levels.bad is None else [levels.bad.any()]
     valid = None
     if operation.ragged:
-        lengths = numbers(given["lengths"])
-        valid = jnp.arange(given["locations"].shape[1]) < lengths[:, None]
+        Q, lengths = given["locations"].shape[1], numbers(given["lengths"])
+        wrong.append(((lengths < 0) | (lengths > Q)).any())
+        valid = jnp.arange(Q) < lengths[:, None]
+    given = _times_nan(given, operation.differentiable, wrong)
+    value = given["value"]
     samples = {name: given[name].astype(dtype) for name in operation.differentiable[1:]}
     if valid is not None:  # what padding holds is not read
         samples = {name: _masked(array, valid) for name, array in samples.items()}
@@ -51,7 +56,7 @@ def forward(operation: Operation, *inputs: jax.Array) -> jax.Array:
     if valid is not None:
         locations, weights = _masked(locations, valid, jnp.nan), _masked(weights, valid)
     output = _attention(value.astype(dtype), levels, locations, weights, operation)
-    return output.astype(value.dtype)
+    return _times_nan({"output": output}, ["output"], wrong)["output"].astype(value.dtype)
 
 
 def tangent(operation: Operation, names: tuple[str, ...], *arrays: jax.Array) -> jax.Array:
@@ -84,12 +89,25 @@ def backward(operation: Operation, grad_output: jax.Array, *inputs: jax.Array) -
 def _levels(operation: Operation, given: dict[str, Any], S: int) -> _Levels:
     if operation.levels is not None:
         known = jnp.asarray(np.array(operation.levels, np.int32).reshape(-1, 3))
-        return _Levels(known[:, 0], known[:, 1], known[:, 2], jnp.zeros(()))
+        return _Levels(known[:, 0], known[:, 1], known[:, 2], None)
     height, width = numbers(given["shapes"]).T
-    pixels = height * width
-    start = numbers(given["starts"]) if operation.starts else jnp.cumsum(pixels) - pixels
-    bad = (height < 1) | (width < 1) | (height > S) | (width > S) | (start < 0) | (start + pixels > S)
-    return _Levels(height, width, start, jnp.where(bad.any(), jnp.nan, 0.0))
+    available = jnp.asarray(S, height.dtype)
+    # No product or sum of what fits overflows 32 bits, and the first level that does not fit is found.
+    bad = (height < 1) | (width < 1) | (height > available // jnp.maximum(width, 1))
+    pixels = jnp.where(bad, 0, height * width)
+    start = numbers(given["starts"]) if operation.starts else jnp.cumsum(pixels, dtype=pixels.dtype) - pixels
+    return _Levels(height, width, start, bad | (start < 0) | (start > available - pixels))
+
+
+def _times_nan(arrays: dict[str, Any], names: Iterable[str], wrong: list[jax.Array]) -> dict[str, Any]:
+    """`arrays`, where those of these `names` are NaN if the metadata are `wrong`, and so is what is derived from them.
+
+    XLA drops an output that nothing uses, and what checks with it. A derivative keeps a factor, and loses a summand.
+    """
+    if not wrong:
+        return arrays
+    factor = jnp.where(jnp.stack(wrong).any(), jnp.nan, 1.0)
+    return arrays | {name: arrays[name] * factor.astype(arrays[name].dtype) for name in names}
 
 
 def _level_of_samples(operation: Operation, K: int) -> np.ndarray:
@@ -154,7 +172,7 @@ def _attention(
             flat = index.transpose(0, 2, 1, 3).reshape(N, M, Q * K, 1)
             found = jnp.take_along_axis(vectors, flat, axis=2).reshape(N, M, Q, K, D)
             output = output + jnp.einsum("nqmk,nmqkd->nqmd", weight, found, precision="highest")
-    return (output + levels.poison.astype(output.dtype)).reshape(N, Q, M * D)
+    return output.reshape(N, Q, M * D)
 
 
 def _axis(location: jax.Array, size: jax.Array, variant: Variant) -> _Axis:

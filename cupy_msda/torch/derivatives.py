@@ -6,6 +6,7 @@ torch.compile and compositions of these.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from .operators import (
     with_mask,
     without_mask,
 )
-from .reference import differentiable_attention, differentiable_gradients
+from .reference import differentiable_attention, differentiable_gradients, nan_of_wrong_metadata
 from .samples import in_float
 
 
@@ -102,20 +103,33 @@ def _reference_forward(operator: Operator, *inputs: Any) -> Tensor:
     """A forward in torch's own functions."""
     arguments = arguments_of(operator, inputs)
     check_shapes(arguments)
-    return differentiable_attention(in_float(arguments)).to(arguments.value.dtype)
+    return differentiable_attention(_checked(in_float(arguments))).to(arguments.value.dtype)
 
 
 def _reference_backward(operator: Operator, grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """A backward in torch's own functions."""
     inputs, mask = without_mask(operator, inputs)
     arguments = arguments_of(operator, inputs)
-    widened = in_float(arguments)
+    widened = _checked(in_float(arguments))
     gradients = differentiable_gradients(widened, grad_output.to(widened.value.dtype))
     grads = dict(zip(DIFFERENTIABLE, gradients, strict=True))
     return tuple(
         grad_output.new_empty(0) if grad is None or not wanted else grad.to(inputs[place].dtype)
         for (name, place), wanted in zip(operator.tensors.items(), mask, strict=True)
         for grad in (grads[name],)
+    )
+
+
+def _checked(arguments: Arguments) -> Arguments:
+    """`arguments`, with NaN in all tensors that are differentiable if the metadata are wrong.
+
+    Compiled code drops an output that nothing uses, and what checks with it. The derivatives by an input that is a
+    product with NaN are NaN, also those by a sample that is out of bounds.
+    """
+    factor = nan_of_wrong_metadata(arguments)
+    tensors = {name: getattr(arguments, name) for name in DIFFERENTIABLE}
+    return dataclasses.replace(
+        arguments, **{name: tensor * factor for name, tensor in tensors.items() if tensor is not None}
     )
 
 

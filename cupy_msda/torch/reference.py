@@ -58,9 +58,10 @@ class _Neighbour(NamedTuple):
 
 def differentiable_attention(arguments: Arguments) -> Tensor:
     """The output [N, Q, M*D]."""
+    factor = nan_of_wrong_metadata(arguments)
     arguments, locations, weights, _ = plain_samples(arguments)
     shapes, starts = _levels(arguments)
-    return gather_attention(arguments.value, shapes, starts, locations, weights, arguments.variant)
+    return gather_attention(arguments.value, shapes, starts, locations, weights, arguments.variant) * factor
 
 
 def gather_attention(
@@ -82,7 +83,6 @@ def gather_attention(
         vectors = _gather(rows, neighbour, Q)
         weight = neighbour.across * neighbour.along * torch.where(neighbour.inside, weights, 0)
         output = output + (weight.transpose(1, 2)[..., None, :] @ vectors).squeeze(-2)
-    output = output + _nan_of_bad_levels(shapes, starts, S).to(output.dtype)
     return output.transpose(1, 2).reshape(N, Q, M * D)
 
 
@@ -92,7 +92,7 @@ def differentiable_gradients(arguments: Arguments, grad_output: Tensor) -> Gradi
     They are those of an implementation by loops over samples, written out: a transform of torch.func cannot be entered
     where a derivative of the operator is being computed.
     """
-    given, valid = arguments, valid_queries(arguments)
+    given, valid, factor = arguments, valid_queries(arguments), nan_of_wrong_metadata(arguments)
     arguments, locations, weights, fused = plain_samples(arguments)
     shapes, starts = _levels(arguments)
     value, variant = arguments.value, arguments.variant
@@ -116,18 +116,18 @@ def differentiable_gradients(arguments: Arguments, grad_output: Tensor) -> Gradi
         weight = (neighbour.across * neighbour.along * known).transpose(1, 2)
         parts = (weight[..., None] * of_output[..., None, :]).flatten(2, 3)
         of_rows = of_rows.scatter_add(2, neighbour.rows[..., None].expand_as(parts), parts)
-    poison = _nan_of_bad_levels(shapes, starts, S).to(value.dtype)
-    of_value = of_rows[:, :, :S].transpose(1, 2) + poison
+    of_value = of_rows[:, :, :S].transpose(1, 2)
     of_locations = torch.stack((of_x * samples.slope_x, of_y * samples.slope_y), -1)
     if variant.clamped:
         # Of a clamped coordinate it is zero, also where the pixels hold NaN.
         free = torch.stack((samples.slope_x, samples.slope_y), -1) != 0
         of_locations = torch.where(free, of_locations, 0)
-    of_locations = of_locations + poison
-    of_weights = of_weights + poison
     if fused is None:
-        return of_value, of_locations.reshape(locations.shape), of_weights.reshape(given.weights.shape), None
-    return of_value, *_fused_gradients(given, fused, of_locations, of_weights)
+        of_locations, of_weights = of_locations.reshape(locations.shape), of_weights.reshape(given.weights.shape)
+        return of_value * factor, of_locations * factor, of_weights * factor, None
+    of_offsets, of_logits, of_references = _fused_gradients(given, fused, of_locations, of_weights)
+    of_logits = None if of_logits is None else of_logits * factor
+    return of_value * factor, of_offsets * factor, of_logits, of_references * factor
 
 
 def _fused_gradients(
@@ -222,9 +222,20 @@ def _gather(rows: Tensor, neighbour: _Neighbour, Q: int) -> Tensor:
     return vectors.view(N, M, Q, neighbour.inside.shape[3], D)
 
 
-def _nan_of_bad_levels(shapes: Tensor, starts: Tensor | None, S: int) -> Tensor:
-    """Zero, or NaN where a level does not lie in the S pixels: metadata on a GPU is not validated."""
+def nan_of_wrong_metadata(arguments: Arguments) -> Tensor:
+    """[1]: 1, or NaN where a level does not lie in the S pixels or a length is out of range, in value's dtype.
+
+    A factor reaches derivatives too, which lose a summand. On a GPU, the kernels take a wrong length for 0 or Q, and so
+    does this.
+    """
+    value = arguments.value
+    shapes, starts = _levels(arguments)
+    S = value.shape[1]
     height, width = shapes.unbind(1)
     start = _first_pixels(shapes, starts)
-    bad = (height < 1) | (width < 1) | (height > S) | (width > S) | (start < 0) | (start + height * width > S)
-    return torch.where(bad.any(), torch.nan, 0.0)
+    bad = (height < 1) | (width < 1) | (height > S) | (width > S) | (start < 0) | (start > S - height * width)
+    wrong = bad.any(0, keepdim=True)  # [1]: a vmap of no samples refuses scalars
+    if arguments.query_lengths is not None and value.device.type != "cuda":
+        lengths = tensor_of(arguments.query_lengths, value.device)
+        wrong = wrong | ((lengths < 0) | (lengths > arguments.locations.shape[1])).any(0, keepdim=True)
+    return torch.where(wrong, torch.nan, 1.0).to(value.dtype)

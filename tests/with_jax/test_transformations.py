@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cupy_msda.jax import ms_deform_attn, reference
+from cupy_msda.jax.metadata import words
 from cupy_msda.jax.primitives import forward_p
 from tests.helpers.jax_calls import (
     FORMS,
@@ -249,3 +250,62 @@ def test_a_vmap_of_no_elements(mapped):
     given[mapped] = jnp.zeros((0, *given[mapped].shape), given[mapped].dtype)
     axes = [0 if place == mapped else None for place in range(len(given))]
     assert jax.vmap(function, in_axes=axes)(*given).shape == (0, *want)
+
+
+# Of a call of 512 pixels and 3 queries. The pixels of a level of 65536 x 65536 are 0 in 32 bits.
+WRONG_METADATA = {
+    "too many rows": ([[16, 16], [16, 17]], None, [3]),
+    "no rows": ([[0, 16], [16, 16]], None, [3]),
+    "2^32 pixels": ([[65536, 65536], [16, 16]], [0, 256], [3]),
+    "the last start": ([[16, 16], [16, 16]], [0, 2**31 - 1], [3]),
+    "a negative length": ([[16, 16], [16, 16]], None, [-5]),
+    "more queries than there are": ([[16, 16], [16, 16]], None, [4]),
+}
+# Of a square, as the output is linear in the weights.
+DERIVATIVES = {
+    "forward": jax.jacfwd,
+    "forward over forward": lambda f: jax.jacfwd(jax.jacfwd(lambda *given: f(*given) ** 2)),
+    "forward over reverse": lambda f: jax.jacfwd(jax.grad(lambda *given: f(*given) ** 2)),
+    "reverse over forward": lambda f: jax.grad(lambda *given: jax.jacfwd(lambda *given: f(*given) ** 2)(*given).sum()),
+}
+VALUE = np.arange(512.0).reshape(1, 512, 1, 1)
+SAMPLES = np.full((1, 3, 1, 2, 1, 3), 0.4)  # x, y and the weight
+SAMPLES[0, 1] = 5.0  # no sample of this query is in bounds
+
+
+def of_samples(samples, shapes, starts, lengths):
+    return ms_deform_attn(VALUE, shapes, starts, samples[..., :2], samples[..., 2], query_lengths=lengths).sum()
+
+
+def arrays_of(metadata):
+    return [None if part is None else jnp.array(part) for part in metadata]
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_of_wrong_metadata_that_jit_traces_are_nan(name):
+    """Nothing else checks the metadata where the output is not used."""
+    derivative = jax.jit(DERIVATIVES[name](of_samples))
+    for kind, metadata in WRONG_METADATA.items():
+        try:
+            found = np.asarray(derivative(SAMPLES, *arrays_of(metadata)))
+        except jax.errors.JaxRuntimeError:  # the output is used
+            assert name != "forward", kind
+        else:
+            assert np.isnan(found).all(), kind
+    right = derivative(SAMPLES, *arrays_of(([[16, 16], [16, 16]], None, [2])))
+    assert np.isfinite(right).all()
+
+
+@pytest.mark.parametrize("kind", WRONG_METADATA)
+def test_the_composition_of_wrong_metadata_is_nan_with_all_gradients(kind):
+    """What devices without kernels compute."""
+    metadata = arrays_of(WRONG_METADATA[kind])
+    (equation,) = (
+        one for one in jax.make_jaxpr(of_samples)(SAMPLES, *metadata).jaxpr.eqns if one.primitive is forward_p
+    )
+    operation = equation.params["operation"]
+    given = [words(part) for part in metadata if part is not None]
+    inputs = jnp.array(VALUE), jnp.array(SAMPLES[..., :2]), jnp.array(SAMPLES[..., 2])
+    output, pullback = jax.vjp(lambda *arrays: reference.forward(operation, *arrays, *given), *inputs)
+    for found in (output, *pullback(jnp.ones_like(output))):
+        assert np.isnan(found).all()

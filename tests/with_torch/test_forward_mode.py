@@ -143,3 +143,38 @@ def test_fake_tensors_get_the_shapes_of_the_result(name):
 def test_shapes_that_do_not_agree_are_refused_without_elements(transform):
     with pytest.raises(RuntimeError, match="attention_weights: expected shape"):
         transform(jvp_of_value(of_inputs))(VALUE, LOCATIONS, WEIGHTS.transpose(3, 4))
+
+
+WRONG_METADATA = {
+    "too many rows": ([[2, 3], [2, 2]], [0, 6], [2, 2]),
+    "no rows": ([[0, 3], [1, 2]], [0, 6], [2, 2]),
+    "the last start": (SIZES, [0, 2**63 - 1], [2, 2]),
+    "a negative length": (SIZES, [0, 6], [2, -5]),
+    "more queries than there are": (SIZES, [0, 6], [2, Q + 1]),
+}
+SECOND = {
+    "jvp": lambda f: lambda v, *others: jvp(lambda v: f(v, *others), (v,), (v.sin(),))[1],
+    "jvp of grad": lambda f: lambda v, *others: jvp(grad(lambda v: squared(f)(v, *others)), (v,), (v.sin(),))[1],
+    "grad of jvp": lambda f: grad(lambda v, *o: jvp(lambda v: squared(f)(v, *o), (v,), (v.sin(),))[1]),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_compiled_derivatives_of_wrong_metadata_are_nan(name):
+    """Compiled code drops an output that nothing uses, and what checks with it."""
+
+    def function(value, shapes, starts, lengths):
+        return ms_deform_attn(value, shapes, starts, LOCATIONS, WEIGHTS, query_lengths=lengths)
+
+    derivative = torch.compile(SECOND[name](function), backend="aot_eager", fullgraph=True)
+    for kind, metadata in WRONG_METADATA.items():
+        tensors = [torch.tensor(part) for part in metadata]
+        with pytest.raises(ValueError, match="expected"):
+            SECOND[name](function)(VALUE, *tensors)
+        try:
+            found = derivative(VALUE, *tensors)
+        except ValueError:  # the output is used
+            assert name != "jvp", kind
+        else:
+            assert found.isnan().all(), kind
+    assert derivative(VALUE, torch.tensor(SIZES), torch.tensor([0, 6]), torch.tensor([1, 2])).isfinite().all()
