@@ -35,7 +35,7 @@ def samples_near_a_pixel(locations: Tensor, levels: Sequence[Level]) -> Tensor:
     distance = pixels.sub_(pixels.round()).abs_()
     near = distance <= 4 * torch.finfo(locations.dtype).eps * sizes
     # Both coordinates are one number: torch is slow along short dimensions.
-    return near.view(torch.int16).squeeze(-1).nonzero()
+    return near.contiguous().view(torch.int16).squeeze(-1).nonzero()
 
 
 def exact_gradient(

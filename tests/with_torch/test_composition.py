@@ -11,7 +11,7 @@ import torch
 
 import cupy_msda
 from cupy_msda.call import Wanted
-from cupy_msda.torch import composition, composition_costs, cpu_path, ms_deform_attn
+from cupy_msda.torch import composition, composition_costs, cpu_path, kinks, ms_deform_attn
 from tests.helpers.calls import call_of
 from tests.helpers.cases import Case
 
@@ -257,3 +257,13 @@ def test_costs_grow_with_the_samples(wanted):
     ):
         assert [cost.composition for cost in costs] == sorted(cost.composition for cost in costs)
         assert [cost.numpy for cost in costs] == sorted(cost.numpy for cost in costs)
+
+
+def test_samples_near_a_pixel_are_found_in_any_layout():
+    locations = torch.rand(2, 3, 4, 2, 5, 2, generator=torch.Generator().manual_seed(0))
+    locations[0, 1, 2, 0, 3] = 0.125  # a pixel of the first level
+    levels = [(4, 4, 0), (7, 9, 16)]
+    want = kinks.samples_near_a_pixel(locations, levels)
+    strided = locations.transpose(-1, 0).contiguous().transpose(-1, 0)
+    assert [0, 1, 2, 0, 3] in want.tolist()
+    assert torch.equal(kinks.samples_near_a_pixel(strided, levels), want)
