@@ -1,4 +1,4 @@
-"""Whether the indices of a kernel need 64 bits: or are too many for it: by what its spec says that it counts."""
+"""Whether the indices of a kernel need 64 bits, or are too many for them: by what its spec says that it counts."""
 
 from __future__ import annotations
 

@@ -14,17 +14,17 @@ from tests.helpers.non_finite import FUSED_FORMS, FUSED_KINDS, PLAIN_KINDS, VARI
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs g++")
 
 PAIRS = (("float32", "float32"), ("float64", "float64"), ("float16", "float16"), ("bfloat16", "float32"))
-# Pixels, channels and GPU of a problem. Many samples per pixel: masked neighbours where queries are pixels, tensor
-# cores, aggregation, a reduction by blocks. Few: lane groups, atomics, a reduction by warps.
-MANY, FEW = (64, 32, SMALL_GPU), (400, 8, H100)
+# Pixels, channels, points and GPU of a problem. Many samples per pixel: masked neighbours where queries are pixels,
+# tensor cores, aggregation, a reduction by blocks. Few: lane groups, atomics, a reduction by warps.
+MANY, FEW = (64, 32, 1, SMALL_GPU), (400, 8, 2, H100)
 
 
 def check(name, form, pair, shape):
     """Every kind of problem of one variant; `form` is one of FUSED_FORMS, or None for a plain call."""
-    S, D, gpu = shape
+    S, D, P, gpu = shape
     variant = VARIANTS[name]
     for kind in FUSED_KINDS if form else PLAIN_KINDS:
-        inputs = non_finite.fused(kind, form, pair, S, D) if form else non_finite.plain(kind, pair, S, D)
+        inputs = non_finite.fused(kind, form, pair, S, D) if form else non_finite.plain(kind, pair, S, D, P)
         compare = non_finite.check_fused if form else non_finite.check_plain
         output = emulator.forward(inputs, gpu=gpu, variant=variant)
         wanted = Wanted(references=form is not None)
@@ -41,11 +41,11 @@ def choices(*axes, short):
 
 
 def test_problems_reach_every_path():
-    many, few = non_finite.plain("locations", S=64, D=32), non_finite.plain("locations", S=400)
+    many, few = non_finite.plain("locations", S=64, D=32), non_finite.plain("locations", S=400, P=2)
     planned, other = emulator.prepare(many, False, None), emulator.prepare(few, False, None)
     assert plan.forward(planned, 16, SMALL_GPU).spec.masked_neighbours
     assert plan.backward(planned, 16, SMALL_GPU, Wanted(), emulator.is_dense(planned)).spec.aggregation_bits
-    assert not plan.forward(other, 16, H100).spec.masked_neighbours
+    assert plan.forward(other, 16, H100).spec.lane_groups > 1
     assert not emulator.is_dense(other)
 
 

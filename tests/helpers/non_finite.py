@@ -48,14 +48,14 @@ def huge(dtype):
     return 0.8 * float(cases.dtype_of(dtype).type(np.finfo(dtype).max if dtype != "bfloat16" else 3e38))
 
 
-def plain(kind, pair=("float32", "float32"), S=PIXELS, D=8) -> Inputs:
-    """A problem of one image, 64 queries, 2 heads and 1 point; `kind` is one of PLAIN_KINDS."""
+def plain(kind, pair=("float32", "float32"), S=PIXELS, D=8, P=1) -> Inputs:
+    """A problem of one image, 64 queries and 2 heads; `kind` is one of PLAIN_KINDS."""
     rng = np.random.default_rng(len(kind))
     value_dtype, dtype = map(dtype_of, pair)
     coordinates = (*SPECIAL, huge(pair[1]), -huge(pair[1]), 0.4, 0.0, 1.0)
     pairs = np.array(list(itertools.product(coordinates, repeat=2)))
     Q = len(pairs)
-    locations = rng.choice(ORDINARY, (1, Q, 2, len(LEVELS), 1, 2))
+    locations = rng.choice(ORDINARY, (1, Q, 2, len(LEVELS), P, 2))
     locations[0, :, 0] = pairs[:, None, None]
     value = rng.standard_normal((1, S, 2, D)).astype(value_dtype)
     weights = rng.uniform(0.1, 1, locations.shape[:-1]).astype(dtype)
