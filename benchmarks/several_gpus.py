@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ import cupy_msda.torch
 
 from .robust_gradients import make_gradients_robust
 
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 5
 SEED = 0
 
 
@@ -142,17 +143,17 @@ def measure(mode: str, place: Place, sizes: Sizes, options: argparse.Namespace) 
 
 
 def _seconds_per_step(model: nn.Module, images: Tensor, steps: int, place: Place) -> float:
-    """Of a training step, in the slowest process."""
+    """Median of training steps, in the slowest process."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    for step in range(WARM_UP_STEPS + steps):
-        if step == WARM_UP_STEPS:
-            _wait(place)
-            begin = time.perf_counter()
+    taken = []
+    for _ in range(WARM_UP_STEPS + steps):
+        begin = time.perf_counter()
         optimizer.zero_grad()
         loss_of(model(pixel_values=images)).backward()
         optimizer.step()
-    _wait(place)
-    slowest = torch.tensor((time.perf_counter() - begin) / steps, device=place.device)
+        _wait(place)
+        taken.append(time.perf_counter() - begin)
+    slowest = torch.tensor(statistics.median(taken[WARM_UP_STEPS:]), device=place.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest)
 
@@ -167,7 +168,7 @@ def _wait(place: Place) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="torchrun -m benchmarks.several_gpus", description=__doc__)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--steps", type=int, default=10, help="timed steps per mode (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps per mode (default: %(default)s)")
     parser.add_argument("--size", nargs=3, type=int, default=(2, 800, 1333), metavar=("N", "H", "W"))
     parser.add_argument("--small", action="store_true", help="a small model, as the tests take")
     parser.add_argument("--compile-backend", default="inductor")

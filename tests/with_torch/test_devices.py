@@ -254,9 +254,9 @@ def test_a_gpu_of_rocm_has_no_kernels(monkeypatch):
 
 @pytest.mark.gpu
 def test_on_rocm_no_launch_is_planned(monkeypatch):
+    arguments = tensors("cuda", queries=11, starts=True)  # begins CUDA, which torch cannot do as ROCm
     monkeypatch.setattr(torch.version, "hip", "7.1")
     monkeypatch.setattr(devices, "_noted", {"cuda"})
-    arguments = tensors("cuda", queries=11, starts=True)
     before = dict(fast_path.plans), dict(fast_path.recent)
     for _ in range(3):
         have = results(ms_deform_attn, arguments)
@@ -267,8 +267,8 @@ def test_on_rocm_no_launch_is_planned(monkeypatch):
 
 @pytest.mark.gpu
 def test_array_functions_refuse_a_gpu_of_rocm(monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", "7.1")
     value, shapes, starts, locations, weights, _ = tensors("cuda", requires_grad=False)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
     with pytest.raises(TypeError, match=r"value: .*cuda:0 \(ROCm\).*cupy_msda.torch"):
         cupy_msda.ms_deform_attn(value, shapes, starts, locations, weights)
 
