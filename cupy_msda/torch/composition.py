@@ -1,8 +1,8 @@
 """The operator on the CPU by torch's own functions, where the compiled tier is missing and they are faster than NumPy.
 
-They round pixel coordinates in float32 and take NaN and infinity further than the contract does. So they serve plain
-sampling on levels of moderate size, and what they give counts only if it is finite: all that they read was finite then.
-What decides is the arguments alone, so that the same call always has the same bits.
+There are two ways: ``embedding_bag`` (:mod:`.bags`), and ``grid_sample``, which rounds coordinates in float32 and so
+serves levels of moderate size. Both take NaN and infinity further than the contract does: what they give counts only
+if it is finite, because all that they read was finite then.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ..call import PLAIN, Arguments, Problem, Wanted
-from . import kinks
-from .composition_costs import sampled_elements
+from . import bags, kinks
+from .composition_costs import Way, sampled_elements
 from .exportable import grid_sample_attention
 from .reference import Gradients
 
 # Pixels along an axis up to which float32 coordinates are within the tolerance.
 _MOST_PIXELS = 168
-# Most elements that are sampled, which a call holds between forward and backward.
+# Most elements that grid_sample samples, which a call holds between forward and backward.
 _MOST_ELEMENTS = 1 << 24
 # Share of the samples that lie on a pixel, at most: with more, the queries are pixels, and NumPy is as fast.
 _MOST_NEAR_A_PIXEL = 0.25
@@ -51,84 +51,74 @@ class Recorded(NamedTuple):
     levels: tuple[kinks.Level, ...]
 
 
-def can_run(problem: Problem) -> bool:
-    """Whether a call has a composition whose result is within the contract's tolerance."""
-    return (
-        problem.variant == PLAIN
-        and not problem.empty
-        and not problem.ragged
-        and problem.levels is not None
-        and max(max(h, w) for h, w, _ in problem.levels) <= _MOST_PIXELS
-        and sampled_elements(problem) <= _MOST_ELEMENTS
-    )
+def ways(problem: Problem, wanted: Wanted | None) -> tuple[Way, ...]:
+    """Those whose result is within the contract's tolerance and whose memory is bounded."""
+    if problem.variant != PLAIN or problem.empty or problem.ragged or problem.levels is None:
+        return ()
+    exact = max(max(h, w) for h, w, _ in problem.levels) <= _MOST_PIXELS
+    by_grid_sample: tuple[Way, ...] = ("grid_sample",) if exact and sampled_elements(problem) <= _MOST_ELEMENTS else ()
+    by_bags: tuple[Way, ...] = ("bags",) if bags.can_run(problem, bool(wanted)) else ()
+    return by_bags + by_grid_sample
 
 
-def record(problem: Problem, arguments: Arguments, wanted: Wanted) -> Recorded | None:
-    """The output of a call that :func:`can_run`, in the accumulator dtype; None where the contract differs."""
+def record(problem: Problem, arguments: Arguments, wanted: Wanted, way: Way) -> Recorded | None:
+    """The output of a call by one of its :func:`ways`, in the accumulator dtype; None where the contract differs."""
     dtype = torch.float64 if problem.value_dtype == "float64" else torch.float32
     tensors = (arguments.value, arguments.locations, arguments.weights, arguments.reference_points)
     leaves = tuple(
         None if tensor is None else tensor.detach().to(dtype).requires_grad_(asked)
         for tensor, asked in zip(tensors, wanted, strict=True)
     )
-    value = leaves[0]
+    value, on_pixels = leaves[0], None
     assert problem.levels is not None
     assert value is not None
-    sizes, starts = [(h, w) for h, w, _ in problem.levels], [start for *_, start in problem.levels]
     with torch.enable_grad() if any(wanted) else torch.no_grad():
         locations, weights = _samples(problem, leaves)
-        on_pixels = None
-        if wanted.locations or wanted.references:
-            exact = _rounded_locations(problem, leaves)
-            near = kinks.samples_near_a_pixel(exact, problem.levels)
-            if len(near) > _MOST_NEAR_A_PIXEL * weights.numel():
+        if way == "bags":
+            if not math.isfinite(locations.detach().sum().item()):
                 return None
-            on_pixels = OnPixels(near, exact[tuple(near.unbind(1))]) if len(near) else None
-        step = _images_at_a_time(problem)
-        if step >= problem.N:
-            output = grid_sample_attention(value, sizes, locations, weights, starts)
+            output = bags.attention(problem, value, locations, weights)
         else:
-            parts = zip(value.split(step), locations.split(step), weights.split(step), strict=True)
-            output = torch.cat([grid_sample_attention(a, sizes, b, c, starts) for a, b, c in parts])
+            if wanted.locations or wanted.references:
+                near = kinks.samples_near_a_pixel(locations.detach(), problem.levels)
+                if len(near) > _MOST_NEAR_A_PIXEL * weights.numel():
+                    return None
+                on_pixels = OnPixels(near, locations.detach()[tuple(near.unbind(1))]) if len(near) else None
+            output = _by_grid_sample(problem, value, locations, weights)
     recorded = Recorded(output, leaves, locations, weights, on_pixels, problem.levels)
     return recorded if math.isfinite(output.detach().sum().item()) else None
 
 
+def _by_grid_sample(problem: Problem, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    levels = problem.levels or ()
+    sizes, starts, step = [(h, w) for h, w, _ in levels], [start for *_, start in levels], _images_at_a_time(problem)
+    if step >= problem.N:
+        return grid_sample_attention(value, sizes, locations, weights, starts)
+    parts = zip(value.split(step), locations.split(step), weights.split(step), strict=True)
+    return torch.cat([grid_sample_attention(a, sizes, b, c, starts) for a, b, c in parts])
+
+
 def _samples(problem: Problem, leaves: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Locations [N, Q, M, L, P, 2] and weights [N, Q, M, L, P]."""
-    offsets, weights = _operands(problem, leaves)
-    references = leaves[3]
-    if references is None:
-        return offsets, weights
-    points, unit = references[:, :, None, :, None], _unit(problem, references)
-    shift = offsets / unit
-    locations = points + shift if references.shape[-1] == 2 else points[..., :2] + shift * points[..., 2:]
-    return locations, weights.flatten(3).softmax(-1).view_as(weights)
-
-
-def _operands(problem: Problem, leaves: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Locations or offsets [N, Q, M, L, P, 2], and weights or logits [N, Q, M, L, P]."""
-    _, locations, weights, _ = leaves
-    assert locations is not None
+    """Locations [N, Q, M, L, P, 2] and weights [N, Q, M, L, P], rounded as the CPU path rounds them."""
+    _, offsets, weights, references = leaves
+    assert offsets is not None
     shape, K = (problem.N, problem.Q, problem.M, problem.L, problem.P), problem.K
     if weights is None:
-        locations, weights = locations[..., : 2 * K], locations[..., 2 * K :]
-    return locations.reshape(*shape, 2), weights.reshape(shape)
+        offsets, weights = offsets[..., : 2 * K], offsets[..., 2 * K :]
+    offsets, weights = offsets.reshape(*shape, 2), weights.reshape(shape)
+    if references is None:
+        return offsets, weights
+    points, scale = references[:, :, None, :, None], _per_offset(problem, references)
+    if references.shape[-1] == 4:
+        points, scale = points[..., :2], points[..., 2:] * scale
+    return points + offsets * scale, weights.flatten(3).softmax(-1).view_as(weights)
 
 
-def _unit(problem: Problem, references: Tensor) -> Tensor:
-    """What offsets are divided by: (W, H) of the level, or two times the points of the level for a box."""
+def _per_offset(problem: Problem, references: Tensor) -> Tensor:
+    """One over (W, H) of the level, or over two times the points of the level for a box."""
     sizes = [[(w, h)] for h, w, _ in problem.levels or ()]
     unit = sizes if references.shape[-1] == 2 else [2.0 * problem.P]
-    return torch.tensor(unit, dtype=references.dtype, device="cpu")
-
-
-def _rounded_locations(problem: Problem, leaves: Sequence[Tensor | None]) -> Tensor:
-    """Locations as the CPU path rounds them."""
-    offsets, references = _operands(problem, leaves)[0].detach(), leaves[3]
-    if references is None:
-        return offsets
-    return kinks.rounded_locations(references[:, :, None, :, None], offsets, _unit(problem, references))
+    return (1 / torch.tensor(unit, dtype=torch.float64, device="cpu")).to(references.dtype)
 
 
 def _images_at_a_time(problem: Problem) -> int:

@@ -1,4 +1,4 @@
-"""What a call costs by torch's ``grid_sample`` and by NumPy, estimated from its sizes alone.
+"""What a call costs by torch's own functions and by NumPy, estimated from its sizes alone.
 
 The number of threads has no part, so that the same call always has the same bits.
 """
@@ -6,26 +6,19 @@ The number of threads has no part, so that the same call always has the same bit
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from ..call import SIXTEEN_BIT, Problem, Wanted
 from ..cpu.tasks import ONE_TASK_SAMPLES
+
+# A call by torch's own functions: embedding_bag or grid_sample.
+Way = Literal["bags", "grid_sample"]
 
 
 def sampled_elements(problem: Problem) -> int:
     """D channels of each sample."""
     return problem.N * problem.Q * problem.M * problem.K * problem.D
-
-
-class Costs(NamedTuple):
-    """Estimated nanoseconds of a composition and of NumPy, on two threads."""
-
-    composition: float
-    numpy: float
-
-    @property
-    def composition_is_faster(self) -> bool:
-        return self.composition < self.numpy
 
 
 class _Sizes(NamedTuple):
@@ -66,44 +59,45 @@ class _Sizes(NamedTuple):
         return sum(map(operator.mul, self, costs))
 
 
-# Of a composition and of NumPy: of the output alone, and of the output and gradients
-# (docs/performance/decisions.md#cpu-composition).
-_COSTS = {
-    "forward": (
-        _Sizes(2.1e5, 7.9e4, 2.5e5, 0, 0, 5.5, 6.1, 4.4, 4.4, 0.081, 2.8, 0.46),
-        _Sizes(4.4e5, 0, 0, 2.4e6, 96, 110, 1.5, 0, 0, 0.3, 0, 0),
-    ),
-    "all": (
-        _Sizes(4.3e5, 6.7e5, 1.7e5, 0, 0, 51, 21, 12, 30, 7.3, 5.3, 0),
-        _Sizes(2.9e6, 0, 0, 7.4e6, 540, 360, 5, 0, 0, 5.1, 0, 7.6),
-    ),
-    "value": (
-        _Sizes(6.8e5, 2.8e5, 1.5e5, 0, 0, 27, 16, 12, 9.6, 4.6, 3.4, 0.86),
-        _Sizes(1.9e6, 0, 0, 1.1e7, 630, 300, 5.5, 0, 0, 2.4, 0, 6.6),
-    ),
-    "locations": (
-        _Sizes(1.1e6, 1.8e5, 3.8e5, 0, 0, 47, 14, 13, 19, 0.2, 3.5, 1.3),
-        _Sizes(2.1e6, 0, 0, 3.1e6, 620, 450, 1.5, 0, 0, 0.76, 0, 0.35),
-    ),
-    "weights": (
-        _Sizes(6.6e5, 1.1e5, 4.9e5, 0, 0, 18, 7.4, 5.8, 0, 0.12, 3.5, 0.19),
-        _Sizes(2e6, 0, 0, 8.2e6, 620, 320, 1.2, 0, 0, 1.2, 0, 0),
-    ),
+# Of the output alone, and of the output and gradients, on two threads (docs/performance/decisions.md#cpu-composition).
+_COSTS: dict[str, dict[str, _Sizes]] = {
+    "forward": {
+        "bags": _Sizes(6.4e5, 0, 3e5, 0, 0, 50, 0.4, 6.4, 0, 0.005, 0, 0.42),
+        "grid_sample": _Sizes(3.2e5, 1.6e4, 2.5e5, 0, 0, 6.5, 4.7, 2.6, 4.1, 0.021, 2.4, 0.47),
+        "numpy": _Sizes(4.1e5, 0, 3.2e5, 2.1e6, 69, 83, 1.4, 0, 0, 0.14, 0, 0.21),
+    },
+    "all": {
+        "bags": _Sizes(2.5e6, 0, 0, 0, 0, 2e2, 1.8, 15, 0, 1, 0, 1.3),
+        "grid_sample": _Sizes(1e6, 2.6e5, 2.1e5, 0, 0, 64, 17, 1.2, 22, 3.1, 4.5, 0.96),
+        "numpy": _Sizes(2.1e6, 0, 0, 1.3e7, 6.6e2, 3.1e2, 2.8, 0, 0, 1.4, 0, 11),
+    },
+    "value": {
+        "bags": _Sizes(1.8e6, 5e3, 4.5e5, 0, 0, 1.4e2, 0.24, 9.3, 0, 0.78, 0, 0.52),
+        "grid_sample": _Sizes(3e5, 3.7e5, 6.6e5, 0, 0, 27, 14, 0, 8.7, 3.4, 3.4, 1.5),
+        "numpy": _Sizes(1.2e6, 0, 1.7e6, 6.2e6, 6e2, 2.4e2, 1.2, 0, 0, 1.8, 0, 8.7),
+    },
+    "locations": {
+        "bags": _Sizes(1.5e6, 0, 7.3e5, 0, 0, 1.3e2, 0, 4.1, 0, 0.049, 0, 1.4),
+        "grid_sample": _Sizes(1.2e6, 1.6e5, 6.9e5, 0, 0, 58, 7.5, 6.2, 13, 0, 3, 0.37),
+        "numpy": _Sizes(1.4e6, 0, 7.3e5, 7.3e6, 6.1e2, 2.3e2, 3, 0, 0, 0.54, 0, 0),
+    },
+    "weights": {
+        "bags": _Sizes(1.4e6, 0, 5.9e5, 0, 0, 83, 1.4, 11, 0, 0.058, 0, 1.4),
+        "grid_sample": _Sizes(9.4e5, 0, 3.5e5, 0, 0, 20, 5.6, 2.8, 6.4, 0, 2.1, 0.53),
+        "numpy": _Sizes(2e6, 0, 8.6e5, 7.3e6, 4.5e2, 2.2e2, 3.4, 0, 0, 0.83, 0, 0.52),
+    },
 }
 
 
-def forward_costs(problem: Problem) -> Costs:
-    """What the output costs, without a gradient to record."""
-    return _estimated(problem, "forward")
+def cheapest(problem: Problem, wanted: Wanted | None, ways: Sequence[Way]) -> Way | None:
+    """That of `ways` which is estimated to compute the output and the gradients that are wanted first; None: NumPy."""
+    sizes, costs = _Sizes.of(problem), _COSTS[_kind(wanted)]
+    return min((None, *ways), key=lambda way: sizes.times(costs[way or "numpy"]))
 
 
-def training_costs(problem: Problem, wanted: Wanted) -> Costs:
-    """What the output and the gradients that are wanted cost."""
+def _kind(wanted: Wanted | None) -> str:
+    if not wanted:
+        return "forward"
     if wanted.value:
-        return _estimated(problem, "all" if wanted.samples else "value")
-    return _estimated(problem, "locations" if wanted.locations or wanted.references else "weights")
-
-
-def _estimated(problem: Problem, kind: str) -> Costs:
-    sizes = _Sizes.of(problem)
-    return Costs(*(sizes.times(costs) for costs in _COSTS[kind]))
+        return "all" if wanted.samples else "value"
+    return "locations" if wanted.locations or wanted.references else "weights"

@@ -18,7 +18,7 @@ from ..cpu import run as cpu
 from ..cpu.tasks import Inputs
 from ..cpu.tier import compiled_tier
 from . import compat, composition
-from .composition_costs import forward_costs, training_costs
+from .composition_costs import Way, cheapest
 from .reference import Gradients
 
 # A model comes back to few layouts. One that never does must not fill the memory.
@@ -72,19 +72,22 @@ class RecordedPlan:
         return backward
 
 
-def composes(problem: Problem, wanted: Wanted | None) -> bool:
-    """Whether torch's own functions compute a call with these gradients, or none, where the contract allows it."""
-    if problem.device[0] != "cpu" or compiled_tier() is not None or not composition.can_run(problem):
-        return False
-    costs = training_costs(problem, wanted) if wanted else forward_costs(problem)
-    return costs.composition_is_faster
+def chosen_way(problem: Problem, wanted: Wanted | None) -> Way | None:
+    """How torch's own functions compute a call with these gradients, or none; None where the CPU path is faster."""
+    if problem.device[0] != "cpu" or compiled_tier() is not None:
+        return None
+    return cheapest(problem, wanted, composition.ways(problem, wanted))
 
 
 def composed(
     problem: Problem, arguments: Arguments, wanted: Wanted | None
 ) -> tuple[Tensor, RecordedPlan | None] | None:
-    """The output by torch's own functions, and its backward if one is wanted; None where the contract differs."""
-    recorded = composition.record(problem, arguments, wanted or _NO_GRADIENT)
+    """The output by torch's own functions, and its backward if one is wanted.
+
+    None where the CPU path is faster, or the contract differs.
+    """
+    way = chosen_way(problem, wanted)
+    recorded = way and composition.record(problem, arguments, wanted or _NO_GRADIENT, way)
     if recorded is None:
         return None
     output = recorded.output.detach().to(arguments.value.dtype)

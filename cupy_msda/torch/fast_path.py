@@ -263,7 +263,7 @@ def forward(
     if problem is None:
         call = validate.read(arguments)
         problem = call.problem
-    composed = cpu_path.composed(problem, arguments, wanted) if cpu_path.composes(problem, wanted) else None
+    composed = cpu_path.composed(problem, arguments, wanted)
     if composed is not None:
         cpu_path.remember(key, problem)
         return composed

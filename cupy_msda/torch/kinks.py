@@ -15,16 +15,6 @@ from torch import Tensor
 Level = tuple[int, int, int]
 
 
-def rounded_locations(points: Tensor, offsets: Tensor, unit: Tensor) -> Tensor:
-    """Locations of a fused call, rounded as the CPU path rounds them.
-
-    `points` are reference points [..., 2] or boxes [..., 4]; `unit` divides the offsets from them.
-    """
-    points, offsets = points.detach(), offsets.detach()
-    per_offset = (1 / unit.double()).to(offsets.dtype)
-    return points[..., :2] + offsets * (per_offset if points.shape[-1] == 2 else points[..., 2:] * per_offset)
-
-
 def samples_near_a_pixel(locations: Tensor, levels: Sequence[Level]) -> Tensor:
     """Indices [samples, 5] of those of `locations` [N, Q, M, L, P, 2] that rounding may move to another cell.
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from .record import Record, check, chunks, key_of, run_chunk, run_tasks
 
-CPU_PATHS = ("array", "eager", "registered", "decomposed", "numpy", "composition")
+CPU_PATHS = ("array", "eager", "registered", "decomposed", "numpy", "bags", "grid_sample")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cupy_msda
 from cupy_msda.cpu import backward, cells, forward, tasks
 from cupy_msda.cpu.tier import compiled_tier
-from cupy_msda.torch import composition_costs, decomposed, ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.torch import cpu_path, decomposed, ms_deform_attn, ms_deform_attn_fused
 
 from .compare import Outcome
 from .draw import Case
@@ -125,9 +125,16 @@ def run_numpy(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
         return run_array(case, memory, device)
 
 
-def run_composition(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
-    """The torch function by the NumPy tier, which takes torch's own functions wherever they can run."""
-    with _numpy_tier(), mock.patch.object(composition_costs.Costs, "composition_is_faster", True):
+def run_bags(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
+    """The torch function by the NumPy tier, which takes `embedding_bag` wherever it can run."""
+    with _numpy_tier(), mock.patch.object(cpu_path, "cheapest", lambda *call: "bags" if "bags" in call[2] else None):
+        return run_eager(case, memory, device)
+
+
+def run_grid_sample(case: Case, memory: Memory, device: str = "cpu") -> Outcome:
+    """The torch function by the NumPy tier, which takes `grid_sample` wherever it can run."""
+    take = mock.patch.object(cpu_path, "cheapest", lambda *call: "grid_sample" if "grid_sample" in call[2] else None)
+    with _numpy_tier(), take:
         return run_eager(case, memory, device)
 
 
@@ -141,7 +148,8 @@ PATHS: dict[str, Callable[..., Outcome]] = {
     "registered": run_registered,
     "decomposed": run_decomposed,
     "numpy": run_numpy,
-    "composition": run_composition,
+    "bags": run_bags,
+    "grid_sample": run_grid_sample,
     "compiled": run_compiled,
 }
 
@@ -300,8 +308,8 @@ def _settings(case: Case) -> Iterator[None]:
     """Small blocks where the case asks for them, and no warnings."""
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Its sums have an order of their own; one path takes it.
-        stack.enter_context(mock.patch.object(composition_costs.Costs, "composition_is_faster", False))
+        # The sums of torch's own functions have an order of their own; two paths take them.
+        stack.enter_context(mock.patch.object(cpu_path, "cheapest", return_value=None))
         if case.small_blocks:
             for module, numbers in SMALL_BLOCKS.items():
                 stack.enter_context(mock.patch.multiple(module, **numbers))

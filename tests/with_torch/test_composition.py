@@ -1,6 +1,6 @@
 """torch's own functions in place of NumPy on the CPU: when they are taken, and the contract's rules there.
 
-`composition` of tests/fuzz draws calls on this path.
+`bags` and `grid_sample` of tests/fuzz draw calls on these paths.
 """
 
 import weakref
@@ -11,7 +11,8 @@ import torch
 
 import cupy_msda
 from cupy_msda.call import Wanted
-from cupy_msda.torch import composition, composition_costs, cpu_path, kinks, ms_deform_attn
+from cupy_msda.torch import composition, cpu_path, kinks, ms_deform_attn
+from cupy_msda.torch.composition_costs import cheapest
 from tests.helpers.calls import call_of
 from tests.helpers.cases import Case
 
@@ -23,6 +24,20 @@ SMALL = Case("small", levels=LEVELS, N=3, M=4, D=16, P=4, queries=40)
 def _numpy_tier(monkeypatch):
     monkeypatch.setenv("CUPY_MSDA_CPU", "numpy")
     monkeypatch.setattr(cpu_path, "problems", {})
+
+
+WAYS = ("bags", "grid_sample")
+
+
+def take(way, monkeypatch):
+    """Every call goes this way, or by NumPy where it cannot."""
+    monkeypatch.setattr(cpu_path, "cheapest", lambda problem, wanted, ways: way if way in ways else None)
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    take(request.param, monkeypatch)
+    return request.param
 
 
 @pytest.fixture
@@ -47,37 +62,29 @@ def bits(*tensors):
     return [tensor.detach().numpy().tobytes() for tensor in tensors]
 
 
-def test_a_small_call_takes_it_and_few_samples_of_much_value_do_not(recorded):
-    value, locations, weights = leaves_of()
-    with torch.no_grad():
-        ms_deform_attn(value, LEVELS, None, locations, weights)
-    assert len(recorded) == 1
-    few = Case("few", levels=((60, 80),), N=4, M=8, D=32, queries=1)
-    assert not composition_costs.forward_costs(call_of(*few.inputs()[:6]).problem).composition_is_faster
-
-
 PYRAMID = ((80, 80), (40, 40), (20, 20))
-# Cells of a recorded grid: what each takes, forward and in training.
+# Calls of which one way was clearly the fastest, forward and in training.
 RECORDED = {
-    "many heads, few queries": (
-        Case("", levels=((16, 16), (8, 8)), N=3, M=16, D=16, P=4, queries=21),
-        "weights",
-        True,
-        True,
-    ),
-    "few samples of much value": (Case("", levels=PYRAMID, N=5, M=8, D=16, P=1, queries=2), "value", False, False),
-    "one head": (Case("", levels=PYRAMID, N=144, M=1, D=8, P=2, queries=575), "locations", True, True),
-    "a decoder": (Case("", levels=PYRAMID, N=1, M=8, D=32, P=4, queries=300), "value", False, False),
+    "few queries": (Case("", levels=((8, 8),), N=1, M=8, D=32, P=4, queries=5), "weights"),
+    "few samples of much value": (Case("", levels=PYRAMID, N=5, M=8, D=16, P=1, queries=2), "value"),
+    "one head": (Case("", levels=((36, 36),), N=11, M=1, D=8, P=4, queries=6000), "weights"),
+    "a decoder": (Case("", levels=PYRAMID, N=1, M=8, D=32, P=4, queries=300), "locations"),
+}
+FASTEST = {
+    "few queries": ("grid_sample", "grid_sample"),
+    "few samples of much value": ("bags", "bags"),
+    "one head": ("grid_sample", "grid_sample"),
+    "a decoder": ("bags", "bags"),
 }
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_what_was_faster_is_taken(name):
-    case, gradient, forward, training = RECORDED[name]
+    case, gradient = RECORDED[name]
     problem = call_of(*case.inputs()[:6]).problem
     wanted = Wanted(*(one == gradient for one in Wanted._fields))
-    assert composition_costs.forward_costs(problem).composition_is_faster is forward
-    assert composition_costs.training_costs(problem, wanted).composition_is_faster is training
+    found = tuple(cheapest(problem, asked, composition.ways(problem, asked)) for asked in (None, wanted))
+    assert found == FASTEST[name]
 
 
 ON_PIXELS = ((5, 5), (25, 42))
@@ -110,9 +117,8 @@ def on_pixels(share, form="plain", dtype=torch.float32):
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("form", ["plain", "fused"])
 @pytest.mark.parametrize("wanted", ["all", "value and locations", "locations"])
-def test_gradients_on_pixels_are_the_contract_s(share, form, wanted, recorded, monkeypatch):
+def test_gradients_on_pixels_are_the_contract_s(share, form, wanted, way, recorded):
     """grid_sample rounds a coordinate on a pixel to another cell than floor() of the exact one."""
-    monkeypatch.setattr(composition_costs.Costs, "composition_is_faster", True)
     tensors, grad = on_pixels(share, form)
     places = {
         "all": range(len(tensors)),
@@ -124,7 +130,7 @@ def test_gradients_on_pixels_are_the_contract_s(share, form, wanted, recorded, m
     output = call(tensors[0], ON_PIXELS, None, *tensors[1:])
     found = torch.autograd.grad(output, leaves, grad, retain_graph=True)
     again = torch.autograd.grad(output, leaves, grad)
-    assert (recorded[0] is None) == (share > 0.5)
+    assert (recorded[0] is None) == (way == "grid_sample" and share > 0.5)
     arrays = [tensor.detach().numpy() for tensor in tensors]
     backward = cupy_msda.ms_deform_attn_backward if form == "plain" else cupy_msda.ms_deform_attn_fused_backward
     want = backward(arrays[0], ON_PIXELS, None, *arrays[1:], grad.numpy(), 64)
@@ -147,9 +153,8 @@ def test_samples_that_grid_sample_moves_to_another_cell_are_near_a_pixel():
     assert found.float().mean() < 0.7
 
 
-def test_an_overflow_of_gradients_stays_with_its_sample(recorded, monkeypatch):
+def test_an_overflow_of_gradients_stays_with_its_sample(way, recorded):
     """In grid_sample's gradient a sample outside the level takes zero times infinity."""
-    monkeypatch.setattr(composition_costs.Costs, "composition_is_faster", True)
     value = torch.rand(1, 16, 1, 2, dtype=torch.float64)
     locations = torch.tensor([[0.3, 0.3], [3.0, 0.3]], dtype=torch.float64).reshape(1, 2, 1, 1, 1, 2).requires_grad_()
     weights = torch.full((1, 2, 1, 1, 1), 1e200, dtype=torch.float64)
@@ -170,16 +175,17 @@ def test_the_compiled_tier_is_never_replaced(recorded, monkeypatch):
 @pytest.mark.parametrize(("size", "runs"), [(167, True), (168, True), (169, False)])
 def test_levels_whose_float32_coordinates_are_exact_enough(size, runs):
     problem = call_of(*Case("wide", levels=((2, size),), N=1, queries=1).inputs()[:6]).problem
-    assert composition.can_run(problem) is runs
+    assert ("grid_sample" in composition.ways(problem, None)) is runs
 
 
 @pytest.mark.parametrize(("queries", "runs"), [((1 << 24) // 128, True), ((1 << 24) // 128 + 1, False)])
-def test_what_is_sampled_is_bounded(queries, runs):
+def test_what_grid_sample_samples_is_bounded(queries, runs):
     problem = call_of(*Case("many", levels=((2, 2),), N=1, M=8, D=8, P=2, queries=queries).inputs()[:6]).problem
-    assert composition.can_run(problem) is runs
+    assert ("grid_sample" in composition.ways(problem, None)) is runs
 
 
 def test_images_at_a_time_give_the_same_numbers(monkeypatch):
+    take("grid_sample", monkeypatch)
     leaves = leaves_of()
     whole = ms_deform_attn(leaves[0], LEVELS, None, *leaves[1:])
     grads = torch.autograd.grad(whole.sum(), leaves)
@@ -189,7 +195,7 @@ def test_images_at_a_time_give_the_same_numbers(monkeypatch):
         torch.testing.assert_close(have, want, rtol=1e-6, atol=1e-6)
 
 
-def test_bits_do_not_depend_on_the_number_of_threads():
+def test_bits_do_not_depend_on_the_number_of_threads(way):
     before, found = torch.get_num_threads(), []
     leaves = leaves_of(Case("threads", levels=((16, 16), (8, 8)), N=5, M=4, D=16, P=4, queries=90))
     levels = ((16, 16), (8, 8))
@@ -203,7 +209,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     assert all(one == found[0] for one in found)
 
 
-def test_another_backward_has_the_same_bits_and_the_last_one_frees(recorded):
+def test_another_backward_has_the_same_bits_and_the_last_one_frees(way, recorded):
     leaves = leaves_of()
     output = ms_deform_attn(leaves[0], LEVELS, None, *leaves[1:])
     first = bits(*torch.autograd.grad(output.sum(), leaves, retain_graph=True))
@@ -215,7 +221,7 @@ def test_another_backward_has_the_same_bits_and_the_last_one_frees(recorded):
         torch.autograd.grad(output.sum(), leaves)
 
 
-def test_metadata_and_inputs_that_change_before_the_backward_raise():
+def test_metadata_and_inputs_that_change_before_the_backward_raise(way):
     value, locations, weights = leaves_of()
     shapes = torch.tensor(LEVELS)
     for changed in (shapes, weights):
@@ -230,7 +236,7 @@ def test_metadata_and_inputs_that_change_before_the_backward_raise():
 
 @pytest.mark.parametrize("name", ["value", "locations", "weights", "grad_output"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_give_the_bits_of_numpy(name, bad):
+def test_numbers_that_are_not_finite_give_the_bits_of_numpy(name, bad, way):
     inputs = SMALL.inputs(seed=4)
     getattr(inputs, name).reshape(-1)[7] = bad
     leaves = [torch.from_numpy(array).requires_grad_() for array in (inputs.value, inputs.locations, inputs.weights)]
@@ -241,22 +247,11 @@ def test_numbers_that_are_not_finite_give_the_bits_of_numpy(name, bad):
         np.testing.assert_array_equal(have.numpy(), right)
 
 
-def test_a_sample_one_pixel_outside_has_no_gradient():
+def test_a_sample_one_pixel_outside_has_no_gradient(way):
     value, weights = torch.ones(1, 8, 1, 1), torch.ones(1, 1, 1, 1, 1, 1)[..., 0]
     locations = torch.tensor([-0.0625, 0.5]).view(1, 1, 1, 1, 1, 2).requires_grad_()
     (grad,) = torch.autograd.grad(ms_deform_attn(value, [(1, 8)], None, locations, weights), locations)
     assert grad.eq(0).all()
-
-
-@pytest.mark.parametrize("wanted", [Wanted(), Wanted(True, False, False), Wanted(False, True, False)], ids=str)
-def test_costs_grow_with_the_samples(wanted):
-    problems = [call_of(*Case("", N=2, queries=queries).inputs()[:6]).problem for queries in (1, 10, 100)]
-    for costs in (
-        [composition_costs.training_costs(p, wanted) for p in problems],
-        [*map(composition_costs.forward_costs, problems)],
-    ):
-        assert [cost.composition for cost in costs] == sorted(cost.composition for cost in costs)
-        assert [cost.numpy for cost in costs] == sorted(cost.numpy for cost in costs)
 
 
 def test_samples_near_a_pixel_are_found_in_any_layout():

@@ -98,7 +98,7 @@ def test_each_gradient_has_the_dtype_of_its_input(device, dtype):
 
 
 def test_cpu_tensors_are_not_copied(monkeypatch):
-    monkeypatch.setattr(cpu_path, "composes", lambda *_: False)
+    monkeypatch.setattr(cpu_path, "chosen_way", lambda *_: None)
     seen = []
     forward = cpu.run_forward
 
