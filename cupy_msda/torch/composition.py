@@ -57,7 +57,7 @@ def ways(problem: Problem, wanted: Wanted | None) -> tuple[Way, ...]:
         return ()
     exact = max(max(h, w) for h, w, _ in problem.levels) <= _MOST_PIXELS
     by_grid_sample: tuple[Way, ...] = ("grid_sample",) if exact and sampled_elements(problem) <= _MOST_ELEMENTS else ()
-    by_bags: tuple[Way, ...] = ("bags",) if bags.can_run(problem, bool(wanted)) else ()
+    by_bags: tuple[Way, ...] = ("bags",) if bags.can_run(problem, kept=wanted is not None) else ()
     return by_bags + by_grid_sample
 
 

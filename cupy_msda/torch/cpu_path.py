@@ -80,14 +80,10 @@ def chosen_way(problem: Problem, wanted: Wanted | None) -> Way | None:
 
 
 def composed(
-    problem: Problem, arguments: Arguments, wanted: Wanted | None
+    problem: Problem, arguments: Arguments, wanted: Wanted | None, way: Way
 ) -> tuple[Tensor, RecordedPlan | None] | None:
-    """The output by torch's own functions, and its backward if one is wanted.
-
-    None where the CPU path is faster, or the contract differs.
-    """
-    way = chosen_way(problem, wanted)
-    recorded = way and composition.record(problem, arguments, wanted or _NO_GRADIENT, way)
+    """The output by torch's own functions, and its backward if one is wanted; None where the contract differs."""
+    recorded = composition.record(problem, arguments, wanted or _NO_GRADIENT, way)
     if recorded is None:
         return None
     output = recorded.output.detach().to(arguments.value.dtype)

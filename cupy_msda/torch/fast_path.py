@@ -263,7 +263,8 @@ def forward(
     if problem is None:
         call = validate.read(arguments)
         problem = call.problem
-    composed = cpu_path.composed(problem, arguments, wanted)
+    way = cpu_path.chosen_way(problem, wanted)
+    composed = cpu_path.composed(problem, arguments, wanted, way) if way else None
     if composed is not None:
         cpu_path.remember(key, problem)
         return composed

@@ -67,14 +67,14 @@ def test_each_form_under_the_sanitizers(form):
     check(PATHS[5], form=form, sanitize=True)
 
 
-@pytest.mark.parametrize("case", [PATHS[0], PATHS[2], PATHS[3]], ids=str)
+@pytest.mark.parametrize("case", every_other([PATHS[0], PATHS[2], PATHS[3]]), ids=str)
 @pytest.mark.parametrize("form", every_other([FORMS[1], FORMS[6]]), ids=str)
 def test_each_code_path_under_the_sanitizers(case, form):
     check(case, form=form, sanitize=True, metadata_on_device=True)
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids="-".join)
-@pytest.mark.parametrize("form", [{"coordinates": 2, "packed": True}, {"coordinates": 4}], ids=str)
+@pytest.mark.parametrize("form", every_other([{"coordinates": 2, "packed": True}, {"coordinates": 4}]), ids=str)
 def test_each_dtype_computes_the_reference(form, pair):
     boxes = form["coordinates"] == 4
     check(PATHS[3] if boxes else PATHS[1], pair, form if boxes else form | {"reference_dtype": pair[0]})
@@ -100,7 +100,7 @@ def test_only_the_gradients_that_are_wanted_are_computed(wanted, packed):
             assert_close(grad, exact, "float32", name)
 
 
-@pytest.mark.parametrize("case", [PATHS[0], PATHS[1]], ids=str)
+@pytest.mark.parametrize("case", every_other([PATHS[0], PATHS[1]]), ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_query_lengths_under_the_sanitizers(case, packed):
     inputs = front_inputs(replace(case, N=3), packed=packed, coordinates=4)
@@ -134,7 +134,7 @@ def test_hostile_inputs_under_the_sanitizers(bad):
     emulator.summation(inputs, sanitize=True)
 
 
-@pytest.mark.parametrize("shift", [0, 40, -40, 88, 120, -120, 1e4, -1e4])
+@pytest.mark.parametrize("shift", every_other([0, 40, 88, -40, -120, 120, 1e4, -1e4]))
 @pytest.mark.parametrize("case", [PATHS[0], PATHS[1]], ids=["materialised", "softmax in the sort"])
 def test_logits_far_from_zero(case, shift):
     """Where their exponentials have no largest logit taken out, overflow, or are all 0."""
@@ -148,7 +148,7 @@ def test_logits_far_from_zero(case, shift):
     assert_close(emulator.summation(inputs), want_grads[0], "float32")
 
 
-@pytest.mark.parametrize(("P", "shift"), [(2, 150), (2, -150), (4, -150), (8, 150), (16, -150)])
+@pytest.mark.parametrize(("P", "shift"), [(2, 150), (4, -150), (16, -150)])
 def test_all_logits_far_from_zero(P, shift):
     """Every lane of a warp has a sample, and all of their exponentials are infinite, or all are 0."""
     inputs = front_inputs(Case("filled", levels=((5, 6), (3, 3)), N=1, M=4, D=8, P=P, queries=64))
