@@ -246,7 +246,8 @@ def _products(table: Tensor, indices: Tensor, ends: Tensor, by_bag: Tensor) -> T
 
 @functools.lru_cache(maxsize=1)
 def _warn_of_sparse_tensors_once() -> None:
-    """Take torch's warning that its CSR tensors are in beta, which it gives once."""
+    """Take what torch warns of once: that CSR tensors are in beta, and (2.11, 2.12) that invariants are not checked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.eye(1).to_sparse_csr()
+        ends, row = (torch.tensor(numbers, dtype=torch.int32, device="cpu") for numbers in ([0, 1], [0]))
+        torch.sparse_csr_tensor(ends, row, torch.ones(1, device="cpu"), (1, 1), check_invariants=False)
